@@ -1,0 +1,354 @@
+"""The operators' one contract: schemas, fakes, autograd, registration, the native library and the table of backends.
+
+`torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the best
+kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`. Native libraries only add
+implementations of what is defined here, so an install without a compiler has the same operators. Each has an `out` overload without autograd.
+"""
+
+import ctypes
+import os
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import layout as layouts
+from . import reference
+
+NAMESPACE = "neftune_kernels"
+NOISE_ARGS = (
+    "Tensor seed, Tensor noise_alpha, Tensor? document=None, Tensor? position=None, Tensor? lengths=None, Tensor? cu_seqlens=None, "
+    "SymInt stream=0, SymInt sample_offset=0, SymInt position_offset=0"
+)
+EMBEDDING_ARGS = f"Tensor input_ids, Tensor weight, {NOISE_ARGS}, SymInt padding_idx=-1, float embed_scale=1.0"
+ADD_ARGS = f"Tensor inputs_embeds, {NOISE_ARGS}"
+FAMILIES = ("", "reference_")
+
+REFERENCE_CHUNK = 1 << 20  # elements the reference computes at once: bounds its int64 scratch
+
+library = torch.library.Library(NAMESPACE, "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+for _family in FAMILIES:
+    for _name, _args in (("noisy_embedding", EMBEDDING_ARGS), ("add_noise", ADD_ARGS)):
+        library.define(f"{_family}{_name}({_args}) -> Tensor", tags=TAGS)
+        library.define(f"{_family}{_name}.out({_args}, *, Tensor(a!) out) -> ()", tags=TAGS)
+library.define("mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, Tensor)", tags=TAGS)
+library.define("draw_seed(Device device) -> Tensor", tags=(*TAGS, torch.Tag.nondeterministic_seeded))
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """One 64-bit draw from the device's default (or the given) generator: a 0-dim int64 tensor on the device."""
+    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+
+
+def _reference_embedding_out(
+    input_ids: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    noise_alpha: Tensor,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    padding_idx: int = -1,
+    embed_scale: float = 1.0,
+    *,
+    out: Tensor,
+) -> None:
+    ids = input_ids.reshape(-1).long()
+    outside = (ids < 0) | (ids >= weight.shape[0])
+    if ids.device.type == "cpu" and bool(outside.any()):
+        raise IndexError(f"input_ids must lie in [0, num_embeddings = {weight.shape[0]}), got {int(ids[outside][0])}")
+    safe = torch.where(outside, 0, ids)
+
+    def rows(chunk: slice) -> Tensor:
+        if weight.shape[0] == 0:  # only an accelerator gets here with tokens: every id is out of range
+            return weight.new_full((outside[chunk].numel(), weight.shape[1]), float("nan"))
+        embedded = reference.embed(safe[chunk], weight, embed_scale)
+        if ids.device.type == "cpu":
+            return embedded
+        return torch.where(outside[chunk, None], float("nan"), embedded)
+
+    _reference_rows_out(
+        rows,
+        input_ids.shape,
+        weight.shape[1],
+        seed,
+        noise_alpha,
+        layouts.Layout(document, position, lengths, cu_seqlens),
+        (stream, sample_offset, position_offset),
+        out,
+    )
+
+
+def _reference_add_out(
+    inputs_embeds: Tensor,
+    seed: Tensor,
+    noise_alpha: Tensor,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    *,
+    out: Tensor,
+) -> None:
+    embedding_dim = inputs_embeds.shape[-1]
+    embeddings = inputs_embeds.reshape(inputs_embeds.shape[:-1].numel(), embedding_dim)
+    _reference_rows_out(
+        lambda chunk: embeddings[chunk],
+        inputs_embeds.shape[:-1],
+        embedding_dim,
+        seed,
+        noise_alpha,
+        layouts.Layout(document, position, lengths, cu_seqlens),
+        (stream, sample_offset, position_offset),
+        out,
+    )
+
+
+def _reference_rows_out(
+    rows: Callable[[slice], Tensor],
+    shape: torch.Size,
+    embedding_dim: int,
+    seed: Tensor,
+    noise_alpha: Tensor,
+    layout: layouts.Layout,
+    offsets: tuple[int, int, int],
+    out: Tensor,
+) -> None:
+    """reference.py over all tokens, a bounded number of rows at a time."""
+    stream, sample_offset, position_offset = offsets
+    sample, position, length = layouts.per_token(layout, shape, out.device, sample_offset, position_offset)
+    flat = out.view(sample.numel(), embedding_dim)
+    for start in range(0, sample.numel(), max(1, REFERENCE_CHUNK // max(1, embedding_dim))):
+        chunk = slice(start, start + max(1, REFERENCE_CHUNK // max(1, embedding_dim)))
+        noise = reference.neftune_noise(sample[chunk], position[chunk], length[chunk], embedding_dim, noise_alpha, seed, stream)
+        flat[chunk] = reference.add_noise(rows(chunk), noise)
+
+
+def _functional(out_overload: Callable[..., None], new_output: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any) -> Tensor:
+        out = new_output(*args)
+        out_overload(*args, out=out)
+        return out
+
+    return call
+
+
+def _fake_embedding(input_ids: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return weight.new_empty((*input_ids.shape, weight.shape[1]))
+
+
+def _fake_add(inputs_embeds: Tensor, *args: Any) -> Tensor:
+    return inputs_embeds.new_empty(inputs_embeds.shape)
+
+
+def _fake_out(*args: Any, out: Tensor) -> None:
+    pass
+
+
+def _fake_mask_layout(attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    document, position, lengths = (given.new_empty((given.numel(),), dtype=torch.int64) for _ in range(3))
+    return document, position, lengths
+
+
+def embedding_weight_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, padding_idx: int, embed_scale: float) -> Tensor:
+    """F.embedding's own dense gradient of `grad * embed_scale`, bit for bit.
+
+    A scale is applied in column chunks: the sums of a column do not depend on the others, and no second (tokens, d) buffer is made.
+    """
+    dense = torch.ops.aten.embedding_dense_backward
+    if embed_scale == 1:
+        return dense(grad, input_ids, num_embeddings, padding_idx, False)
+    width = 256
+    chunks = [
+        dense(grad[..., start : start + width] * embed_scale, input_ids, num_embeddings, padding_idx, False)
+        for start in range(0, max(1, grad.shape[-1]), width)
+    ]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
+
+
+def _setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input_ids, weight = inputs[0], inputs[1]
+    ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale = weight.shape[0], inputs[-2], inputs[-1]
+    ctx.save_for_backward(input_ids)
+
+
+def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (input_ids,) = ctx.saved_tensors
+    weight_grad = None
+    if ctx.needs_input_grad[1]:
+        weight_grad = embedding_weight_grad(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
+    return (None, weight_grad, *(None,) * 11)
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _backward_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (grad, *(None,) * 9)
+
+
+for _family in FAMILIES:
+    for _name, _out, _new, _fake, _setup, _backward in (
+        ("noisy_embedding", _reference_embedding_out, _fake_embedding, _fake_embedding, _setup_embedding, _backward_embedding),
+        ("add_noise", _reference_add_out, _fake_add, _fake_add, _setup_add, _backward_add),
+    ):
+        _packet = getattr(torch.ops.neftune_kernels, _family + _name)
+        library.impl(f"{_family}{_name}.out", _out, "CompositeExplicitAutograd")
+        library.impl(f"{_family}{_name}", _functional(_packet.out, _new), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}", _fake, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}.out", _fake_out, lib=library)
+        torch.library.register_autograd(f"{NAMESPACE}::{_family}{_name}", _backward, setup_context=_setup, lib=library)
+library.impl("mask_layout", layouts.mask_layout, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::mask_layout", _fake_mask_layout, lib=library)
+library.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::draw_seed", lambda device: torch.empty((), dtype=torch.int64, device=device), lib=library)
+
+
+class NoisyEmbedding(torch.autograd.Function):
+    """noisy_embedding as a Function, for torch.func and torch.compile: `apply(op, input_ids, weight, ...)`, every argument of the op."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Tensor:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_embedding(ctx, inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (input_ids,) = ctx.saved_tensors
+        weight_grad = None
+        if ctx.needs_input_grad[2]:
+            weight_grad = embedding_weight_grad(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
+        return (None, None, weight_grad, *(None,) * 11)
+
+
+class AddNoise(torch.autograd.Function):
+    """add_noise as a Function: the gradient passes through. `apply(op, inputs_embeds, ...)`, every argument of the op."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Tensor:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, grad, *(None,) * 9)
+
+
+# ---- the native CPU library
+
+
+class NativeLibrary(NamedTuple):
+    handle: ctypes.CDLL | None
+    reason: str  # "" when loaded
+
+
+def _load_native() -> NativeLibrary:
+    if os.environ.get("NEFTUNE_DISABLE_CPP") == "1":
+        return NativeLibrary(None, "switched off by NEFTUNE_DISABLE_CPP=1")
+    folder = pathlib.Path(__file__).parent
+    paths = sorted(path for pattern in ("_C*.so", "_C*.pyd") for path in folder.glob(pattern))
+    if not paths:
+        log = folder / "_build_error.txt"
+        return NativeLibrary(None, f"not built: {log.read_text().strip()}" if log.exists() else "not built: no library beside the package")
+    try:
+        torch.ops.load_library(str(paths[0]))
+        return NativeLibrary(ctypes.CDLL(str(paths[0])), "")
+    except (OSError, RuntimeError) as error:
+        return NativeLibrary(None, f"{paths[0].name} failed to load: {error}")
+
+
+native = _load_native()
+
+
+def simd_level() -> str:
+    """The instruction set the C++ kernel uses on this machine ("avx512", "avx2", "neon", "scalar"), or "none" without the library."""
+    if native.handle is None:
+        return "none"
+    native.handle.neftune_kernels_simd_level.restype = ctypes.c_char_p
+    return str(native.handle.neftune_kernels_simd_level().decode())
+
+
+# ---- the table of backends
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+ACCELERATOR_REASONS = {
+    "triton": "not part of this version: the Triton kernel comes in a later release",
+    "cuda": "not part of this version: the CUDA C++ extension comes in a later release",
+}
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCE_DTYPES = (*CPP_DTYPES, torch.float64)
+
+
+def available_backends(device_type: str | None = None) -> dict[str, str]:
+    """Every backend's name → "available", or the reason why it is not.
+
+    Args:
+        device_type: "cpu", "cuda", ...: judge for tensors of that device; None: for any device.
+
+    Example:
+        >>> available_backends("cpu")["reference"]
+        'available'
+    """
+    if device_type is not None:
+        device_type = torch.device(device_type).type
+    cpp = native.reason or "available"
+    if cpp == "available" and device_type not in (None, "cpu"):
+        cpp = f"wrong device: runs on cpu, not on {device_type}"
+    reasons = {"reference": "available", "cpp": cpp, **ACCELERATOR_REASONS}
+    if device_type == "cpu":
+        reasons |= {name: "wrong device: runs on GPUs, not on cpu" for name in ACCELERATOR_REASONS}
+    return reasons
+
+
+_warned_devices: set[str] = set()
+
+
+def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend's name for tensors of this device and dtype; ValueError with the reason where `backend` cannot serve them."""
+    if dtype not in REFERENCE_DTYPES:
+        raise TypeError(f"embeddings must be float32, bfloat16, float16 or float64, got {dtype}")
+    if backend is None:
+        if device.type == "cpu" or device.type == "meta":
+            return "cpp" if not native.reason and dtype in CPP_DTYPES else "reference"
+        if device.type not in _warned_devices and not torch.compiler.is_compiling():
+            _warned_devices.add(device.type)
+            warnings.warn(f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend", stacklevel=4)
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    reason = available_backends(device.type)[backend]
+    if reason != "available":
+        raise ValueError(f"backend {backend!r} is not available: {reason}")
+    if backend == "cpp" and dtype not in CPP_DTYPES:
+        raise ValueError(f"backend 'cpp' is not available: dtype {dtype} is served by the reference backend alone")
+    return backend
+
+
+def operator(name: str, backend: str) -> Any:
+    """The operator ("noisy_embedding" or "add_noise") that runs this backend."""
+    return getattr(torch.ops.neftune_kernels, f"reference_{name}" if backend == "reference" else name)

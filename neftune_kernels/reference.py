@@ -1,0 +1,95 @@
+"""The NEFTune noise in plain PyTorch: the arbiter of every backend. Slow, exact, short.
+
+NEFTune (Jain et al. 2023, arXiv 2310.05914, Algorithm 1) adds to every real token of a sample of L real tokens, in a model of hidden size d,
+
+    noise = alpha / √(L·d) · u,    u uniform on (-1, 1), one draw per column.
+
+Here u is a pure function of (seed, stream, sample, position, column): Philox-4x32 with 7 rounds (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"; 7 is their Crush-resistant count), so a token's noise does not depend on padding, packing, batching, sharding
+or backend. One block serves 8 columns:
+
+    key     = (seed mod 2³², seed ≫ 32)
+    counter = (column // 8, position, sample, stream)
+    word k of block j → columns 8j+2k (low 16 bits) and 8j+2k+1 (high 16 bits)
+    x       = float32(int32((half << 16) | 0x8000))          exact: (int16(half) + ½)·65536
+    step    = float32(alpha / √(L·d)) · 2⁻³¹                  the quotient in float64, rounded once
+    noise   = x · step                                        one float32 rounding
+    out     = cast(W(e) + W(noise)),  e = cast(W(weight)·W(scale))    W = float32, float64 for float64; never an FMA
+
+u takes 65 536 equally likely values, symmetric about 0, with mean 0 and variance (1 - 2⁻³²)/3.
+"""
+
+import torch
+from torch import Tensor
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # ⌊2³²·(φ-1)⌋, ⌊2³²·(√3-1)⌋
+UINT32 = 0xFFFFFFFF
+SMALLEST_STEP = 2.0**-121  # magnitude 2⁻⁹⁰: below it noise could be subnormal, so there is none
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 7) -> tuple[Tensor, ...]:
+    """Philox-4x32: four uint32 counter words and two uint32 key words to four uint32 words, all held in int64 and broadcast together."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # wrap mod 2⁶⁴: every bit below is right
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & UINT32) ^ c1 ^ k0,
+            product1 & UINT32,
+            ((product0 >> 32) & UINT32) ^ c3 ^ k1,
+            product0 & UINT32,
+        )
+        k0, k1 = (k0 + PHILOX_KEY_STEPS[0]) & UINT32, (k1 + PHILOX_KEY_STEPS[1]) & UINT32
+    return c0, c1, c2, c3
+
+
+def noise_step(length: Tensor, embedding_dim: int, noise_alpha: float | Tensor) -> Tensor:
+    """float32(alpha / √(L·d)) · 2⁻³¹ for lengths L of any shape; 0 where L is 0 or the magnitude is below 2⁻⁹⁰."""
+    alpha = torch.as_tensor(noise_alpha, dtype=torch.float64).to(length.device)
+    bound = alpha / (length.clamp(min=1).double() * float(embedding_dim)).sqrt()
+    step = bound.float() * 2.0**-31
+    return torch.where((length > 0) & (step >= SMALLEST_STEP), step, 0.0)
+
+
+def uniform_lattice(seed: Tensor, stream: int, sample: Tensor, position: Tensor, embedding_dim: int) -> Tensor:
+    """x for every column: (N,) samples and positions, seed a 0-dim int64 tensor → (N, d) float32 odd multiples of 2¹⁵ in (-2³¹, 2³¹)."""
+    block = torch.arange((embedding_dim + 7) // 8, device=sample.device)  # (d/8,)
+    zero = torch.zeros_like(block)
+    counter = (block, position[:, None] & UINT32, sample[:, None] & UINT32, zero + (stream & UINT32))
+    words = torch.stack(philox4x32(counter, (seed & UINT32, (seed >> 32) & UINT32)), dim=-1)  # (N, d/8, 4)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :embedding_dim]  # (N, d)
+    return ((halves << 16) | 0x8000).int().float()
+
+
+def neftune_noise(
+    sample: Tensor, position: Tensor, length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, seed: Tensor, stream: int = 0
+) -> Tensor:
+    """The noise itself.
+
+    Args:
+        sample, position: (N,) int64, each token's sample and its place in it; counted mod 2³².
+        length: (N,) int64, real tokens of each token's sample; 0 for padding, which gets zeros.
+        seed: 0-dim int64 tensor on their device, any 64-bit pattern.
+
+    Returns:
+        (N, embedding_dim) float32.
+    """
+    step = noise_step(length, embedding_dim, noise_alpha)[:, None]
+    return torch.where(step > 0, uniform_lattice(seed, stream, sample, position, embedding_dim) * step, 0.0)
+
+
+def add_noise(embeddings: Tensor, noise: Tensor) -> Tensor:
+    """cast(W(e) + W(noise)) for (N, d) embeddings; where there is no noise the bits stay, a -0.0 included (x·step itself is never 0)."""
+    wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    noisy = (embeddings.to(wide) + noise.to(wide)).to(embeddings.dtype)
+    return torch.where(noise != 0, noisy, embeddings)
+
+
+def embed(input_ids: Tensor, weight: Tensor, embed_scale: float = 1.0) -> Tensor:
+    """e: rows of the (V, d) weight for (N,) ids, times embed_scale in W and rounded back to the weight's dtype."""
+    rows = weight[input_ids]
+    if embed_scale == 1:
+        return rows
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return (rows.to(wide) * torch.tensor(embed_scale, dtype=wide, device=weight.device)).to(weight.dtype)
