@@ -1,2 +1,17 @@
-"""NEFTune noise, exact and fused: see https://arxiv.org/abs/2310.05914 and docs/specification.md."""
+"""NEFTune noise for token embeddings, exact and fused. The specification is docs/specification.md; the paper arXiv 2310.05914."""
 
+from .functional import add_noise, neftune_noise, noisy_embedding
+from .integrations.transformers import NEFTuneHandle, apply_neftune
+from .modules import NEFTuneEmbedding
+from .ops import available_backends
+
+from .version import __version__
+__all__ = [
+    "NEFTuneEmbedding",
+    "NEFTuneHandle",
+    "add_noise",
+    "apply_neftune",
+    "available_backends",
+    "neftune_noise",
+    "noisy_embedding",
+]

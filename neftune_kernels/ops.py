@@ -1,4 +1,4 @@
-"""The operators' one contract: schemas, fakes, autograd, registration, the native library and the table of backends.
+"""The contract of the operators: schemas, fakes, autograd, registration, the native library and the table of backends.
 
 `torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the best
 kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`. Native libraries only add
@@ -220,13 +220,13 @@ torch.library.register_fake(f"{NAMESPACE}::draw_seed", lambda device: torch.empt
 
 
 class NoisyEmbedding(torch.autograd.Function):
-    """noisy_embedding as a Function, for torch.func and torch.compile: `apply(op, input_ids, weight, ...)`, every argument of the op."""
+    """noisy_embedding as a Function, for torch.func and torch.compile: `apply(operator_name, input_ids, weight, ...)`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: Any, *args: Any) -> Tensor:
-        return op(*args)
+    def forward(operator_name: str, *args: Any) -> Tensor:
+        return getattr(torch.ops.neftune_kernels, operator_name)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -242,13 +242,13 @@ class NoisyEmbedding(torch.autograd.Function):
 
 
 class AddNoise(torch.autograd.Function):
-    """add_noise as a Function: the gradient passes through. `apply(op, inputs_embeds, ...)`, every argument of the op."""
+    """add_noise as a Function: the gradient passes through. `apply(operator_name, inputs_embeds, ...)`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: Any, *args: Any) -> Tensor:
-        return op(*args)
+    def forward(operator_name: str, *args: Any) -> Tensor:
+        return getattr(torch.ops.neftune_kernels, operator_name)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -349,6 +349,10 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
     return backend
 
 
+def operator_name(name: str, backend: str) -> str:
+    return f"reference_{name}" if backend == "reference" else name
+
+
 def operator(name: str, backend: str) -> Any:
     """The operator ("noisy_embedding" or "add_noise") that runs this backend."""
-    return getattr(torch.ops.neftune_kernels, f"reference_{name}" if backend == "reference" else name)
+    return getattr(torch.ops.neftune_kernels, operator_name(name, backend))

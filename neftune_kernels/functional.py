@@ -1,0 +1,375 @@
+"""noisy_embedding, add_noise and neftune_noise: checks, layout, seed, choice of backend; the arithmetic is in the operators."""
+
+import math
+import operator as operators
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .layout import ROWS, Layout, check_layout
+
+IN_PLACE_LIMIT = 1 << 16  # elements: below it F.embedding and noise in its cache-warm output cost less than an autograd.Function
+
+
+class Offsets(NamedTuple):
+    """The words of the counter that the call itself decides, each in [0, 2³²)."""
+
+    stream: int = 0
+    sample_offset: int = 0
+    position_offset: int = 0
+
+
+NO_OFFSETS = Offsets()
+
+
+def check_alpha(noise_alpha: float | None) -> float:
+    """None means 0; else a finite number >= 0."""
+    if noise_alpha is None:
+        return 0.0
+    if isinstance(noise_alpha, (str, bool)) or not hasattr(noise_alpha, "__float__"):
+        raise TypeError(f"noise_alpha must be a number or None, got {noise_alpha!r}")
+    value = noise_alpha if isinstance(noise_alpha, (float, torch.SymFloat)) else float(noise_alpha)
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"noise_alpha must be finite and >= 0, got {noise_alpha!r}")
+    return value
+
+
+def check_scale(embed_scale: float) -> float:
+    value = float(embed_scale)
+    if not math.isfinite(value):
+        raise ValueError(f"embed_scale must be finite, got {embed_scale!r}")
+    return value
+
+
+def check_word(name: str, value: int) -> int:
+    """stream, sample_offset and position_offset are words of the Philox counter."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        value = operators.index(value)
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} must lie in [0, 2**32), got {value}")
+    return value
+
+
+def check_offsets(stream: int, sample_offset: int, position_offset: int) -> Offsets:
+    return Offsets(
+        check_word("stream", stream), check_word("sample_offset", sample_offset), check_word("position_offset", position_offset)
+    )
+
+
+def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
+    """As F.embedding reads it: negative counts from the end. None becomes -1, the operators' word for none."""
+    if padding_idx is None:
+        return -1
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(f"padding_idx must lie in [-num_embeddings, num_embeddings = {num_embeddings}), got {padding_idx}")
+    return padding_idx + num_embeddings if padding_idx < 0 else padding_idx
+
+
+@lru_cache(maxsize=64)
+def _cached_alpha_tensor(noise_alpha: float) -> Tensor:
+    return torch.full((), noise_alpha, dtype=torch.float64, device="cpu")
+
+
+def alpha_tensor(noise_alpha: float) -> Tensor:
+    """The operators take alpha as a 0-dim float64 CPU tensor: torch.compile then does not specialise on its value."""
+    if torch.compiler.is_compiling():
+        return torch.full((), noise_alpha, dtype=torch.float64, device="cpu")
+    return _cached_alpha_tensor(noise_alpha)
+
+
+def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The call's seed as a 0-dim int64 tensor on the device; one draw from the device's generator when nothing is given."""
+    if seed is None:
+        if torch.compiler.is_compiling() and generator is None:
+            return torch.ops.neftune_kernels.draw_seed(device)
+        return ops.draw_seed(device, generator)
+    if generator is not None:
+        raise ValueError("seed and generator may not both be given: a generator draws the seed")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise ValueError(f"a seed tensor must be 0-dim int64, got {seed.dtype} of shape {tuple(seed.shape)}")
+        return seed if seed.device == device else seed.to(device)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an int or a 0-dim int64 tensor, got {seed!r}")
+    value = seed if isinstance(seed, torch.SymInt) else operators.index(seed)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
+    return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
+
+
+class Samples(NamedTuple):
+    """What a caller says of the samples its tokens belong to."""
+
+    attention_mask: Tensor | None = None
+    lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def unknown(self) -> bool:
+        return self.attention_mask is None and self.lengths is None and self.cu_seqlens is None and self.position_ids is None
+
+
+NOTHING = Samples()
+
+
+def make_layout(shape: torch.Size, device: torch.device, samples: Samples) -> Layout:
+    """Check what the caller says and put it as the operators take it."""
+    if samples.unknown:
+        return ROWS
+    attention_mask, lengths, cu_seqlens, _ = samples
+    position_ids = check_layout(shape, device, *samples)
+    if cu_seqlens is not None:
+        return Layout(cu_seqlens=cu_seqlens.contiguous())
+    if lengths is not None:
+        if lengths.dtype not in (torch.int32, torch.int64):
+            lengths = lengths.long()
+        position = None if position_ids is None else position_ids.long().reshape(-1)
+        return Layout(position=position, lengths=lengths.reshape(-1))
+    mask = None if attention_mask is None else attention_mask.detach().contiguous()
+    ids = None if position_ids is None else position_ids.long().contiguous()
+    return Layout(*torch.ops.neftune_kernels.mask_layout(mask, ids))
+
+
+def _traced() -> bool:
+    """Inside torch.compile, torch.export or a torch.func transform: everything must go through operators and Functions."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def embed_with_noise(
+    input_ids: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    samples: Samples,
+    padding_idx: int,
+    embed_scale: float,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    offsets: Offsets,
+    backend: str | None,
+) -> Tensor:
+    """noisy_embedding for alpha > 0. Its three ways give the same bits, gradients and generator state; they differ in host time alone."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
+    device = weight.device
+    if device != input_ids.device:
+        raise ValueError(f"input_ids is on {input_ids.device}, weight on {device}: they must be on one device")
+    chosen = ops.choose_backend(backend, device, weight.dtype)
+    layout = make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples))
+    noise_args = (seed_tensor(seed, generator, device), alpha, *layout, *offsets)
+    args = (input_ids, weight, *noise_args, padding_idx, embed_scale)
+    if _traced():
+        return ops.NoisyEmbedding.apply(ops.operator_name("noisy_embedding", chosen), *args)
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        out = weight.new_empty((*input_ids.shape, weight.shape[1]))
+        ops.operator("noisy_embedding", chosen).out(*args, out=out)
+        return out
+    if embed_scale == 1 and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
+        embedded = torch.embedding(weight, input_ids, padding_idx)
+        rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
+        ops.operator("add_noise", chosen).out(rows, *noise_args, out=rows)
+        return embedded
+    return ops.NoisyEmbedding.apply(ops.operator_name("noisy_embedding", chosen), *args)
+
+
+def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
+    """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
+    if padding_idx < 0 or not samples.unknown:
+        return samples
+    return Samples(attention_mask=input_ids != padding_idx)
+
+
+def embeds_with_noise(
+    inputs_embeds: Tensor,
+    alpha: Tensor,
+    samples: Samples,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    offsets: Offsets,
+    backend: str | None,
+) -> Tensor:
+    """add_noise for alpha > 0."""
+    if not isinstance(inputs_embeds, Tensor):
+        raise TypeError(f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}")
+    if inputs_embeds.dim() == 0:
+        raise ValueError("inputs_embeds must have shape (..., embedding_dim), got ()")
+    device = inputs_embeds.device
+    chosen = ops.choose_backend(backend, device, inputs_embeds.dtype)
+    layout = make_layout(inputs_embeds.shape[:-1], device, samples)
+    args = (inputs_embeds, seed_tensor(seed, generator, device), alpha, *layout, *offsets)
+    if _traced() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
+        return ops.AddNoise.apply(ops.operator_name("add_noise", chosen), *args)
+    out = torch.empty_like(inputs_embeds, memory_format=torch.contiguous_format)
+    ops.operator("add_noise", chosen).out(*args, out=out)
+    return out
+
+
+def noisy_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    noise_alpha: float | None,
+    *,
+    attention_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    padding_idx: int | None = None,
+    embed_scale: float = 1.0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Embedding lookup with NEFTune noise in one pass.
+
+    out[token] = weight[id]·embed_scale + noise_alpha/√(L·d) · u[token], with u uniform on (-1, 1) and L the real tokens of the token's own
+    sample. Padding gets no noise. The noise is a constant for autograd: gradients are those of F.embedding(...)·embed_scale, bit for bit.
+
+    Args:
+        input_ids: (..., T) int32 or int64, any strides; the last axis is one row. (N,) is one row, 0-D one token.
+        weight: (V, d) float32, bfloat16, float16, or float64 (reference backend).
+        noise_alpha: the paper's alpha, finite and >= 0 (5, 10 and 15 are used there); None or 0: exactly F.embedding.
+        attention_mask: (..., T) bool, integer or float; real where not 0, holes and left padding included. Values that differ number
+            documents packed in a row.
+        lengths: (...) integers, real tokens of each row, right-padded; may exceed T for a shard of longer samples (`position_offset`).
+        cu_seqlens: (documents + 1,) int32 or int64, bounds of documents over the flattened tokens, from 0 to their number.
+        position_ids: (..., T) or one row of it, integers, alone or with attention_mask: a document opens where they do not go on; with
+            lengths: each token's place in its sample. At most one of attention_mask, lengths and cu_seqlens.
+        padding_idx: as in F.embedding; where nothing else tells padding, tokens equal to it are padding.
+        embed_scale: factor of the embedding, not of the noise (Gemma, BART); the product is rounded to weight's dtype first.
+        seed: int in [-2⁶³, 2⁶⁴) or 0-dim int64 tensor; None: one draw from the device's default generator (`torch.manual_seed`) or from
+            `generator`.
+        stream: word that separates data-parallel replicas, an integer in [0, 2³²).
+        sample_offset, position_offset: added to the sample index and position, in [0, 2³²): micro-batches and shards of a batch then
+            get the very noise of the whole.
+        backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        (..., T, d) in weight's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype, device or value breaks a rule above; the message names both.
+        IndexError: an id outside [0, V), on the CPU (an accelerator gives a NaN row without a sync).
+
+    Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv 2310.05914.
+
+    Example:
+        >>> weight = torch.zeros(10, 4)
+        >>> ids = torch.tensor([[1, 2, 3], [4, 0, 0]])
+        >>> out = noisy_embedding(ids, weight, 5.0, lengths=torch.tensor([3, 1]), seed=0)
+        >>> bool((out[0].abs() <= 5 / (3 * 4) ** 0.5).all()), out[1, 1:].abs().max().item()
+        (True, 0.0)
+    """
+    alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (num_embeddings, embedding_dim), got {tuple(weight.shape)}")
+    offsets = check_offsets(stream, sample_offset, position_offset)
+    padding = check_padding_idx(padding_idx, weight.shape[0])
+    if alpha == 0:
+        embedded = F.embedding(input_ids, weight, padding_idx)
+        return embedded if embed_scale == 1 else embedded * embed_scale
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    return embed_with_noise(input_ids, weight, alpha_tensor(alpha), samples, padding, embed_scale, seed, generator, offsets, backend)
+
+
+def add_noise(
+    inputs_embeds: Tensor,
+    noise_alpha: float | None,
+    *,
+    attention_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """NEFTune noise on embeddings built elsewhere, out of place; the very noise of :func:`noisy_embedding` for the same seed.
+
+    Args:
+        inputs_embeds: (..., T, d) float32, bfloat16, float16 or float64, any strides; its gradient passes through. (d,) is one token.
+        others: as in :func:`noisy_embedding`; masks and position ids have shape (..., T).
+
+    Returns:
+        (..., T, d) in its dtype; inputs_embeds itself when noise_alpha is None or 0.
+
+    Raises:
+        TypeError, ValueError: as :func:`noisy_embedding`.
+
+    Example:
+        >>> embeds = torch.zeros(1, 3, 4)
+        >>> add_noise(embeds, 0) is embeds
+        True
+        >>> torch.equal(add_noise(embeds, 5.0, seed=1), noisy_embedding(torch.zeros(1, 3).long(), torch.zeros(2, 4), 5.0, seed=1))
+        True
+    """
+    alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
+    if alpha == 0:
+        return inputs_embeds
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    return embeds_with_noise(inputs_embeds, alpha_tensor(alpha), samples, seed, generator, offsets, backend)
+
+
+def neftune_noise(
+    input_shape: torch.Size | tuple[int, ...],
+    embedding_dim: int,
+    noise_alpha: float | None,
+    *,
+    attention_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    backend: str | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The noise itself, in float32; zeros on padding, and everywhere when noise_alpha is None or 0.
+
+    Args:
+        input_shape: the tokens' shape (..., T).
+        embedding_dim: d, in [0, 2³¹).
+        device: None: that of the layout tensors given, else the default device.
+        others: as in :func:`noisy_embedding`.
+
+    Returns:
+        (..., T, d) float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`noisy_embedding`.
+
+    Example:
+        >>> noise = neftune_noise((2, 8), 64, 5.0, lengths=torch.tensor([8, 2]), seed=0)
+        >>> bool(noise[1, :2].abs().max() <= 5 / (2 * 64) ** 0.5), noise[1, 2:].abs().max().item()
+        (True, 0.0)
+    """
+    if not 0 <= embedding_dim < 2**31:
+        raise ValueError(f"embedding_dim must lie in [0, 2**31), got {embedding_dim}")
+    given: list[Any] = [attention_mask, lengths, cu_seqlens, position_ids, seed]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    if device is None and tensors:
+        device = tensors[0].device
+    alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
+    if alpha == 0:
+        return torch.zeros((*input_shape, embedding_dim), dtype=torch.float32, device=device)
+    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*input_shape, embedding_dim)  # no memory, no traffic
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    return embeds_with_noise(zeros, alpha_tensor(alpha), samples, seed, generator, offsets, backend)

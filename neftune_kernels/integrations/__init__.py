@@ -1,0 +1,1 @@
+"""NEFTune noise inside other libraries' models and trainers."""

@@ -1,0 +1,441 @@
+"""apply_neftune: noise in the input embedding of a model that somebody else wrote, with the masks its forward is given.
+
+The embedding keeps its object, Parameter, hooks and ties: only its class is swapped for a subclass of its own class, and undo swaps it back. A
+pre-hook on the model around it takes the attention mask, position ids or cumulative lengths as they arrive. Nothing here imports transformers.
+"""
+
+import inspect
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import layout as layouts
+from ..functional import (
+    NOTHING,
+    Offsets,
+    Samples,
+    check_alpha,
+    check_word,
+    embed_with_noise,
+    embeds_with_noise,
+    make_layout,
+    neftune_noise,
+    real_tokens,
+    seed_tensor,
+)
+from ..modules import PLAIN_WEIGHTS, NEFTuneEmbedding
+from ..ops import choose_backend
+
+HUGGING_FACE_MARK = "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
+
+
+class NoisyCall(NamedTuple):
+    """What it takes to compute the last call's noise again, when somebody asks for statistics."""
+
+    shape: torch.Size
+    embedding_dim: int
+    noise_alpha: float
+    samples: Samples
+    seed: Tensor
+    stream: int
+    backend: str
+
+
+class NEFTuneState:
+    """Shared by the noisy embedding and the hook on its model; copied with them by deepcopy and pickle."""
+
+    def __init__(self) -> None:
+        self.noise_alpha = 0.0
+        self.alpha = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.has_noise = False
+        self.stream: int | None = None
+        self.noise_without_grad = False
+        self.backend: str | None = None
+        self.hooked = False  # a model around the embedding tells us its samples
+        self.samples: Samples | None = None  # what the running forward said; None outside of one
+        self.calls = 0
+        self.skipped: Counter[str] = Counter()
+        self.last: NoisyCall | None = None
+        self.warned: set[str] = set()
+        self.handle: NEFTuneHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handle": None, "samples": None, "last": None}  # a copy is not steered by our handle
+
+    def set_alpha(self, noise_alpha: float | None) -> None:
+        self.noise_alpha = check_alpha(noise_alpha)
+        self.has_noise = self.noise_alpha > 0
+        self.alpha = torch.full((), self.noise_alpha, dtype=torch.float64, device="cpu")
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    def resolve_stream(self) -> int:
+        """The data-parallel index: the rank where there is a process group, else 0."""
+        if self.stream is not None:
+            return self.stream
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank()
+        return 0
+
+    def skip_reason(self, embedding: nn.Embedding) -> str | None:
+        if not embedding.training:
+            return "eval mode"
+        if not self.has_noise:
+            return "noise_alpha is 0"
+        if not self.noise_without_grad and not torch.is_grad_enabled():
+            return "no grad"
+        return None
+
+
+class _Noisy(nn.Embedding):
+    """Mixed in before the embedding's own class, whose forward stays what it was."""
+
+    _neftune: NEFTuneState
+    _neftune_base: type[nn.Embedding]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = self._neftune
+        reason = state.skip_reason(self)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                state.skipped[reason] += 1
+            return super().forward(input, *args, **kwargs)
+        if HUGGING_FACE_MARK in self.__dict__:
+            raise RuntimeError(
+                "this embedding would get two noises: transformers' own NEFTune hook is active on it. Set neftune_noise_alpha=None in the "
+                "training arguments, or do not call apply_neftune"
+            )
+        weight = self.weight
+        if state.samples is None and state.hooked:
+            state.warn_once(
+                "the noisy embedding was called outside its model's forward, so the lengths of the samples are unknown and every token "
+                "but padding_idx counts as real: use neftune_kernels.add_noise with an attention_mask there"
+            )
+        samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, state.samples or NOTHING)
+        stream = state.resolve_stream()
+        seed = seed_tensor(None, None, weight.device)
+        if not torch.compiler.is_compiling():
+            state.calls += 1
+            chosen = choose_backend(state.backend, weight.device, weight.dtype)
+            state.last = NoisyCall(input.shape, self.embedding_dim, state.noise_alpha, samples, seed, stream, chosen)
+        offsets = Offsets(stream, 0, 0)
+        fusible = self._neftune_base is nn.Embedding and type(weight) in PLAIN_WEIGHTS
+        if fusible and self.max_norm is None and not self.sparse and not self.scale_grad_by_freq:
+            padding = -1 if self.padding_idx is None else self.padding_idx
+            return embed_with_noise(input, weight, state.alpha, samples, padding, 1.0, seed, None, offsets, state.backend)
+        embedded = super().forward(input, *args, **kwargs)
+        return embeds_with_noise(embedded, state.alpha, samples, seed, None, offsets, state.backend)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild_noisy, (self._neftune_base,), self.__dict__
+
+
+_noisy_classes: dict[type, type] = {}
+
+
+def _noisy_class(base: type[nn.Embedding]) -> type:
+    if base not in _noisy_classes:
+        _noisy_classes[base] = type(f"NEFTune{base.__name__}", (_Noisy, base), {"_neftune_base": base, "__module__": __name__})
+    return _noisy_classes[base]
+
+
+def _rebuild_noisy(base: type[nn.Embedding]) -> nn.Module:
+    """Pickle and deepcopy: the class is made at run time, so it cannot be found by name."""
+    made = _noisy_class(base)
+    return made.__new__(made)  # type: ignore[no-any-return]
+
+
+class _TakeSamples:
+    """Forward pre-hook of the model around the embedding: what it is told of its samples."""
+
+    def __init__(self, state: NEFTuneState, names: tuple[str, ...]) -> None:
+        self.state, self.names = state, names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if given.get("inputs_embeds") is not None and module.training and self.state.has_noise and torch.is_grad_enabled():
+            self.state.warn_once(
+                "the model was given inputs_embeds, so its embedding and its NEFTune noise did not run: pass them through "
+                "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) first"
+            )
+        self.state.samples = samples_from_arguments(given, self.state)
+
+
+class _ForgetSamples:
+    """Forward hook, called even when the forward raised."""
+
+    def __init__(self, state: NEFTuneState) -> None:
+        self.state = state
+
+    def __call__(self, *_: Any) -> None:
+        self.state.samples = None
+
+
+def samples_from_arguments(given: dict[str, Any], state: NEFTuneState) -> Samples:
+    """The samples of a transformers model's arguments: cu_seq_lens_q, else position_ids with attention_mask, else attention_mask.
+
+    A mask longer than the ids (a cache before them) counts by its last columns. What cannot be read warns once.
+    """
+    input_ids = given.get("input_ids")
+    if not isinstance(input_ids, Tensor):
+        return NOTHING
+    if isinstance(given.get("cu_seq_lens_q"), Tensor):
+        return Samples(cu_seqlens=given["cu_seq_lens_q"])
+    mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    columns = input_ids.shape[-1]
+    if isinstance(position_ids, Tensor) and (position_ids.dim() != input_ids.dim() or position_ids.shape[-1] != columns):
+        state.warn_once(f"position_ids of shape {tuple(position_ids.shape)} do not tell NEFTune where samples begin and are not used")
+        position_ids = None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[-1] >= columns):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        state.warn_once(
+            f"an attention_mask that is not (batch, tokens) ({shape}) does not tell NEFTune the samples' lengths: every token "
+            "but padding_idx counts as real. Pass the model a 2-D attention_mask or position_ids"
+        )
+        mask = None
+    if mask is not None:
+        mask = mask[:, mask.shape[-1] - columns :]
+    return Samples(attention_mask=mask, position_ids=position_ids)
+
+
+class NEFTuneHandle:
+    """What apply_neftune returns: change alpha, read statistics, undo. Also a context manager that undoes on exit."""
+
+    def __init__(self, embeddings: list[nn.Embedding], model: nn.Module | None, state: NEFTuneState) -> None:
+        self._embeddings = [weakref.ref(embedding) for embedding in embeddings]  # a handle keeps no model alive
+        self._state: NEFTuneState | None = state
+        self._hooks: list[Any] = []
+        if model is not None:
+            names = tuple(_parameter_names(model))
+            self._hooks = [
+                model.register_forward_pre_hook(_TakeSamples(state, names), with_kwargs=True),
+                model.register_forward_hook(_ForgetSamples(state), always_call=True),
+            ]
+
+    def _live_state(self) -> NEFTuneState:
+        if self._state is None:
+            raise RuntimeError("this NEFTuneHandle was removed: call apply_neftune again")
+        return self._state
+
+    @property
+    def noise_alpha(self) -> float:
+        return self._live_state().noise_alpha
+
+    @noise_alpha.setter
+    def noise_alpha(self, value: float | None) -> None:
+        self._live_state().set_alpha(value)
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was: class, forward, hooks. A second call does nothing."""
+        if self._state is None:
+            return
+        for reference in self._embeddings:
+            embedding = reference()
+            if isinstance(embedding, _Noisy):
+                del embedding._neftune
+                embedding.__class__ = embedding._neftune_base
+        for hook in self._hooks:
+            hook.remove()
+        self._state.handle = None
+        self._state = None
+
+    def __enter__(self) -> "NEFTuneHandle":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def stats(self) -> dict[str, Any]:
+        """What the noise was, computed now: nothing is counted or synchronised in forward but two Python integers.
+
+        Returns:
+            calls: noisy forwards so far; skipped: forwards without noise by reason ("eval mode", "no grad", "noise_alpha is 0").
+            Of the last noisy forward, None before one: samples (with a real token), length_min, length_mean, length_max (real tokens),
+            magnitude_min, magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest |noise| over its sample's magnitude,
+            below 1) and backend. Forwards inside torch.compile are not counted.
+        """
+        state = self._live_state()
+        names = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max")
+        stats: dict[str, Any] = {"calls": state.calls, "samples": None, **dict.fromkeys(names), "max_noise_ratio": None, "backend": None}
+        stats["skipped"] = dict(state.skipped)
+        last = state.last
+        if last is None:
+            return stats
+        device = last.seed.device
+        layout = make_layout(last.shape, device, last.samples)
+        sample, _, length = layouts.per_token(layout, last.shape, device)
+        real = length > 0
+        lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1]  # one per sample with a real token
+        stats |= {"samples": lengths.numel(), "backend": last.backend}
+        if lengths.numel() == 0:
+            return stats
+        magnitudes = last.noise_alpha / (lengths.double() * last.embedding_dim).sqrt()
+        measured = (lengths.double(), magnitudes)
+        values = [float(how(tensor)) for tensor in measured for how in (torch.min, torch.mean, torch.max)]
+        stats |= dict(zip(names, values, strict=True))
+        noise = neftune_noise(
+            last.shape, last.embedding_dim, last.noise_alpha, **last.samples._asdict(), seed=last.seed, stream=last.stream, device=device
+        )
+        bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
+        stats["max_noise_ratio"] = float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max())
+        stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
+        return stats
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    return [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+
+
+def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> list[nn.Embedding]:
+    """The nn.Embedding modules behind what the caller named, PEFT's wrappers opened."""
+    found: Any = embedding
+    if isinstance(embedding, str):
+        try:
+            found = model.get_submodule(embedding)
+        except AttributeError as error:
+            raise ValueError(f"embedding={embedding!r} names no module of {type(model).__name__}: {error}") from None
+    elif embedding is None:
+        try:
+            found = model.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            found = None
+        if found is None:
+            raise ValueError(
+                f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the module with "
+                'embedding="path.to.embed" or pass the module itself'
+            )
+    if hasattr(found, "token_adapter"):
+        raise ValueError(
+            "PEFT's trainable_token_indices computes the embedding without calling it, so NEFTune noise would not be applied: train the "
+            "tokens with modules_to_save or a LoRA on the embedding"
+        )
+    if hasattr(found, "modules_to_save") and hasattr(found, "original_module"):
+        opened = [_open_wrapper(module) for module in (found.original_module, *found.modules_to_save.values())]
+    else:
+        opened = [_open_wrapper(found)]
+    for module in opened:
+        if isinstance(module, NEFTuneEmbedding):
+            raise ValueError("the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in module.to_embedding()")
+        if not isinstance(module, nn.Embedding):
+            raise ValueError(f"the input embedding must be an nn.Embedding, got {type(module).__name__}: name it with embedding=")
+        if "forward" in module.__dict__:
+            raise ValueError(
+                "the embedding carries a forward of its own as an instance attribute (a tensor-parallel plan or a monkey patch), which "
+                "would hide the noise: apply NEFTune before it, or remove it"
+            )
+    return opened
+
+
+def _open_wrapper(module: Any) -> Any:
+    while hasattr(module, "base_layer"):  # PEFT tuner layers
+        module = module.base_layer
+    return module
+
+
+def _model_around(model: nn.Module, embedding: nn.Module) -> nn.Module | None:
+    """The innermost module around the embedding whose forward takes an attention_mask."""
+    path = next((name for name, module in model.named_modules() if module is embedding), None)
+    if path is None:
+        raise ValueError("the embedding is not a part of the model")
+    parts = path.split(".")[:-1] if path else []
+    for depth in range(len(parts), -1, -1):
+        ancestor = model.get_submodule(".".join(parts[:depth]))
+        if ancestor is not embedding and "attention_mask" in _parameter_names(ancestor):
+            return ancestor
+    return None
+
+
+def apply_neftune(
+    model: nn.Module,
+    noise_alpha: float | None = 5.0,
+    *,
+    embedding: str | nn.Module | None = None,
+    stream: int | None = None,
+    noise_without_grad: bool = False,
+    backend: str | None = None,
+) -> NEFTuneHandle:
+    """Add NEFTune noise to a model's input embedding while it trains, with the sample lengths its own forward is told.
+
+    Noise is added in training mode with grad enabled; never in eval mode and never under `torch.no_grad()` (rollouts, reference models)
+    unless `noise_without_grad`. Lengths come from the model's arguments: cu_seq_lens_q, else position_ids with attention_mask, else
+    attention_mask, positional or by keyword; without any, every token but padding_idx is real. What cannot be read warns once.
+
+    Args:
+        model: a transformers PreTrainedModel, a PEFT model, or any module with get_input_embeddings().
+        noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the same handle.
+        embedding: the embedding's path in the model or the module itself, where get_input_embeddings() does not tell.
+        stream: word that separates data-parallel replicas; None: the rank of the default process group, 0 without one, at each call.
+        noise_without_grad: noise also where grad is disabled.
+        backend: as in :func:`noisy_embedding`.
+
+    Returns:
+        A handle with noise_alpha, stats() and remove(); also a context manager.
+
+    Raises:
+        ValueError: no nn.Embedding can be found or noised; bad alpha, stream or backend.
+
+    Example:
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = torch.nn.Embedding(10, 4)
+        ...     def forward(self, input_ids, attention_mask=None):
+        ...         return self.embed(input_ids)
+        >>> model = Model()
+        >>> with apply_neftune(model, 5.0, embedding="embed") as handle:
+        ...     _ = model(torch.tensor([[1, 2, 3], [4, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]))
+        ...     handle.stats()["length_min"], handle.stats()["length_max"]
+        (1, 3)
+        >>> type(model.embed).__name__
+        'Embedding'
+    """
+    alpha = check_alpha(noise_alpha)
+    if stream is not None:
+        check_word("stream", stream)
+    embeddings = _find_embeddings(model, embedding)
+    for module in embeddings:
+        choose_backend(backend, module.weight.device, module.weight.dtype)
+    around = _model_around(model, embeddings[0])
+    state = next((module._neftune for module in embeddings if isinstance(module, _Noisy)), None)
+    if state is None or state.handle is None or not all(isinstance(module, _Noisy) for module in embeddings):
+        for module in embeddings:
+            _forget_copy(module)
+        _forget_hooks(around)
+        state = NEFTuneState()
+        state.handle = NEFTuneHandle(embeddings, around, state)
+        state.hooked = around is not None
+        for module in embeddings:
+            module.__class__ = _noisy_class(type(module))
+            module._neftune = state  # type: ignore[assignment]
+    state.set_alpha(alpha)
+    state.stream, state.noise_without_grad, state.backend = stream, noise_without_grad, backend
+    return state.handle
+
+
+def _forget_copy(module: nn.Embedding) -> None:
+    """A deepcopied or unpickled embedding is noisy but has no handle: make it plain before it is applied anew."""
+    if isinstance(module, _Noisy):
+        del module._neftune
+        module.__class__ = module._neftune_base
+
+
+def _forget_hooks(model: nn.Module | None) -> None:
+    if model is None:
+        return
+    hooks: Callable[..., Any]
+    for registered, extras in (
+        (model._forward_pre_hooks, (model._forward_pre_hooks_with_kwargs,)),
+        (model._forward_hooks, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
+    ):
+        for key, hooks in list(registered.items()):
+            if isinstance(hooks, (_TakeSamples, _ForgetSamples)):
+                for where in (registered, *extras):
+                    where.pop(key, None)  # type: ignore[attr-defined]

@@ -1,0 +1,254 @@
+"""NEFTuneEmbedding: nn.Embedding whose training forward adds NEFTune noise."""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .functional import (
+    NO_OFFSETS,
+    Offsets,
+    Samples,
+    check_alpha,
+    check_offsets,
+    check_scale,
+    check_word,
+    embed_with_noise,
+    embeds_with_noise,
+    real_tokens,
+)
+
+PLAIN_WEIGHTS = (nn.Parameter, Tensor)
+
+
+class NEFTuneEmbedding(nn.Embedding):
+    """A drop-in for nn.Embedding that adds NEFTune noise in training mode, like nn.Dropout, and is nn.Embedding in eval mode.
+
+    Training: out[token] = weight[id]·embed_scale + noise_alpha/√(L·d) · u[token], L the real tokens of the token's own sample.
+    The state_dict, weight tying, padding_idx, max_norm, sparse, scale_grad_by_freq and every other argument are nn.Embedding's.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as nn.Embedding.
+        noise_alpha: the paper's alpha, finite and >= 0; None or 0: no noise. Assign `module.noise_alpha` for a schedule.
+        embed_scale: factor of the embedding, in eval mode too (Gemma, BART); not of the noise.
+        stream: word that separates data-parallel replicas: pass the data-parallel rank.
+        backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
+
+    Shape:
+        input (..., T) int32 or int64 → (..., T, embedding_dim).
+
+    Source: arXiv 2310.05914.
+
+    Example:
+        >>> embedding = NEFTuneEmbedding(100, 16, padding_idx=0, noise_alpha=5.0)
+        >>> ids = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]])
+        >>> noisy = embedding(ids, attention_mask=ids != 0)
+        >>> clean = embedding.eval()(ids)
+        >>> ((noisy - clean).abs().amax((1, 2)) <= 5 / (torch.tensor([3, 1]) * 16) ** 0.5).tolist()
+        [True, True]
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        noise_alpha: float | None = 5.0,
+        embed_scale: float = 1.0,
+        stream: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        alpha = check_alpha(noise_alpha)  # refuse before anything is allocated
+        embed_scale, stream = check_scale(embed_scale), check_word("stream", stream)
+        if backend is not None and backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be None or one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+            _weight=_weight,
+            _freeze=_freeze,
+            device=device,
+            dtype=dtype,
+        )
+        self.noise_alpha = alpha
+        self.embed_scale, self.stream, self.backend = embed_scale, stream, backend
+
+    @property
+    def noise_alpha(self) -> float:
+        return self._noise_alpha
+
+    @noise_alpha.setter
+    def noise_alpha(self, value: float | None) -> None:
+        self._noise_alpha = check_alpha(value)
+        self._has_noise = self._noise_alpha > 0
+        self._alpha = torch.full((), self._noise_alpha, dtype=torch.float64, device="cpu")  # a graph input: no recompilation per value
+
+    @property
+    def _fusible(self) -> bool:
+        return self.max_norm is None and not self.sparse and not self.scale_grad_by_freq
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        stream: int | None = None,
+        sample_offset: int = 0,
+        position_offset: int = 0,
+    ) -> Tensor:
+        """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s."""
+        weight = self.weight
+        noisy = self.training and self._has_noise
+        if noisy and self._fusible and type(weight) in PLAIN_WEIGHTS:
+            return embed_with_noise(
+                input,
+                weight,
+                self._alpha,
+                Samples(attention_mask, lengths, cu_seqlens, position_ids),
+                -1 if self.padding_idx is None else self.padding_idx,
+                self.embed_scale,
+                seed,
+                generator,
+                self._offsets(stream, sample_offset, position_offset),
+                self.backend,
+            )
+        embedded = F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+        if self.embed_scale != 1:
+            embedded = embedded * self.embed_scale
+        if not noisy:
+            return embedded
+        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+        samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
+        offsets = self._offsets(stream, sample_offset, position_offset)
+        return embeds_with_noise(embedded, self._alpha, samples, seed, generator, offsets, self.backend)
+
+    def _offsets(self, stream: int | None, sample_offset: int, position_offset: int) -> Offsets:
+        if stream is None:
+            stream = self.stream
+            if stream == 0 and sample_offset == 0 and position_offset == 0:
+                return NO_OFFSETS
+        return check_offsets(stream, sample_offset, position_offset)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        noise_alpha: float | None = 5.0,
+        *,
+        embed_scale: float = 1.0,
+        stream: int = 0,
+        backend: str | None = None,
+    ) -> "NEFTuneEmbedding":
+        """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training mode.
+
+        Raises:
+            TypeError: not an nn.Embedding, or a subclass with a forward of its own, which this class would replace (use apply_neftune).
+
+        Example:
+            >>> plain = nn.Embedding(10, 4)
+            >>> NEFTuneEmbedding.from_embedding(plain).weight is plain.weight
+            True
+        """
+        if not isinstance(embedding, nn.Embedding):
+            raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
+        if not isinstance(embedding, NEFTuneEmbedding) and type(embedding).forward is not nn.Embedding.forward:
+            raise TypeError(
+                f"{type(embedding).__name__} has a forward of its own, which NEFTuneEmbedding would replace: apply_neftune keeps it"
+            )
+        noisy = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            padding_idx=embedding.padding_idx,
+            max_norm=embedding.max_norm,
+            norm_type=embedding.norm_type,
+            scale_grad_by_freq=embedding.scale_grad_by_freq,
+            sparse=embedding.sparse,
+            _weight=embedding.weight.detach(),
+            noise_alpha=noise_alpha,
+            embed_scale=embed_scale,
+            stream=stream,
+            backend=backend,
+        )
+        noisy.weight = embedding.weight
+        return noisy.train(embedding.training)
+
+    def to_embedding(self) -> nn.Embedding:
+        """A plain nn.Embedding with the same Parameter object. It has no embed_scale: a scale other than 1 warns."""
+        if self.embed_scale != 1:
+            warnings.warn(f"nn.Embedding has no embed_scale: multiply its output by {self.embed_scale} yourself", stacklevel=2)
+        plain = nn.Embedding(
+            self.num_embeddings,
+            self.embedding_dim,
+            padding_idx=self.padding_idx,
+            max_norm=self.max_norm,
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            _weight=self.weight.detach(),
+        )
+        plain.weight = self.weight
+        return plain.train(self.training)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        **noise: Any,
+    ) -> "NEFTuneEmbedding":
+        """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, stream, backend.
+
+        Example:
+            >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
+            10.0
+        """
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must have shape (num_embeddings, embedding_dim), got {tuple(embeddings.shape)}")
+        return cls(
+            *embeddings.shape,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+            _weight=embeddings,
+            _freeze=freeze,
+            **noise,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"noise_alpha={self.noise_alpha}"]
+        if self.embed_scale != 1:
+            parts.append(f"embed_scale={self.embed_scale}")
+        if self.stream != 0:
+            parts.append(f"stream={self.stream}")
+        if self.backend is not None:
+            parts.append(f"backend={self.backend!r}")
+        return ", ".join(parts)
