@@ -4,11 +4,12 @@ from .functional import add_noise, neftune_noise, noisy_embedding
 from .integrations.transformers import NEFTuneHandle, apply_neftune
 from .modules import NEFTuneEmbedding
 from .ops import available_backends
-
 from .version import __version__
+
 __all__ = [
     "NEFTuneEmbedding",
     "NEFTuneHandle",
+    "__version__",
     "add_noise",
     "apply_neftune",
     "available_backends",

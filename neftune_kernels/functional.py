@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .layout import ROWS, Layout, check_layout
@@ -30,12 +31,13 @@ def check_alpha(noise_alpha: float | None) -> float:
     """None means 0; else a finite number >= 0."""
     if noise_alpha is None:
         return 0.0
-    if isinstance(noise_alpha, (str, bool)) or not hasattr(noise_alpha, "__float__"):
-        raise TypeError(f"noise_alpha must be a number or None, got {noise_alpha!r}")
-    value = noise_alpha if isinstance(noise_alpha, (float, torch.SymFloat)) else float(noise_alpha)
-    if not 0.0 <= value < math.inf:
+    if not isinstance(noise_alpha, (float, torch.SymFloat)):
+        if isinstance(noise_alpha, (str, bytes, bool)) or not hasattr(noise_alpha, "__float__"):
+            raise TypeError(f"noise_alpha must be a number or None, got {noise_alpha!r}")
+        noise_alpha = float(noise_alpha)
+    if not 0.0 <= noise_alpha < math.inf:
         raise ValueError(f"noise_alpha must be finite and >= 0, got {noise_alpha!r}")
-    return value
+    return noise_alpha
 
 
 def check_scale(embed_scale: float) -> float:
@@ -45,21 +47,25 @@ def check_scale(embed_scale: float) -> float:
     return value
 
 
+def check_integer(name: str, value: Any) -> int:
+    """An int, a SymInt, or what has __index__ (numpy integers, 0-dim integer tensors); a bool is a mistake."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return operators.index(value)
+
+
 def check_word(name: str, value: int) -> int:
     """stream, sample_offset and position_offset are words of the Philox counter."""
-    if type(value) is not int and not isinstance(value, torch.SymInt):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        value = operators.index(value)
+    value = check_integer(name, value)
     if not 0 <= value < 2**32:
         raise ValueError(f"{name} must lie in [0, 2**32), got {value}")
     return value
 
 
 def check_offsets(stream: int, sample_offset: int, position_offset: int) -> Offsets:
-    return Offsets(
-        check_word("stream", stream), check_word("sample_offset", sample_offset), check_word("position_offset", position_offset)
-    )
+    return Offsets(check_word("stream", stream), check_word("sample_offset", sample_offset), check_word("position_offset", position_offset))
 
 
 def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
@@ -79,7 +85,9 @@ def _cached_alpha_tensor(noise_alpha: float) -> Tensor:
 def alpha_tensor(noise_alpha: float) -> Tensor:
     """The operators take alpha as a 0-dim float64 CPU tensor: torch.compile then does not specialise on its value."""
     if torch.compiler.is_compiling():
-        return torch.full((), noise_alpha, dtype=torch.float64, device="cpu")
+        return (
+            torch.ones((), dtype=torch.float64, device="cpu") * noise_alpha
+        )  # a product keeps a traced float symbolic, torch.full does not
     return _cached_alpha_tensor(noise_alpha)
 
 
@@ -95,9 +103,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, de
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise ValueError(f"a seed tensor must be 0-dim int64, got {seed.dtype} of shape {tuple(seed.shape)}")
         return seed if seed.device == device else seed.to(device)
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be an int or a 0-dim int64 tensor, got {seed!r}")
-    value = seed if isinstance(seed, torch.SymInt) else operators.index(seed)
+    value = check_integer("seed", seed)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
     return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
@@ -137,9 +143,9 @@ def make_layout(shape: torch.Size, device: torch.device, samples: Samples) -> La
     return Layout(*torch.ops.neftune_kernels.mask_layout(mask, ids))
 
 
-def _traced() -> bool:
-    """Inside torch.compile, torch.export or a torch.func transform: everything must go through operators and Functions."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _transformed() -> bool:
+    """Inside a torch.func transform or forward-mode AD: only an autograd.Function does right, or says that it cannot."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def embed_with_noise(
@@ -166,13 +172,14 @@ def embed_with_noise(
     layout = make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples))
     noise_args = (seed_tensor(seed, generator, device), alpha, *layout, *offsets)
     args = (input_ids, weight, *noise_args, padding_idx, embed_scale)
-    if _traced():
-        return ops.NoisyEmbedding.apply(ops.operator_name("noisy_embedding", chosen), *args)
-    if not (weight.requires_grad and torch.is_grad_enabled()):
+    transformed, compiling = _transformed(), torch.compiler.is_compiling()
+    if not transformed and not (weight.requires_grad and torch.is_grad_enabled()):
+        if compiling:
+            return ops.operator("noisy_embedding", chosen)(*args)
         out = weight.new_empty((*input_ids.shape, weight.shape[1]))
         ops.operator("noisy_embedding", chosen).out(*args, out=out)
         return out
-    if embed_scale == 1 and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
+    if not transformed and not compiling and embed_scale == 1 and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
         embedded = torch.embedding(weight, input_ids, padding_idx)
         rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
         ops.operator("add_noise", chosen).out(rows, *noise_args, out=rows)
@@ -205,8 +212,10 @@ def embeds_with_noise(
     chosen = ops.choose_backend(backend, device, inputs_embeds.dtype)
     layout = make_layout(inputs_embeds.shape[:-1], device, samples)
     args = (inputs_embeds, seed_tensor(seed, generator, device), alpha, *layout, *offsets)
-    if _traced() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
+    if _transformed() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
         return ops.AddNoise.apply(ops.operator_name("add_noise", chosen), *args)
+    if torch.compiler.is_compiling():
+        return ops.operator("add_noise", chosen)(*args)
     out = torch.empty_like(inputs_embeds, memory_format=torch.contiguous_format)
     ops.operator("add_noise", chosen).out(*args, out=out)
     return out

@@ -111,8 +111,9 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
 def mask_layout(attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Number the documents of (..., T) masks and position ids, at least one of them given, in row-major order.
 
-    Every row opens a document, and so does every further real token whose mask value differs from its real predecessor's in the row or whose
-    position id minus that predecessor's is neither 1 nor their column distance. Positions count columns from the document's first real token.
+    Every row opens a document, and so does every further real token whose mask value differs from its real predecessor's in the row or
+    whose position id minus that predecessor's is neither 1 nor their column distance. Positions count columns from the document's first
+    real token.
 
     Returns:
         document (N,) int64 with -1 for padding, position (N,) int64, lengths (N,) int64 indexed by document.

@@ -232,7 +232,8 @@ class NEFTuneEmbedding(nn.Embedding):
         if embeddings.dim() != 2:
             raise ValueError(f"embeddings must have shape (num_embeddings, embedding_dim), got {tuple(embeddings.shape)}")
         return cls(
-            *embeddings.shape,
+            num_embeddings=embeddings.shape[0],
+            embedding_dim=embeddings.shape[1],
             padding_idx=padding_idx,
             max_norm=max_norm,
             norm_type=norm_type,

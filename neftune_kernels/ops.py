@@ -1,8 +1,9 @@
 """The contract of the operators: schemas, fakes, autograd, registration, the native library and the table of backends.
 
-`torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the best
-kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`. Native libraries only add
-implementations of what is defined here, so an install without a compiler has the same operators. Each has an `out` overload without autograd.
+`torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the
+best kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`. Native libraries
+only add implementations of what is defined here, so an install without a compiler has the same operators. Each has an `out` overload
+without autograd.
 """
 
 import ctypes
@@ -321,7 +322,7 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
         cpp = f"wrong device: runs on cpu, not on {device_type}"
     reasons = {"reference": "available", "cpp": cpp, **ACCELERATOR_REASONS}
     if device_type == "cpu":
-        reasons |= {name: "wrong device: runs on GPUs, not on cpu" for name in ACCELERATOR_REASONS}
+        reasons |= dict.fromkeys(ACCELERATOR_REASONS, "wrong device: runs on GPUs, not on cpu")
     return reasons
 
 

@@ -1,6 +1,6 @@
 """The NEFTune noise in plain PyTorch: the arbiter of every backend. Slow, exact, short.
 
-NEFTune (Jain et al. 2023, arXiv 2310.05914, Algorithm 1) adds to every real token of a sample of L real tokens, in a model of hidden size d,
+NEFTune (Jain et al. 2023, arXiv 2310.05914, Algorithm 1) adds to every real token of a sample of L real tokens, hidden size d,
 
     noise = alpha / √(L·d) · u,    u uniform on (-1, 1), one draw per column.
 

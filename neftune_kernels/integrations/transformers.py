@@ -1,7 +1,8 @@
 """apply_neftune: noise in the input embedding of a model that somebody else wrote, with the masks its forward is given.
 
-The embedding keeps its object, Parameter, hooks and ties: only its class is swapped for a subclass of its own class, and undo swaps it back. A
-pre-hook on the model around it takes the attention mask, position ids or cumulative lengths as they arrive. Nothing here imports transformers.
+The embedding keeps its object, Parameter, hooks and ties: only its class is swapped for a subclass of its own class, and undo swaps it
+back. A pre-hook on the model around it takes the attention mask, position ids or cumulative lengths as they arrive. Nothing here imports
+transformers.
 """
 
 import inspect
@@ -138,19 +139,19 @@ class _Noisy(nn.Embedding):
         return _rebuild_noisy, (self._neftune_base,), self.__dict__
 
 
-_noisy_classes: dict[type, type] = {}
+_noisy_classes: dict[type, Any] = {}
 
 
-def _noisy_class(base: type[nn.Embedding]) -> type:
+def _noisy_class(base: type[nn.Embedding]) -> Any:
     if base not in _noisy_classes:
-        _noisy_classes[base] = type(f"NEFTune{base.__name__}", (_Noisy, base), {"_neftune_base": base, "__module__": __name__})
+        _noisy_classes[base] = type(f"Noisy{base.__name__}", (_Noisy, base), {"_neftune_base": base, "__module__": __name__})
     return _noisy_classes[base]
 
 
 def _rebuild_noisy(base: type[nn.Embedding]) -> nn.Module:
     """Pickle and deepcopy: the class is made at run time, so it cannot be found by name."""
     made = _noisy_class(base)
-    return made.__new__(made)  # type: ignore[no-any-return]
+    return made.__new__(made)
 
 
 class _TakeSamples:
@@ -241,7 +242,7 @@ class NEFTuneHandle:
             embedding = reference()
             if isinstance(embedding, _Noisy):
                 del embedding._neftune
-                embedding.__class__ = embedding._neftune_base
+                embedding.__class__ = embedding._neftune_base  # type: ignore[assignment]
         for hook in self._hooks:
             hook.remove()
         self._state.handle = None
@@ -424,7 +425,7 @@ def _forget_copy(module: nn.Embedding) -> None:
     """A deepcopied or unpickled embedding is noisy but has no handle: make it plain before it is applied anew."""
     if isinstance(module, _Noisy):
         del module._neftune
-        module.__class__ = module._neftune_base
+        module.__class__ = module._neftune_base  # type: ignore[assignment]
 
 
 def _forget_hooks(model: nn.Module | None) -> None:

@@ -1,0 +1,149 @@
+"""The specification a second time: plain loops over Python integers and numpy, written from its text alone and shared with nothing.
+
+NEFTune noise of one token, in a sample of L real tokens and a model of hidden size d (Philox-4x32, 7 rounds):
+
+    counter   = (column // 8, position, sample, stream),  key = (seed mod 2³², seed ≫ 32)
+    word k of the block of columns 8j..8j+7 serves column 8j+2k with its low 16 bits and column 8j+2k+1 with its high 16 bits
+    x         = (int16(half) + ½)·65536,  step = float32(alpha / √(L·d)) · 2⁻³¹,  noise = float32(x · step)
+    out       = cast(W(e) + W(noise)),  e = weight[id] or cast(W(weight[id])·W(scale)),  W = float64 for float64, else float32
+
+No noise where L is 0 or alpha / √(L·d) is below 2⁻⁹⁰. Sample and position count mod 2³².
+"""
+
+import math
+
+import numpy as np
+
+WORD = 2**32
+
+
+def philox4x32(counter, key, rounds=7):
+    """Salmon et al. 2011: each round multiplies words 0 and 2, swaps the pairs and xors the keys in; the keys step by Weyl constants."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = divmod(c0 * 0xD2511F53, WORD)
+        high1, low1 = divmod(c2 * 0xCD9E8D57, WORD)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % WORD, (k1 + 0xBB67AE85) % WORD
+    return c0, c1, c2, c3
+
+
+def noise_row(seed, stream, sample, position, length, embedding_dim, alpha):
+    """(d,) float32: one token's noise."""
+    row = np.zeros(embedding_dim, dtype=np.float32)
+    if length == 0 or embedding_dim == 0 or alpha / math.sqrt(float(length) * float(embedding_dim)) < 2.0**-90:
+        return row
+    with np.errstate(over="ignore"):
+        step = np.float32(alpha / math.sqrt(float(length) * float(embedding_dim))) * np.float32(2.0**-31)
+    seed %= 2**64
+    words = ()
+    for column in range(embedding_dim):
+        if column % 8 == 0:
+            words = philox4x32((column // 8, position % WORD, sample % WORD, stream), (seed % WORD, seed // WORD))
+        word = words[column % 8 // 2]
+        half = word // 65536 if column % 2 else word % 65536
+        signed = half - 65536 if half >= 32768 else half
+        with np.errstate(over="ignore"):
+            row[column] = np.float32((signed + 0.5) * 65536) * step
+    return row
+
+
+def places(
+    shape,
+    attention_mask=None,
+    lengths=None,
+    cu_seqlens=None,
+    position_ids=None,
+    input_ids=None,
+    padding_idx=None,
+    sample_offset=0,
+    position_offset=0,
+):
+    """(sample, position, length) of every token of (..., T) in row-major order; None for padding.
+
+    Masks, ids and position ids come as flat lists of all tokens, lengths as a flat list of all rows, cu_seqlens as a list.
+    """
+    columns = shape[-1] if len(shape) else 1
+    rows = math.prod(shape[:-1])
+    found = [None] * (rows * columns)
+    if cu_seqlens is not None:
+        for document in range(len(cu_seqlens) - 1):
+            start, end = cu_seqlens[document], cu_seqlens[document + 1]
+            for token in range(start, end):
+                found[token] = (document, token - start, end - start)
+    elif lengths is not None:
+        for row in range(rows):
+            for column in range(columns):
+                token = row * columns + column
+                position = column if position_ids is None else position_ids[token]
+                if (position + position_offset) % WORD < lengths[row]:
+                    found[token] = (row, position, lengths[row])
+    else:
+        if attention_mask is None:
+            attention_mask = [1] * (rows * columns)
+            if padding_idx is not None and position_ids is None:
+                attention_mask = [int(token != padding_idx) for token in input_ids]
+        document, members = -1, {}
+        for row in range(rows):
+            document += 1
+            members[document] = []
+            before = None
+            for token in range(row * columns, (row + 1) * columns):
+                if attention_mask[token] == 0:
+                    continue
+                if before is not None:
+                    other_number = attention_mask[token] != attention_mask[before]
+                    jump = 1 if position_ids is None else position_ids[token] - position_ids[before]
+                    if other_number or jump not in (1, token - before):
+                        document += 1
+                        members[document] = []
+                members[document].append(token)
+                before = token
+        for document, tokens in members.items():
+            for token in tokens:
+                found[token] = (document, token - tokens[0], len(tokens))
+    return [
+        None if place is None else ((place[0] + sample_offset) % WORD, (place[1] + position_offset) % WORD, place[2]) for place in found
+    ]
+
+
+def noise(token_places, embedding_dim, alpha, seed, stream=0):
+    """(N, d) float32."""
+    rows = [
+        np.zeros(embedding_dim, dtype=np.float32)
+        if place is None
+        else noise_row(seed, stream, place[0], place[1], place[2], embedding_dim, alpha)
+        for place in token_places
+    ]
+    return np.stack(rows) if rows else np.zeros((0, embedding_dim), dtype=np.float32)
+
+
+def cast(values, dtype):
+    """Round to the dtype's values, nearest-even, and give them back in `values`' own type."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        rounded = np.where(finite, (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000, bits)
+        return rounded.astype(np.uint32).view(np.float32)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype).astype(values.dtype)
+
+
+def noisy_embedding(token_places, ids, weight, dtype, alpha, seed, stream=0, embed_scale=1.0):
+    """(N, d) in W, from a (V, d) weight given in W whose values all belong to `dtype`; -0.0 and infinities included."""
+    wide = np.float64 if dtype == "float64" else np.float32
+    assert weight.dtype == wide
+    embedding_dim = weight.shape[1]
+    out = np.zeros((len(ids), embedding_dim), dtype=wide)
+    for token, place in enumerate(token_places):
+        row = weight[ids[token]]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if embed_scale != 1:
+                row = cast(row * wide(embed_scale), dtype)
+            if place is not None:
+                added = noise_row(seed, stream, place[0], place[1], place[2], embedding_dim, alpha)
+                if added.any():
+                    row = cast(row + added.astype(wide), dtype)
+        out[token] = row
+    return out

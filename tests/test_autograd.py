@@ -1,0 +1,125 @@
+"""The noise is a constant: gradients are those of F.embedding(...) * embed_scale, bit for bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding
+from neftune_kernels.functional import IN_PLACE_LIMIT
+from neftune_kernels.ops import embedding_weight_grad
+
+SMALL, LARGE = (2, 5), (40, 60)  # on both sides of the shorter eager path
+
+
+def plain(ids, weight, padding_idx, scale):
+    embedded = F.embedding(ids, weight, padding_idx)
+    return embedded if scale == 1 else embedded * scale
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+@pytest.mark.parametrize("scale", [1.0, 11.3125])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_weight_gradient_is_that_of_embedding(backend, dtype, shape, scale, padding_idx, ids_dtype):
+    assert (torch.Size(shape).numel() * 300 > IN_PLACE_LIMIT) == (shape == LARGE)
+    ids = torch.randint(0, 50, shape).to(ids_dtype)  # repeats: sums are exercised
+    values, grad = torch.randn(50, 300).to(dtype), torch.randn(*shape, 300).to(dtype)
+    weight, expected = values.clone().requires_grad_(), values.clone().requires_grad_()
+    noisy_embedding(ids, weight, 5.0, padding_idx=padding_idx, embed_scale=scale, backend=backend).backward(grad)
+    plain(ids, expected, padding_idx, scale).backward(grad)
+    assert torch.equal(weight.grad, expected.grad)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+def test_forward_bits_do_not_depend_on_requires_grad(shape):
+    ids, weight = torch.randint(0, 50, shape), torch.randn(50, 300)
+    frozen = noisy_embedding(ids, weight, 5.0, seed=1)
+    assert torch.equal(noisy_embedding(ids, weight.clone().requires_grad_(), 5.0, seed=1), frozen)
+    with torch.no_grad():
+        assert torch.equal(noisy_embedding(ids, weight.clone().requires_grad_(), 5.0, seed=1), frozen)
+    with torch.inference_mode():
+        assert torch.equal(noisy_embedding(ids, weight, 5.0, seed=1), frozen)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+def test_frozen_weight_has_no_graph_and_no_gradient(shape, monkeypatch):
+    monkeypatch.setattr("neftune_kernels.ops.embedding_weight_grad", lambda *args: pytest.fail("a frozen weight's gradient was computed"))
+    ids, weight = torch.randint(0, 50, shape), torch.randn(50, 300)
+    out = noisy_embedding(ids, weight, 5.0)
+    assert not out.requires_grad and out.grad_fn is None
+    head = torch.randn(300, requires_grad=True)
+    (out @ head).sum().backward()
+    assert torch.equal(head.grad, torch.autograd.grad((out @ head).sum(), head)[0])
+
+
+def test_inputs_embeds_gradient_passes_through():
+    embeds = torch.randn(3, 6, 20, requires_grad=True)
+    grad = torch.randn(3, 6, 20)
+    add_noise(embeds, 5.0, lengths=torch.tensor([2, 0, 6])).backward(grad)
+    assert torch.equal(embeds.grad, grad)
+    leaf = torch.randn(3, 6, 20, requires_grad=True)
+    strided = add_noise(leaf.transpose(0, 1), 5.0)
+    strided.backward(grad.transpose(0, 1))
+    assert torch.equal(leaf.grad, grad)
+
+
+def test_gradcheck():
+    weight = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 2, 2], [9, 0, 1]])
+    assert gradcheck(lambda w: noisy_embedding(ids, w, 5.0, seed=1, embed_scale=3.0, padding_idx=3), (weight,))
+    assert gradgradcheck(lambda w: noisy_embedding(ids, w, 5.0, seed=1, embed_scale=3.0) ** 2, (weight,))
+    embeds = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda e: add_noise(e, 5.0, seed=1), (embeds,))
+
+
+def test_gradient_sums_against_float64():
+    """What the dense backward sums in float32 stays within n·2⁻²⁴ of the exact sum, n addends, relative to the sum of |addends|."""
+    ids = torch.zeros(64, dtype=torch.int64)
+    grad = torch.randn(64, 33)
+    got = embedding_weight_grad(grad, ids, 2, -1, 1.0)[0].double()
+    exact, scale = grad.double().sum(0), grad.double().abs().sum(0)
+    assert bool(((got - exact).abs() <= 64 * 2.0**-24 * scale).all())
+
+
+def test_noise_is_not_a_function_of_the_weight():
+    """A second derivative through the noise would be nonzero if the noise were traced."""
+    ids, weight = torch.tensor([[1, 2]]), torch.randn(4, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(noisy_embedding(ids, weight, 5.0, seed=1).sum(), weight, create_graph=True)
+    assert not first.requires_grad or not torch.autograd.grad(first.sum(), weight, allow_unused=True)[0]
+
+
+@pytest.mark.parametrize("kind", ["max_norm", "scale_grad_by_freq", "sparse"])
+def test_slow_path_gradients(kind):
+    option = {"max_norm": 0.5, "scale_grad_by_freq": True, "sparse": True}[kind]
+    ids = torch.tensor([[1, 2, 2, 0], [1, 1, 3, 3]])
+    values = torch.randn(5, 16)
+    noisy = NEFTuneEmbedding(5, 16, padding_idx=0, _weight=values.clone(), **{kind: option})
+    clean = torch.nn.Embedding(5, 16, padding_idx=0, _weight=values.clone(), **{kind: option})
+    grad = torch.randn(2, 4, 16)
+    out = noisy(ids, seed=5)
+    reference = clean(ids)
+    assert torch.equal(noisy.weight, clean.weight)  # max_norm renormalises in place
+    assert torch.equal(out, add_noise(reference, 5.0, attention_mask=ids != 0, seed=5))
+    out.backward(grad)
+    reference.backward(grad)
+    assert noisy.weight.grad.is_sparse == (kind == "sparse")
+    assert torch.equal(noisy.weight.grad.to_dense(), clean.weight.grad.to_dense())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_recomputes_the_same_noise(use_reentrant):
+    module = NEFTuneEmbedding(50, 16)
+    ids = torch.randint(0, 50, (2, 7))
+    seen = []
+
+    def segment(scale):
+        out = module(ids)
+        seen.append(out.detach().clone())
+        return (out * scale).sum()
+
+    scale = torch.ones((), requires_grad=True)
+    torch.utils.checkpoint.checkpoint(segment, scale, use_reentrant=use_reentrant).backward()
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])

@@ -1,0 +1,232 @@
+"""NEFTuneEmbedding is nn.Embedding in every respect but the noise of its training forward."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+from neftune_kernels import NEFTuneEmbedding, add_noise, neftune_noise, noisy_embedding
+
+EMBEDDING_MODULE = next(info for info in module_db if info.module_cls is nn.Embedding)
+EMBEDDING_OP = next(info for info in op_db if info.name == "nn.functional.embedding")
+
+
+def with_mask():
+    ids = torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0], [0, 0, 0, 0]])
+    return ids, (ids != 0).long()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("off", ["eval", "alpha 0", "alpha None"])
+def test_pytorch_module_samples(dtype, off):
+    """PyTorch's own samples of nn.Embedding (module_db): outputs, gradients and repr of the arguments."""
+    samples = EMBEDDING_MODULE.module_inputs_func(EMBEDDING_MODULE, "cpu", dtype, requires_grad=False, training=True)
+    assert len(samples) >= 2
+    for sample in samples:
+        construct, call = sample.constructor_input, sample.forward_input
+        torch.manual_seed(0)
+        expected = nn.Embedding(*construct.args, **construct.kwargs, dtype=dtype)
+        torch.manual_seed(0)
+        alpha = {"eval": 5.0, "alpha 0": 0, "alpha None": None}[off]
+        ours = NEFTuneEmbedding(*construct.args, **construct.kwargs, dtype=dtype, noise_alpha=alpha)
+        assert torch.equal(ours.weight, expected.weight)
+        ours.train(off != "eval")
+        state = torch.get_rng_state()
+        out, reference = ours(*call.args, **call.kwargs), expected(*call.args, **call.kwargs)
+        assert torch.equal(out, reference) and torch.equal(torch.get_rng_state(), state)
+        out.sum().backward()
+        reference.sum().backward()
+        assert torch.equal(ours.weight.grad, expected.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_pytorch_op_samples(dtype):
+    """PyTorch's own samples of F.embedding (op_db), max_norm, sparse and scale_grad_by_freq among them, through the module in eval mode."""
+    options_seen = set()
+    for sample in EMBEDDING_OP.sample_inputs("cpu", dtype, requires_grad=False):
+        weight, (ids,), options = sample.input, sample.args, sample.kwargs
+        module = NEFTuneEmbedding(*weight.shape, _weight=weight.clone(), **options).eval()
+        plain = nn.Embedding(*weight.shape, _weight=weight.clone(), **options)
+        out, expected = module(ids), plain(ids)
+        assert torch.equal(out, expected)
+        if not (options.get("sparse") and options.get("scale_grad_by_freq")):  # PyTorch itself has no such backward
+            out.sum().backward()
+            expected.sum().backward()
+            assert torch.equal(module.weight.grad.to_dense(), plain.weight.grad.to_dense())
+        options_seen |= set(options)
+    assert options_seen >= {"padding_idx", "max_norm", "sparse", "scale_grad_by_freq"}
+
+
+def test_training_noise_is_the_functional_one():
+    ids, mask = with_mask()
+    module = NEFTuneEmbedding(10, 24, noise_alpha=7.0, embed_scale=3.0, stream=2)
+    expected = noisy_embedding(ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=2, seed=11, sample_offset=4, position_offset=1)
+    assert torch.equal(module(ids, mask, seed=11, sample_offset=4, position_offset=1), expected)
+    assert torch.equal(
+        module(ids, mask, seed=11, stream=9), noisy_embedding(ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=9, seed=11)
+    )
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(module(ids, mask, generator=generator), module(ids, mask, seed=drawn))
+    lengths, cu_seqlens = torch.tensor([4, 2, 0]), torch.tensor([0, 5, 12])
+    assert torch.equal(module(ids, lengths=lengths, seed=1), module(ids, mask, seed=1))
+    assert torch.equal(
+        module(ids, cu_seqlens=cu_seqlens, seed=1),
+        noisy_embedding(ids, module.weight, 7.0, cu_seqlens=cu_seqlens, embed_scale=3.0, stream=2, seed=1),
+    )
+    positions = torch.tensor([[0, 1, 0, 1]])
+    assert torch.equal(
+        module(ids, position_ids=positions, seed=1),
+        noisy_embedding(ids, module.weight, 7.0, position_ids=positions, embed_scale=3.0, stream=2, seed=1),
+    )
+
+
+def test_padding_idx_marks_padding_when_nothing_else_does():
+    ids, mask = with_mask()
+    module = NEFTuneEmbedding(10, 24, padding_idx=0)
+    out = module(ids, seed=3)
+    assert torch.equal(out, module(ids, mask, seed=3))
+    assert torch.equal(out[1, 2:], F.embedding(ids, module.weight)[1, 2:])
+    assert not torch.equal(module(ids, torch.ones_like(mask), seed=3), out)  # a mask decides alone
+    negative = NEFTuneEmbedding(10, 24, padding_idx=-10, _weight=module.weight.detach())
+    assert torch.equal(negative(ids, seed=3), out)
+
+
+def test_alpha_is_a_float_validated_on_assignment():
+    module = NEFTuneEmbedding(10, 24, noise_alpha=5)
+    assert module.noise_alpha == 5.0 and type(module.noise_alpha) is float
+    for bad in (-1.0, float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="noise_alpha must be finite and >= 0, got"):
+            module.noise_alpha = bad
+        with pytest.raises(ValueError, match="noise_alpha must be finite and >= 0, got"):
+            NEFTuneEmbedding(10, 24, noise_alpha=bad)
+    assert module.noise_alpha == 5.0
+    module.noise_alpha = 10.0
+    ids, _ = with_mask()
+    assert torch.equal(module(ids, seed=1), noisy_embedding(ids, module.weight, 10.0, seed=1))
+    module.noise_alpha = None
+    assert module.noise_alpha == 0.0 and torch.equal(module(ids), F.embedding(ids, module.weight))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"embed_scale": float("inf")}, ValueError, "embed_scale must be finite, got inf"),
+        ({"stream": -1}, ValueError, r"stream must lie in \[0, 2\*\*32\), got -1"),
+        ({"stream": 1.5}, TypeError, "stream must be an integer, got 1.5"),
+        ({"backend": "tpu"}, ValueError, "got 'tpu'"),
+    ],
+)
+def test_bad_construction(bad, error, message):
+    with pytest.raises(error, match=message):
+        NEFTuneEmbedding(10, 24, **bad)
+
+
+def test_copies_pickles_and_state():
+    module = NEFTuneEmbedding(10, 24, padding_idx=1, noise_alpha=3.0, embed_scale=2.0, stream=4)
+    ids, _ = with_mask()
+    expected = module(ids, seed=8)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)):
+        assert type(twin) is NEFTuneEmbedding and twin.weight is not module.weight and twin.noise_alpha == 3.0
+        assert torch.equal(twin(ids, seed=8), expected)
+        twin.noise_alpha = 0
+        assert module.noise_alpha == 3.0
+    assert list(module.state_dict()) == ["weight"]
+    plain = nn.Embedding(10, 24)
+    plain.load_state_dict(module.state_dict())
+    module.load_state_dict(nn.Embedding(10, 24).state_dict())
+
+
+def test_is_an_embedding_and_ties():
+    module = NEFTuneEmbedding(10, 24)
+    assert isinstance(module, nn.Embedding)
+    head = nn.Linear(24, 10, bias=False)
+    head.weight = module.weight
+    ids, _ = with_mask()
+    head(module(ids)).sum().backward()
+    assert module.weight.grad is head.weight.grad and module.weight.grad.abs().sum() > 0
+    module.to(torch.bfloat16)
+    assert module(ids).dtype == torch.bfloat16 and module.half()(ids).dtype == torch.float16
+    assert NEFTuneEmbedding(10, 24, device="meta").weight.device.type == "meta"
+    frozen = NEFTuneEmbedding(10, 24, _weight=torch.zeros(10, 24), _freeze=True)
+    assert not frozen.weight.requires_grad and not frozen(ids).requires_grad
+
+
+def test_conversions_share_the_parameter():
+    plain = nn.Embedding(10, 24, padding_idx=2, max_norm=3.0, norm_type=1.5, scale_grad_by_freq=True, sparse=True).eval()
+    module = NEFTuneEmbedding.from_embedding(plain, 4.0, embed_scale=2.0, stream=3, backend="reference")
+    assert module.weight is plain.weight and not module.training
+    assert (module.noise_alpha, module.embed_scale, module.stream, module.backend) == (4.0, 2.0, 3, "reference")
+    with pytest.warns(UserWarning, match="no embed_scale: multiply its output by 2.0"):
+        back = module.to_embedding()
+    assert type(back) is nn.Embedding and back.weight is plain.weight and repr(back) == repr(plain) and not back.training
+    pretrained = NEFTuneEmbedding.from_pretrained(torch.ones(4, 3), padding_idx=1, noise_alpha=2.0)
+    assert not pretrained.weight.requires_grad and pretrained.padding_idx == 1 and pretrained.noise_alpha == 2.0
+    with pytest.raises(ValueError, match=r"shape \(num_embeddings, embedding_dim\), got \(3,\)"):
+        NEFTuneEmbedding.from_pretrained(torch.ones(3))
+
+    class Scaled(nn.Embedding):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    with pytest.raises(TypeError, match="Scaled has a forward of its own"):
+        NEFTuneEmbedding.from_embedding(Scaled(3, 3))
+    with pytest.raises(TypeError, match="must be an nn.Embedding, got Linear"):
+        NEFTuneEmbedding.from_embedding(nn.Linear(3, 3))
+
+
+def test_extra_repr():
+    assert repr(NEFTuneEmbedding(10, 24, padding_idx=1)) == "NEFTuneEmbedding(10, 24, padding_idx=1, noise_alpha=5.0)"
+    shown = repr(NEFTuneEmbedding(10, 24, noise_alpha=1, embed_scale=2.0, stream=3, backend="reference"))
+    assert shown == "NEFTuneEmbedding(10, 24, noise_alpha=1.0, embed_scale=2.0, stream=3, backend='reference')"
+
+
+def test_unknown_weights_take_the_slow_path():
+    """A tensor subclass the operators do not know: the embedding's own forward, then add_noise."""
+
+    class Tagged(torch.Tensor):
+        pass
+
+    module = NEFTuneEmbedding(10, 24)
+    tagged = NEFTuneEmbedding(10, 24)
+    tagged.weight = nn.Parameter(module.weight.detach().clone().as_subclass(Tagged))
+    ids, mask = with_mask()
+    out = tagged(ids, mask, seed=2)
+    assert torch.equal(out.as_subclass(torch.Tensor), module(ids, mask, seed=2))
+
+
+def test_one_draw_per_training_call_and_none_otherwise():
+    module = NEFTuneEmbedding(10, 24)
+    ids, mask = with_mask()
+    torch.manual_seed(3)
+    module(ids, mask)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    torch.empty((), dtype=torch.int64).random_(-(2**63), None)
+    assert torch.equal(after, torch.get_rng_state())
+    for quiet in (lambda: module.eval()(ids, mask), lambda: module.train()(ids, mask, seed=4)):
+        quiet()
+        assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("rows", [(2, 5), (40, 200)])
+def test_short_and_long_eager_paths_have_the_same_bits(rows):
+    """Below IN_PLACE_LIMIT elements eager training goes another way than above; both are add_noise of the embedding."""
+    module = NEFTuneEmbedding(10, 100)
+    ids = torch.randint(0, 10, rows)
+    lengths = torch.arange(rows[0])
+    out = module(ids, lengths=lengths, seed=6)
+    assert out.requires_grad
+    assert torch.equal(out, add_noise(F.embedding(ids, module.weight), 5.0, lengths=lengths, seed=6))
+    assert torch.equal(out, F.embedding(ids, module.weight) + neftune_noise(rows, 100, 5.0, lengths=lengths, seed=6))
+    clean = F.embedding(ids, module.weight)
+    assert torch.equal(out[0], clean[0]) and not torch.equal(out[1], clean[1])

@@ -1,0 +1,189 @@
+"""The operators' contract: opcheck, torch.compile, torch.func."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding
+
+OPS = torch.ops.neftune_kernels
+ALPHA = torch.tensor(5.0, dtype=torch.float64)
+SEED = torch.tensor(-3)
+FAMILIES = ["", "reference_"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def batch(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(40, 20, generator=generator).to(dtype)
+    ids = torch.randint(0, 40, (3, 6), generator=generator)
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[0, 4:] = 0
+    mask[1, :2] = 0
+    return ids, weight, mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("layout", ["nothing", "lengths", "cu_seqlens", "mask"])
+def test_opcheck(family, requires_grad, layout):
+    ids, weight, mask = batch()
+    fields = {
+        "nothing": (None, None, None, None),
+        "lengths": (None, None, torch.tensor([4, 0, 6]), None),
+        "cu_seqlens": (None, None, None, torch.tensor([0, 5, 5, 18])),
+        "mask": (*OPS.mask_layout(mask, None), None),
+    }[layout]
+    weight.requires_grad_(requires_grad)
+    args = (ids, weight, SEED, ALPHA, *fields, 3, 2**32 - 1, 7, 5, 2.5)
+    torch.library.opcheck(getattr(OPS, f"{family}noisy_embedding").default, args)
+    embeds = torch.randn(3, 6, 20, requires_grad=requires_grad)
+    torch.library.opcheck(getattr(OPS, f"{family}add_noise").default, (embeds, SEED, ALPHA, *fields, 3, 2**32 - 1, 7))
+    if not requires_grad:
+        out = torch.empty(3, 6, 20)
+        torch.library.opcheck(getattr(OPS, f"{family}noisy_embedding").out, args, {"out": out})
+        torch.library.opcheck(getattr(OPS, f"{family}add_noise").out, (embeds, SEED, ALPHA, *fields), {"out": out})
+
+
+def test_opcheck_of_layout_and_seed():
+    _, _, mask = batch()
+    torch.library.opcheck(OPS.mask_layout.default, (mask, None))
+    torch.library.opcheck(OPS.mask_layout.default, (None, torch.arange(6).expand(3, 6).contiguous()))
+    torch.library.opcheck(OPS.draw_seed.default, (torch.device("cpu"),))
+    assert torch.Tag.nondeterministic_seeded in OPS.draw_seed.default.tags
+
+
+def test_operator_is_pure():
+    """opcheck passes operators that draw from the global generator, so ask it directly."""
+    ids, weight, _ = batch()
+    state = torch.get_rng_state()
+    first = OPS.noisy_embedding(ids, weight, SEED, ALPHA)
+    assert torch.equal(first, OPS.noisy_embedding(ids, weight, SEED, ALPHA))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compile_gives_eager_bits_and_one_graph_for_many_seeds(backend):
+    ids, weight, mask = batch()
+    weight.requires_grad_()
+
+    def call(seed=None):
+        return noisy_embedding(ids, weight, 5.0, attention_mask=mask, padding_idx=3, seed=seed)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = call()
+        torch.manual_seed(seed)
+        assert torch.equal(compiled(), expected)
+    assert graphs() == 1
+    counters.clear()
+    for seed in range(5):
+        assert torch.equal(compiled(torch.tensor(seed)), call(seed))
+    assert graphs() == 1
+    compiled(torch.tensor(1)).sum().backward()
+    gradient, weight.grad = weight.grad, None
+    call(1).sum().backward()
+    assert torch.equal(gradient, weight.grad)
+
+
+def test_compile_six_alphas_at_most_twice():
+    ids, weight, mask = batch()
+    compiled = torch.compile(lambda alpha: noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3), fullgraph=True, backend="aot_eager")
+    for alpha in (1.0, 2.5, 3.0, 5.0, 10.0, 15.0):
+        assert torch.equal(compiled(alpha), noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3))
+    assert graphs() <= 2
+
+
+def test_compiled_module_takes_six_alphas_in_one_graph_and_dynamic_lengths():
+    module = NEFTuneEmbedding(40, 20)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def check(ids):
+        mask = torch.ones_like(ids)
+        mask[0, 1:] = 0
+        torch.manual_seed(9)
+        expected = module(ids, mask)
+        torch.manual_seed(9)
+        assert torch.equal(compiled(ids, mask), expected)
+
+    ids, _, _ = batch()
+    for alpha in (1.0, 2.5, 3.0, 5.0, 10.0, 15.0):
+        module.noise_alpha = alpha
+        check(ids)
+    assert graphs() == 1
+    for columns in (7, 9, 12, 30):
+        check(torch.randint(0, 40, (3, columns)))
+    assert graphs() == 2  # static, then dynamic
+
+
+def test_compiled_add_noise():
+    embeds = torch.randn(3, 6, 20, requires_grad=True)
+    compiled = torch.compile(lambda x: add_noise(x, 5.0, lengths=torch.tensor([1, 6, 3]), seed=3), fullgraph=True, backend="aot_eager")
+    out = compiled(embeds)
+    assert torch.equal(out, add_noise(embeds, 5.0, lengths=torch.tensor([1, 6, 3]), seed=3))
+    out.sum().backward()
+    assert torch.equal(embeds.grad, torch.ones_like(embeds))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+def test_torch_func(backend):
+    ids, weight, mask = batch()
+
+    def loss(weight, ids=ids):
+        return (noisy_embedding(ids, weight, 5.0, attention_mask=mask, embed_scale=1.5, seed=3, backend=backend) ** 2).sum()
+
+    leaf = weight.clone().requires_grad_()
+    loss(leaf).backward()
+    assert torch.equal(torch.func.grad(loss)(weight), leaf.grad)
+
+    weights = torch.stack([weight, weight * 2, -weight])
+    per_weight = torch.func.vmap(torch.func.grad(loss))(weights)
+    assert torch.equal(per_weight, torch.stack([torch.func.grad(loss)(one) for one in weights]))
+
+    many_ids = torch.stack([ids, ids.flip(0)])
+    mapped = torch.func.vmap(lambda one: noisy_embedding(one, weight, 5.0, seed=3, backend=backend))(many_ids)
+    assert torch.equal(mapped, torch.stack([noisy_embedding(one, weight, 5.0, seed=3, backend=backend) for one in many_ids]))
+
+    embeds = torch.randn(2, 3, 6, 20)
+    mapped = torch.func.vmap(lambda one: add_noise(one, 5.0, attention_mask=mask, seed=3, backend=backend))(embeds)
+    assert torch.equal(mapped, torch.stack([add_noise(one, 5.0, attention_mask=mask, seed=3, backend=backend) for one in embeds]))
+
+
+def test_forward_mode_raises_instead_of_zero_tangents():
+    ids, weight, _ = batch()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda weight: noisy_embedding(ids, weight, 5.0, seed=3), (weight,), (torch.ones_like(weight),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        noisy_embedding(ids, torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight)), 5.0, seed=3)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        add_noise(torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight)), 5.0, seed=3)
+
+
+def test_export():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = NEFTuneEmbedding(40, 20, noise_alpha=5.0)
+
+        def forward(self, ids, mask):
+            return self.embed(ids, mask)
+
+    ids, _, mask = batch()
+    model = Model()
+    exported = torch.export.export(model, (ids, mask)).module()
+    torch.manual_seed(4)
+    expected = model(ids, mask)
+    torch.manual_seed(4)
+    assert torch.equal(exported(ids, mask), expected)
+    assert torch.equal(torch.export.export(model.eval(), (ids, mask)).module()(ids, mask), torch.nn.functional.embedding(ids, model.embed.weight))
