@@ -66,10 +66,13 @@ def test_pytorch_op_samples(dtype):
 def test_training_noise_is_the_functional_one():
     ids, mask = with_mask()
     module = NEFTuneEmbedding(10, 24, noise_alpha=7.0, embed_scale=3.0, stream=2)
-    expected = noisy_embedding(ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=2, seed=11, sample_offset=4, position_offset=1)
+    expected = noisy_embedding(
+        ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=2, seed=11, sample_offset=4, position_offset=1
+    )
     assert torch.equal(module(ids, mask, seed=11, sample_offset=4, position_offset=1), expected)
     assert torch.equal(
-        module(ids, mask, seed=11, stream=9), noisy_embedding(ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=9, seed=11)
+        module(ids, mask, seed=11, stream=9),
+        noisy_embedding(ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=9, seed=11),
     )
     generator = torch.Generator().manual_seed(5)
     drawn = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(5))

@@ -98,7 +98,9 @@ def test_compile_gives_eager_bits_and_one_graph_for_many_seeds(backend):
 
 def test_compile_six_alphas_at_most_twice():
     ids, weight, mask = batch()
-    compiled = torch.compile(lambda alpha: noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda alpha: noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3), fullgraph=True, backend="aot_eager"
+    )
     for alpha in (1.0, 2.5, 3.0, 5.0, 10.0, 15.0):
         assert torch.equal(compiled(alpha), noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3))
     assert graphs() <= 2
@@ -186,4 +188,6 @@ def test_export():
     expected = model(ids, mask)
     torch.manual_seed(4)
     assert torch.equal(exported(ids, mask), expected)
-    assert torch.equal(torch.export.export(model.eval(), (ids, mask)).module()(ids, mask), torch.nn.functional.embedding(ids, model.embed.weight))
+    assert torch.equal(
+        torch.export.export(model.eval(), (ids, mask)).module()(ids, mask), torch.nn.functional.embedding(ids, model.embed.weight)
+    )

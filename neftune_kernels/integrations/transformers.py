@@ -118,7 +118,8 @@ class _Noisy(nn.Embedding):
         if state.samples is None and state.hooked:
             state.warn_once(
                 "the noisy embedding was called outside its model's forward, so the lengths of the samples are unknown and every token "
-                "but padding_idx counts as real: use neftune_kernels.add_noise with an attention_mask there"
+                "but padding_idx counts as real: use neftune_kernels.add_noise with an attention_mask there, or, where PEFT has "
+                "copied the embedding (modules_to_save), call apply_neftune again after get_peft_model"
             )
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, state.samples or NOTHING)
         stream = state.resolve_stream()
@@ -210,8 +211,8 @@ def samples_from_arguments(given: dict[str, Any], state: NEFTuneState) -> Sample
 class NEFTuneHandle:
     """What apply_neftune returns: change alpha, read statistics, undo. Also a context manager that undoes on exit."""
 
-    def __init__(self, embeddings: list[nn.Embedding], model: nn.Module | None, state: NEFTuneState) -> None:
-        self._embeddings = [weakref.ref(embedding) for embedding in embeddings]  # a handle keeps no model alive
+    def __init__(self, model: nn.Module | None, state: NEFTuneState) -> None:
+        self._embeddings: list[weakref.ref[nn.Embedding]] = []  # a handle keeps no model alive
         self._state: NEFTuneState | None = state
         self._hooks: list[Any] = []
         if model is not None:
@@ -220,6 +221,14 @@ class NEFTuneHandle:
                 model.register_forward_pre_hook(_TakeSamples(state, names), with_kwargs=True),
                 model.register_forward_hook(_ForgetSamples(state), always_call=True),
             ]
+
+    def take(self, embeddings: list[nn.Embedding]) -> None:
+        """Make these embeddings noisy and ours; a copy that PEFT or deepcopy made of a noisy one comes with a state of its own."""
+        for embedding in embeddings:
+            if not isinstance(embedding, _Noisy):
+                embedding.__class__ = _noisy_class(type(embedding))
+            embedding._neftune = self._live_state()  # type: ignore[assignment]
+        self._embeddings = [weakref.ref(embedding) for embedding in embeddings]
 
     def _live_state(self) -> NEFTuneState:
         if self._state is None:
@@ -405,27 +414,17 @@ def apply_neftune(
     for module in embeddings:
         choose_backend(backend, module.weight.device, module.weight.dtype)
     around = _model_around(model, embeddings[0])
-    state = next((module._neftune for module in embeddings if isinstance(module, _Noisy)), None)
-    if state is None or state.handle is None or not all(isinstance(module, _Noisy) for module in embeddings):
-        for module in embeddings:
-            _forget_copy(module)
-        _forget_hooks(around)
+    states = [module._neftune for module in embeddings if isinstance(module, _Noisy)]
+    state = next((state for state in states if state.handle is not None), None)
+    if state is None or state.handle is None:
+        _forget_hooks(around)  # of a deepcopied or unpickled model
         state = NEFTuneState()
-        state.handle = NEFTuneHandle(embeddings, around, state)
+        state.handle = NEFTuneHandle(around, state)
         state.hooked = around is not None
-        for module in embeddings:
-            module.__class__ = _noisy_class(type(module))
-            module._neftune = state  # type: ignore[assignment]
+    state.handle.take(embeddings)
     state.set_alpha(alpha)
     state.stream, state.noise_without_grad, state.backend = stream, noise_without_grad, backend
     return state.handle
-
-
-def _forget_copy(module: nn.Embedding) -> None:
-    """A deepcopied or unpickled embedding is noisy but has no handle: make it plain before it is applied anew."""
-    if isinstance(module, _Noisy):
-        del module._neftune
-        module.__class__ = module._neftune_base  # type: ignore[assignment]
 
 
 def _forget_hooks(model: nn.Module | None) -> None:

@@ -1,0 +1,342 @@
+"""apply_neftune on transformers and PEFT models: the mask arrives by itself, nothing is left behind."""
+
+import copy
+import gc
+import io
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neftune_kernels import NEFTuneEmbedding, apply_neftune, neftune_noise, noisy_embedding
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+VOCAB, HIDDEN = 64, 32
+SMALL = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, num_key_value_heads=2),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, num_key_value_heads=2),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=HIDDEN
+    ),
+    "phi": lambda: transformers.PhiConfig(**SMALL),
+}
+
+
+def make_model(name="llama"):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).train()
+
+
+def ragged():
+    ids = torch.randint(1, VOCAB, (3, 8), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(3, 8, dtype=torch.int64)
+    mask[0, 5:] = 0
+    mask[1, :6] = 0
+    return ids, mask
+
+
+def embedding_output(model, **inputs):
+    """What the input embedding really returned during a forward of the model, and the seed of its noise."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    model(**inputs)
+    hook.remove()
+    assert len(seen) == 1
+    return seen[0]
+
+
+def drawn_after(seed):
+    torch.manual_seed(seed)
+    return torch.empty((), dtype=torch.int64).random_(-(2**63), None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mask_reaches_the_embedding(name):
+    model = make_model(name)
+    ids, mask = ragged()
+    clean = embedding_output(model.eval(), input_ids=ids, attention_mask=mask)
+    model.train()
+    handle = apply_neftune(model, 5.0)
+    torch.manual_seed(7)
+    noisy = embedding_output(model, input_ids=ids, attention_mask=mask)
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=drawn_after(7))
+    assert torch.equal(noisy, clean + noise)
+    assert torch.equal(noisy[mask == 0], clean[mask == 0])
+    stats = handle.stats()
+    assert (stats["calls"], stats["samples"]) == (1, 3)
+    assert (stats["length_min"], stats["length_max"]) == (2, 8)
+    assert stats["length_mean"] == 5.0
+    assert 0.9 < stats["max_noise_ratio"] < 1
+    eval_before = model.eval()(input_ids=ids, attention_mask=mask).logits
+    handle.remove()
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, eval_before)
+
+
+def test_every_way_lengths_arrive():
+    model = make_model()
+    ids, mask = ragged()
+    weight = model.get_input_embeddings().weight
+    apply_neftune(model, 5.0)
+
+    def check(expected_layout, call, tokens=ids):
+        seen = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+        torch.manual_seed(3)
+        call()
+        hook.remove()
+        assert torch.equal(seen[0], noisy_embedding(tokens, weight.detach(), 5.0, seed=drawn_after(3), **expected_layout))
+
+    check({"attention_mask": mask}, lambda: model(ids, mask))  # positional
+    check({"attention_mask": mask}, lambda: model(ids, attention_mask=mask.bool()))
+    check({"attention_mask": mask}, lambda: model.model(ids, mask))  # fused-head losses call the backbone directly
+    check({}, lambda: model(ids))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
+    packed = ids[:1]
+    check({"position_ids": positions}, lambda: model(packed, position_ids=positions), packed)
+    bounds = torch.tensor([0, 3, 5, 8], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 3, "max_length_k": 3}
+    check({"cu_seqlens": bounds}, lambda: model(packed, position_ids=positions, **lengths), packed)
+    check({"position_ids": positions}, lambda: model(packed, position_ids=positions), packed)
+    numbered = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3]])
+    check({"attention_mask": numbered}, lambda: model.model.embed_tokens and model(packed, attention_mask=numbered), packed)
+
+
+def test_unknown_lengths_warn_once_and_name_the_remedy():
+    model = make_model()
+    ids, mask = ragged()
+    apply_neftune(model, 5.0)
+    four = torch.zeros(3, 1, 8, 8)
+    with pytest.warns(UserWarning, match=r"Pass the model a 2-D attention_mask or position_ids"):
+        model(ids, attention_mask=four)
+    with pytest.warns(UserWarning, match="inputs_embeds.*add_noise"):
+        model(inputs_embeds=model.get_input_embeddings().weight[ids].detach(), attention_mask=mask)
+    with pytest.warns(UserWarning, match="outside its model's forward.*add_noise"):
+        model.get_input_embeddings()(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, attention_mask=four)
+        model.get_input_embeddings()(ids)
+
+
+def test_only_in_training_with_grad():
+    model = make_model()
+    ids, mask = ragged()
+    handle = apply_neftune(model, 5.0)
+    clean = F.embedding(ids, model.get_input_embeddings().weight)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), clean)
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model.eval()
+    assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), clean)
+    handle.noise_alpha = 0
+    assert torch.equal(embedding_output(model.train(), input_ids=ids, attention_mask=mask), clean)
+    assert torch.equal(torch.get_rng_state(), state)
+    stats = handle.stats()
+    assert stats["calls"] == 0 and stats["samples"] is None
+    assert stats["skipped"]["no grad"] >= 2 and stats["skipped"]["eval mode"] == 1 and stats["skipped"]["noise_alpha is 0"] == 1
+    apply_neftune(model, 5.0, noise_without_grad=True)
+    with torch.no_grad():
+        assert not torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), clean)
+
+
+def everything(model):
+    """Class, hooks and attributes of every module."""
+    keys = [key for key in vars(model) if "hooks" in key]
+    return {
+        name: (type(module), {key: len(vars(module)[key]) for key in keys}, sorted(vars(module))) for name, module in model.named_modules()
+    }
+
+
+def test_idempotent_and_reversible():
+    model = make_model()
+    before = everything(model)
+    embedding, parameter = model.get_input_embeddings(), model.get_input_embeddings().weight
+    keys = list(model.state_dict())
+    handle = apply_neftune(model, 5.0)
+    assert apply_neftune(model, 10.0) is handle and handle.noise_alpha == 10.0
+    assert model.get_input_embeddings() is embedding and embedding.weight is parameter and isinstance(embedding, nn.Embedding)
+    assert list(model.state_dict()) == keys and model.lm_head.weight is not None
+    with pytest.raises(ValueError, match="finite and >= 0, got -1.0"):
+        handle.noise_alpha = -1.0
+    assert handle.noise_alpha == 10.0
+    handle.remove()
+    handle.remove()
+    assert everything(model) == before
+    with pytest.raises(RuntimeError, match="was removed: call apply_neftune again"):
+        handle.stats()
+    with pytest.raises(KeyError, match="crash"), apply_neftune(model, 5.0):
+        assert everything(model) != before
+        raise KeyError("crash")
+    assert everything(model) == before
+    ids, mask = ragged()
+    with apply_neftune(model, 5.0), pytest.raises(IndexError, match="out of range|must lie in"):
+        model(ids + VOCAB, attention_mask=mask)
+    assert everything(model) == before
+
+
+def test_copies_and_saves(tmp_path):
+    model = make_model()
+    ids, mask = ragged()
+    handle = apply_neftune(model, 5.0)
+    model(ids, mask)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        torch.manual_seed(1)
+        out = embedding_output(twin, input_ids=ids, attention_mask=mask)
+        assert torch.equal(out, noisy_embedding(ids, twin.get_input_embeddings().weight, 5.0, attention_mask=mask, seed=drawn_after(1)))
+        again = apply_neftune(twin, 2.0)
+        assert again is not handle and handle.noise_alpha == 5.0
+        torch.manual_seed(1)
+        out = embedding_output(twin, input_ids=ids, attention_mask=mask)
+        assert torch.equal(out, noisy_embedding(ids, twin.get_input_embeddings().weight, 2.0, attention_mask=mask, seed=drawn_after(1)))
+        again.remove()
+        assert everything(twin) == everything(make_model())
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.get_input_embeddings()) is nn.Embedding
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_resize_and_tie():
+    model = make_model()
+    handle = apply_neftune(model, 5.0)
+    ids, mask = ragged()
+    model.resize_token_embeddings(VOCAB + 8)
+    assert model.get_input_embeddings().num_embeddings == VOCAB + 8
+    torch.manual_seed(1)
+    out = embedding_output(model, input_ids=ids + 8, attention_mask=mask)
+    assert torch.equal(out, noisy_embedding(ids + 8, model.get_input_embeddings().weight, 5.0, attention_mask=mask, seed=drawn_after(1)))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    handle.remove()
+    module = NEFTuneEmbedding.from_embedding(model.get_input_embeddings())
+    model.set_input_embeddings(module)
+    model.resize_token_embeddings(VOCAB)
+    assert model.get_input_embeddings().num_embeddings == VOCAB
+
+
+@pytest.mark.parametrize("order", ["before peft", "after peft"])
+@pytest.mark.parametrize("kind", ["lora", "lora on the embedding", "modules_to_save"])
+def test_peft(order, kind):
+    extra = {
+        "lora": {"target_modules": ["q_proj"]},
+        "lora on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+        "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    }[kind]
+    model = make_model()
+    weight = model.get_input_embeddings().weight.detach().clone()
+    if order == "before peft":
+        apply_neftune(model, 5.0)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **extra)).train()
+    handle = apply_neftune(model, 5.0)
+    ids, mask = ragged()
+    torch.manual_seed(7)
+    noisy = embedding_output(model, input_ids=ids, attention_mask=mask)
+    assert torch.equal(noisy, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(7)))  # a new LoRA adds zero
+    assert handle.stats()["calls"] == 1 and handle.stats()["length_min"] == 2
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    handle.remove()
+    assert not any(type(module).__name__.startswith("Noisy") for module in model.modules())
+    assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), F.embedding(ids, weight))
+
+
+def test_what_cannot_be_noised_is_refused():
+    class NoGetter(nn.Module):
+        def __init__(self, embed):
+            super().__init__()
+            self.embed = embed
+
+        def forward(self, ids):
+            return self.embed(ids)
+
+    with pytest.raises(ValueError, match=r'NoGetter has no get_input_embeddings\(\).*embedding="path.to.embed"'):
+        apply_neftune(NoGetter(nn.Embedding(5, 4)))
+    with pytest.raises(ValueError, match="embedding='nowhere' names no module of NoGetter"):
+        apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding="nowhere")
+    with pytest.raises(ValueError, match="must be an nn.Embedding, got Linear"):
+        apply_neftune(NoGetter(nn.Linear(5, 4)), embedding="embed")
+    with pytest.raises(ValueError, match="is a NEFTuneEmbedding and adds noise itself"):
+        apply_neftune(NoGetter(NEFTuneEmbedding(5, 4)), embedding="embed")
+    with pytest.raises(ValueError, match="not a part of the model"):
+        apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding=nn.Embedding(5, 4))
+    patched = NoGetter(nn.Embedding(5, 4))
+    patched.embed.forward = lambda ids: ids
+    with pytest.raises(ValueError, match="a forward of its own as an instance attribute"):
+        apply_neftune(patched, embedding="embed")
+    for bad, message in (({"noise_alpha": -1.0}, "got -1.0"), ({"stream": 2**32}, "got 4294967296"), ({"backend": "tpu"}, "got 'tpu'")):
+        model = NoGetter(nn.Embedding(5, 4))
+        with pytest.raises(ValueError, match=message):
+            apply_neftune(model, embedding="embed", **bad)
+        assert type(model.embed) is nn.Embedding
+    tokens = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}))
+    with pytest.raises(ValueError, match="trainable_token_indices computes the embedding without calling it"):
+        apply_neftune(tokens)
+
+
+def test_own_module_by_path_and_object():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"embed": nn.Embedding(20, 16, padding_idx=0)})
+
+        def forward(self, tokens, attention_mask=None):
+            return self.inner["embed"](tokens)
+
+    tokens = torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]])
+    for name in ("inner.embed", None):
+        model = Own()
+        embed = model.inner["embed"]
+        handle = apply_neftune(model, 5.0, embedding=name or embed, stream=3)
+        torch.manual_seed(1)
+        out = model(tokens)
+        expected = noisy_embedding(tokens, embed.weight, 5.0, padding_idx=0, seed=drawn_after(1), stream=3)
+        assert torch.equal(out, expected)
+        handle.remove()
+        assert type(embed) is nn.Embedding
+
+
+def test_transformers_own_hook_beside_ours_is_refused():
+    model = make_model()
+    apply_neftune(model, 5.0)
+    model.get_input_embeddings().neftune_noise_alpha = 5.0  # what Trainer does for TrainingArguments(neftune_noise_alpha=...)
+    with pytest.raises(RuntimeError, match="two noises.*neftune_noise_alpha=None"):
+        model(ragged()[0])
+
+
+def test_handle_keeps_no_model_alive():
+    model = make_model()
+    handle = apply_neftune(model, 5.0)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    handle.remove()
+
+
+def test_noise_streams_follow_the_process_group(tmp_path):
+    model = make_model()
+    ids, mask = ragged()
+    apply_neftune(model, 5.0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        torch.manual_seed(1)
+        out = embedding_output(model, input_ids=ids, attention_mask=mask)
+    finally:
+        torch.distributed.destroy_process_group()
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(out, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), stream=0))
