@@ -1,5 +1,6 @@
 """One noise everywhere: every backend equals the reference bit for bit, and every way to say the same samples gives the same bits."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -70,10 +71,12 @@ def test_switched_off_native_library_says_so():
 def test_every_dtype_and_width(kernel, dtype, embedding_dim, ids_dtype):
     weight = make_weight(embedding_dim, dtype)
     batch = make_batch("ragged", rows=3, columns=7)
-    arguments = dict(seed=1, stream=2, sample_offset=3, position_offset=4)
+    arguments = {"seed": 1, "stream": 2, "sample_offset": 3, "position_offset": 4}
     assert_equals_reference(kernel, batch.input_ids.to(ids_dtype), weight, 5.0, lengths=batch.lengths + 4, embed_scale=1.0, **arguments)
     scale = math.sqrt(embedding_dim) + 0.1
-    assert_equals_reference(kernel, batch.input_ids.to(ids_dtype), weight, 5.0, attention_mask=batch.attention_mask, embed_scale=scale, seed=2)
+    assert_equals_reference(
+        kernel, batch.input_ids.to(ids_dtype), weight, 5.0, attention_mask=batch.attention_mask, embed_scale=scale, seed=2
+    )
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
@@ -83,7 +86,7 @@ def test_every_mask_kind(kernel, dtype, embedding_dim, kind):
     weight, batch = make_weight(embedding_dim, dtype), make_batch(kind)
     weight[:, ::3] = -0.0
     for scale in (1.0, 1.7):
-        arguments = dict(attention_mask=batch.attention_mask, embed_scale=scale, seed=5)
+        arguments = {"attention_mask": batch.attention_mask, "embed_scale": scale, "seed": 5}
         out = noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend=kernel)
         assert same_bits(out, noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference"))
         padding = batch.attention_mask == 0
@@ -97,29 +100,33 @@ def test_every_mask_dtype(kernel, mask_dtype):
     mask = batch.attention_mask.to(mask_dtype)
     assert_equals_reference(kernel, batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask, seed=5)
     same = noisy_embedding(batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask.long(), seed=5, backend=kernel)
-    assert same_bits(noisy_embedding(batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask, seed=5, backend=kernel), same)
+    assert same_bits(
+        noisy_embedding(batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask, seed=5, backend=kernel), same
+    )
 
 
 LAYOUTS = {
     "nothing": {},
-    "lengths int32": dict(lengths=torch.tensor([13, 0, 5, 40], dtype=torch.int32)),
-    "lengths int64": dict(lengths=torch.tensor([13, 1, 5, 2**40])),
-    "lengths uint8": dict(lengths=torch.tensor([13, 1, 5, 200], dtype=torch.uint8)),
-    "strided lengths": dict(lengths=torch.tensor([[13, 9], [0, 9], [5, 9], [6, 9]])[:, 0]),
-    "cu_seqlens int32": dict(cu_seqlens=torch.tensor([0, 0, 7, 7, 20, 51, 52, 52], dtype=torch.int32)),
-    "cu_seqlens int64": dict(cu_seqlens=torch.tensor([0, 13, 26, 52])),
-    "strided cu_seqlens": dict(cu_seqlens=torch.tensor([0, 9, 13, 9, 52, 9])[::2]),
-    "position_ids": dict(position_ids=torch.arange(52).reshape(4, 13) % 5),
-    "one row of position_ids": dict(position_ids=torch.arange(13, dtype=torch.int32)[None] % 4),
-    "positions in lengths": dict(position_ids=torch.arange(52).reshape(4, 13).flip(1), lengths=torch.tensor([13, 26, 30, 60])),
-    "one row of positions in lengths": dict(position_ids=torch.arange(13)[None].flip(1), lengths=torch.tensor([13, 6, 0, 60])),
-    "positions in int32 lengths": dict(
-        position_ids=torch.arange(52).reshape(4, 13) % 17, lengths=torch.tensor([13, 2, 0, 9], dtype=torch.int32)
-    ),
-    "mask and positions": dict(
-        attention_mask=make_batch("holes").attention_mask, position_ids=torch.arange(52, dtype=torch.int32).reshape(4, 13) % 5
-    ),
-    "strided mask": dict(attention_mask=make_batch("numbered", rows=13, columns=4).attention_mask.t()),
+    "lengths int32": {"lengths": torch.tensor([13, 0, 5, 40], dtype=torch.int32)},
+    "lengths int64": {"lengths": torch.tensor([13, 1, 5, 2**40])},
+    "lengths uint8": {"lengths": torch.tensor([13, 1, 5, 200], dtype=torch.uint8)},
+    "strided lengths": {"lengths": torch.tensor([[13, 9], [0, 9], [5, 9], [6, 9]])[:, 0]},
+    "cu_seqlens int32": {"cu_seqlens": torch.tensor([0, 0, 7, 7, 20, 51, 52, 52], dtype=torch.int32)},
+    "cu_seqlens int64": {"cu_seqlens": torch.tensor([0, 13, 26, 52])},
+    "strided cu_seqlens": {"cu_seqlens": torch.tensor([0, 9, 13, 9, 52, 9])[::2]},
+    "position_ids": {"position_ids": torch.arange(52).reshape(4, 13) % 5},
+    "one row of position_ids": {"position_ids": torch.arange(13, dtype=torch.int32)[None] % 4},
+    "positions in lengths": {"position_ids": torch.arange(52).reshape(4, 13).flip(1), "lengths": torch.tensor([13, 26, 30, 60])},
+    "one row of positions in lengths": {"position_ids": torch.arange(13)[None].flip(1), "lengths": torch.tensor([13, 6, 0, 60])},
+    "positions in int32 lengths": {
+        "position_ids": torch.arange(52).reshape(4, 13) % 17,
+        "lengths": torch.tensor([13, 2, 0, 9], dtype=torch.int32),
+    },
+    "mask and positions": {
+        "attention_mask": make_batch("holes").attention_mask,
+        "position_ids": torch.arange(52, dtype=torch.int32).reshape(4, 13) % 5,
+    },
+    "strided mask": {"attention_mask": make_batch("numbered", rows=13, columns=4).attention_mask.t()},
 }
 OFFSETS = ((0, 0, 0), (1, 2, 3), (WORD - 1, WORD - 1, WORD - 1), (2**31, WORD - 3, WORD - 5), (7, 2**31 - 1, 2**31 - 2))
 
@@ -138,9 +145,28 @@ def test_every_layout_and_offset(kernel, offsets, layout):
     assert same_bits(neftune_noise((4, 13), 20, 5.0, **arguments, backend=kernel), noise)
 
 
+def test_every_small_layout(kernel):
+    """All cu_seqlens of up to 4 documents over 4 tokens, all lengths 0 to 5 of 2 rows of 3, all positions 0 to 3 of 1 row of 4 in length 2."""
+    cases = [
+        ((4,), {"cu_seqlens": torch.tensor([0, *inner, 4])})
+        for documents in range(1, 5)
+        for inner in itertools.combinations_with_replacement(range(5), documents - 1)
+    ]
+    cases += [((2, 3), {"lengths": torch.tensor(lengths)}) for lengths in itertools.product(range(6), repeat=2)]
+    cases += [
+        ((1, 4), {"lengths": torch.tensor([2]), "position_ids": torch.tensor([positions])})
+        for positions in itertools.product(range(4), repeat=4)
+    ]
+    for shape, layout in cases:
+        for position_offset in (0, 1):
+            arguments = dict(**layout, position_offset=position_offset, seed=5)
+            noise = neftune_noise(shape, 9, 5.0, **arguments, backend=kernel)
+            assert same_bits(noise, neftune_noise(shape, 9, 5.0, **arguments, backend="reference"))
+
+
 def test_positions_wrap_past_zero_within_a_row(kernel):
     """Position 2³² - 2 is followed by 2³² - 1, 0, 1: with no lengths every token stays real."""
-    arguments = dict(seed=1, backend=kernel)
+    arguments = {"seed": 1, "backend": kernel}
     across = neftune_noise((1, 6), 20, 5.0, position_offset=WORD - 2, **arguments)
     assert same_bits(across[:, 2:], neftune_noise((1, 6), 20, 5.0, **arguments)[:, :4])
     rows = neftune_noise((4, 6), 20, 5.0, sample_offset=WORD - 2, **arguments)
@@ -163,7 +189,7 @@ def test_special_values(kernel, noise_alpha, dtype):
     weight = torch.cat((weight, weight[:, :13], weight.flip(1)), dim=1)  # d = 45: full vectors and a tail
     ids = torch.arange(5).repeat(2, 3)
     for scale in (1.0, 1.5, -0.0, 1e-30):
-        arguments = dict(lengths=torch.tensor([15, 9]), embed_scale=scale, seed=4)
+        arguments = {"lengths": torch.tensor([15, 9]), "embed_scale": scale, "seed": 4}
         expected = noisy_embedding(ids, weight, noise_alpha, **arguments, backend="reference")
         assert same_bits(noisy_embedding(ids, weight, noise_alpha, **arguments, backend=kernel), expected)
 
@@ -187,7 +213,7 @@ def strided_weights(dtype):
 @pytest.mark.parametrize("name", strided_weights(torch.float32))
 def test_strided_weights(kernel, name, dtype):
     weight, batch = strided_weights(dtype)[name], make_batch("ragged")
-    arguments = dict(attention_mask=batch.attention_mask, seed=3)
+    arguments = {"attention_mask": batch.attention_mask, "seed": 3}
     contiguous = noisy_embedding(batch.input_ids, weight.contiguous(), 5.0, **arguments, backend="reference")
     assert same_bits(noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend=kernel), contiguous)
     assert same_bits(noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference"), contiguous)
@@ -199,7 +225,15 @@ def test_strided_weights(kernel, name, dtype):
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 def test_strided_ids(kernel, ids_dtype):
     ids, weight = make_batch("full", rows=8, columns=10).input_ids.to(ids_dtype), make_weight(20, torch.float32)
-    for strided in (ids.t(), ids[::2], ids[:, 1::3], ids[:1].expand(5, 10), ids[:, :1].expand(8, 6), ids.view(2, 4, 10).transpose(0, 1), ids[3]):
+    for strided in (
+        ids.t(),
+        ids[::2],
+        ids[:, 1::3],
+        ids[:1].expand(5, 10),
+        ids[:, :1].expand(8, 6),
+        ids.view(2, 4, 10).transpose(0, 1),
+        ids[3],
+    ):
         assert_equals_reference(kernel, strided, weight, 5.0, seed=3)
         expected = noisy_embedding(strided.contiguous(), weight, 5.0, seed=3, backend="reference")
         assert same_bits(noisy_embedding(strided, weight, 5.0, seed=3, backend=kernel), expected)
@@ -207,7 +241,14 @@ def test_strided_ids(kernel, ids_dtype):
 
 def test_strided_embeddings(kernel):
     embeds = torch.randn(4, 6, 20, generator=torch.Generator().manual_seed(0))
-    for strided in (embeds.transpose(0, 1), embeds[..., ::2], embeds[:, ::2], embeds[:1].expand(3, 6, 20), embeds.permute(2, 0, 1), embeds[0, 0]):
+    for strided in (
+        embeds.transpose(0, 1),
+        embeds[..., ::2],
+        embeds[:, ::2],
+        embeds[:1].expand(3, 6, 20),
+        embeds.permute(2, 0, 1),
+        embeds[0, 0],
+    ):
         before = strided.clone()
         expected = add_noise(strided.contiguous(), 5.0, seed=3, backend="reference")
         assert same_bits(add_noise(strided, 5.0, seed=3, backend=kernel), expected)
@@ -219,7 +260,7 @@ def test_strided_embeddings(kernel):
 def test_empty_inputs(backend, shape, embedding_dim):
     ids, weight = torch.zeros(shape, dtype=torch.int64), torch.zeros(3, embedding_dim)
     nothing = torch.zeros(*shape, embedding_dim)
-    for layout in ({}, dict(attention_mask=ids), dict(lengths=ids.sum(-1)), dict(cu_seqlens=torch.tensor([0, 0])), dict(position_ids=ids)):
+    for layout in ({}, {"attention_mask": ids}, {"lengths": ids.sum(-1)}, {"cu_seqlens": torch.tensor([0, 0])}, {"position_ids": ids}):
         assert same_bits(noisy_embedding(ids, weight, 5.0, seed=0, **layout, backend=backend), nothing)
         assert same_bits(add_noise(nothing, 5.0, seed=0, **layout, backend=backend), nothing)
         assert same_bits(neftune_noise(shape, embedding_dim, 5.0, seed=0, **layout, backend=backend), nothing)
@@ -339,7 +380,7 @@ def test_shards_equal_the_whole(backend, dtype):
 def test_three_functions_one_result(backend, dtype, embed_scale):
     """noisy_embedding == add_noise(F.embedding·scale) == (F.embedding·scale in float32 + neftune_noise) rounded."""
     weight, batch = make_weight(100, dtype), make_batch("numbered")
-    arguments = dict(attention_mask=batch.attention_mask, seed=5, stream=1, sample_offset=2, backend=backend)
+    arguments = {"attention_mask": batch.attention_mask, "seed": 5, "stream": 1, "sample_offset": 2, "backend": backend}
     fused = noisy_embedding(batch.input_ids, weight, 5.0, embed_scale=embed_scale, **arguments)
     scaled = F.embedding(batch.input_ids, weight) * embed_scale
     assert torch.equal(fused, add_noise(scaled, 5.0, **arguments))
@@ -354,7 +395,7 @@ def test_training_paths_give_the_same_bits(dtype, embed_scale):
     for rows in (2, 40):
         batch = make_batch("holes", rows=rows, columns=32)
         weight = make_weight(64, dtype)
-        arguments = dict(attention_mask=batch.attention_mask, embed_scale=embed_scale, seed=5)
+        arguments = {"attention_mask": batch.attention_mask, "embed_scale": embed_scale, "seed": 5}
         expected = noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference")
         trained = noisy_embedding(batch.input_ids, weight.clone().requires_grad_(), 5.0, **arguments)
         assert trained.requires_grad and same_bits(trained.detach(), expected)
@@ -371,7 +412,7 @@ def test_padding_idx_without_a_mask(backend, dtype):
         out = noisy_embedding(ids, weight, 5.0, padding_idx=padding_idx, seed=1, backend=backend)
         assert same_bits(out, noisy_embedding(ids, weight, 5.0, attention_mask=(ids != 10).long(), seed=1, backend="reference"))
         assert same_bits(out[ids == 10], weight[ids[ids == 10]]) and not torch.equal(out[ids != 10], weight[ids[ids != 10]])
-        for layout in (dict(lengths=torch.tensor([4, 3])), dict(attention_mask=torch.ones(2, 4)), dict(position_ids=torch.arange(4)[None])):
+        for layout in ({"lengths": torch.tensor([4, 3])}, {"attention_mask": torch.ones(2, 4)}, {"position_ids": torch.arange(4)[None]}):
             ruled = noisy_embedding(ids, weight, 5.0, padding_idx=padding_idx, seed=1, **layout, backend=backend)
             assert same_bits(ruled, noisy_embedding(ids, weight, 5.0, seed=1, **layout, backend="reference"))
 
@@ -470,7 +511,7 @@ def test_ids_out_of_range(backend, ids_dtype, bad, where):
     """IndexError with the id and the rule, real token or padding, and nothing written outside the output."""
     weight, ids = make_weight(20, torch.float32), make_batch("full").input_ids.to(ids_dtype)
     ids.view(-1)[where] = bad
-    for layout in ({}, dict(lengths=torch.zeros(4, dtype=torch.int64)), dict(cu_seqlens=torch.tensor([0, 26, 52]))):
+    for layout in ({}, {"lengths": torch.zeros(4, dtype=torch.int64)}, {"cu_seqlens": torch.tensor([0, 26, 52])}):
         with pytest.raises(IndexError, match=rf"input_ids .*\[0, .*11.*{bad}\b"):
             noisy_embedding(ids, weight, 5.0, seed=0, **layout, backend=backend)
     arguments = (ids, weight, torch.tensor(3), torch.tensor(5.0, dtype=torch.float64))

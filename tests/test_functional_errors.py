@@ -46,7 +46,7 @@ ALPHAS = [
     (-1.0, ValueError, r"noise_alpha must be finite and >= 0, got -1\.0"),
     (-1, ValueError, "noise_alpha must be finite and >= 0, got -1"),
     (-1e-300, ValueError, "noise_alpha must be finite and >= 0, got -1e-300"),
-    (torch.tensor(-2.0), ValueError, "noise_alpha must be finite and >= 0, got tensor"),
+    (torch.tensor(-2.0), ValueError, r"noise_alpha must be finite and >= 0, got -2\.0"),
     ("5", TypeError, "noise_alpha must be a number or None, got '5'"),
     (True, TypeError, "noise_alpha must be a number or None, got True"),
     ([5.0], TypeError, "noise_alpha must be a number or None, got"),
@@ -82,7 +82,7 @@ def test_seeds(function):
     for value in (2**64, -(2**63) - 1, 10**30):
         refused(ValueError, rf"seed must lie in \[-2\*\*63, 2\*\*64\), got {value}", function, seed=value)
     for value in (1.0, "1", True):
-        refused(TypeError, f"seed must be an int or a 0-dim int64 tensor, got {value!r}", function, seed=value)
+        refused(TypeError, f"seed must be an int.*got {value!r}", function, seed=value)
     for value in (torch.tensor([1]), torch.tensor([1, 2])):
         refused(ValueError, rf"seed tensor must be 0-dim int64, got torch.int64 of shape \({len(value)},\)", function, seed=value)
     for value in (torch.tensor(1, dtype=torch.int32), torch.tensor(1.0)):
@@ -117,7 +117,12 @@ def test_missing_library_gives_its_reason(function, reason, monkeypatch):
 def test_available_backends(monkeypatch):
     monkeypatch.setattr(ops, "native", ops.NativeLibrary(None, ""))
     assert set(available_backends()) == {"reference", "cpp", "triton", "cuda"}
-    assert available_backends()["reference"] == available_backends("cpu")["reference"] == available_backends("cuda")["reference"] == "available"
+    assert (
+        available_backends()["reference"]
+        == available_backends("cpu")["reference"]
+        == available_backends("cuda")["reference"]
+        == "available"
+    )
     assert available_backends()["cpp"] == available_backends("cpu")["cpp"] == "available"
     assert available_backends("cuda")["cpp"] == available_backends("cuda:1")["cpp"] == "wrong device: runs on cpu, not on cuda"
 
@@ -184,26 +189,26 @@ def test_embed_scale(embed_scale):
 
 # What layouts refuse is listed in test_layout; here: every function refuses it, on every backend, whichever op would look at the values.
 BAD_LAYOUTS = {
-    "two at once": (dict(attention_mask=torch.ones(2, 3), lengths=torch.tensor([3, 1])), ValueError, "attention_mask and lengths"),
-    "cu_seqlens and positions": (dict(cu_seqlens=torch.tensor([0, 6]), position_ids=IDS), ValueError, "position_ids.*cu_seqlens"),
-    "shape of the mask": (dict(attention_mask=torch.ones(2, 4)), ValueError, r"attention_mask.*\(2, 3\).*\(2, 4\)"),
-    "shape of the lengths": (dict(lengths=torch.tensor([3])), ValueError, r"lengths.*\(2,\).*\(1,\)"),
-    "shape of the positions": (dict(position_ids=torch.zeros(2, 2).long()), ValueError, r"position_ids.*\(2, 3\).*\(2, 2\)"),
-    "NaN mask": (dict(attention_mask=torch.full((2, 3), NAN)), ValueError, "attention_mask.*NaN"),
-    "negative mask": (dict(attention_mask=-torch.ones(2, 3).long()), ValueError, "attention_mask.*negative"),
-    "negative bfloat16 mask": (dict(attention_mask=-torch.ones(2, 3).bfloat16()), ValueError, "attention_mask.*negative"),
-    "negative lengths": (dict(lengths=torch.tensor([3, -1])), ValueError, "lengths.*negative.*-1"),
-    "negative int32 lengths": (dict(lengths=torch.tensor([-7, 1], dtype=torch.int32)), ValueError, "lengths.*negative.*-7"),
-    "negative lengths with positions": (dict(lengths=torch.tensor([3, -1]), position_ids=IDS), ValueError, "lengths.*negative.*-1"),
-    "cu_seqlens from 1": (dict(cu_seqlens=torch.tensor([1, 6])), ValueError, "cu_seqlens.*0.*6.*1"),
-    "cu_seqlens to 5": (dict(cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)), ValueError, "cu_seqlens.*0.*6.*5"),
-    "cu_seqlens to 7": (dict(cu_seqlens=torch.tensor([0, 7])), ValueError, "cu_seqlens.*0.*6.*7"),
-    "cu_seqlens that fall": (dict(cu_seqlens=torch.tensor([0, 4, 2, 6], dtype=torch.int32)), ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens far outside": (dict(cu_seqlens=torch.tensor([0, 2**40, 6])), ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens of no document": (dict(cu_seqlens=torch.tensor([0])), ValueError, "cu_seqlens.*6.*0"),
-    "dtype of the lengths": (dict(lengths=torch.tensor([3.0, 1.0])), TypeError, "lengths.*float32"),
-    "dtype of the cu_seqlens": (dict(cu_seqlens=torch.tensor([0, 6]).short()), TypeError, "cu_seqlens.*int16"),
-    "dtype of the positions": (dict(position_ids=torch.zeros(2, 3)), TypeError, "position_ids.*float32"),
+    "two at once": ({"attention_mask": torch.ones(2, 3), "lengths": torch.tensor([3, 1])}, ValueError, "attention_mask and lengths"),
+    "cu_seqlens and positions": ({"cu_seqlens": torch.tensor([0, 6]), "position_ids": IDS}, ValueError, "position_ids.*cu_seqlens"),
+    "shape of the mask": ({"attention_mask": torch.ones(2, 4)}, ValueError, r"attention_mask.*\(2, 3\).*\(2, 4\)"),
+    "shape of the lengths": ({"lengths": torch.tensor([3])}, ValueError, r"lengths.*\(2,\).*\(1,\)"),
+    "shape of the positions": ({"position_ids": torch.zeros(2, 2).long()}, ValueError, r"position_ids.*\(2, 3\).*\(2, 2\)"),
+    "NaN mask": ({"attention_mask": torch.full((2, 3), NAN)}, ValueError, "attention_mask.*NaN"),
+    "negative mask": ({"attention_mask": -torch.ones(2, 3).long()}, ValueError, "attention_mask.*negative"),
+    "negative bfloat16 mask": ({"attention_mask": -torch.ones(2, 3).bfloat16()}, ValueError, "attention_mask.*negative"),
+    "negative lengths": ({"lengths": torch.tensor([3, -1])}, ValueError, "lengths.*negative.*-1"),
+    "negative int32 lengths": ({"lengths": torch.tensor([-7, 1], dtype=torch.int32)}, ValueError, "lengths.*negative.*-7"),
+    "negative lengths with positions": ({"lengths": torch.tensor([3, -1]), "position_ids": IDS}, ValueError, "lengths.*negative.*-1"),
+    "cu_seqlens from 1": ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "cu_seqlens.*0.*6.*1"),
+    "cu_seqlens to 5": ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, ValueError, "cu_seqlens.*0.*6.*5"),
+    "cu_seqlens to 7": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens.*0.*6.*7"),
+    "cu_seqlens that fall": ({"cu_seqlens": torch.tensor([0, 4, 2, 6], dtype=torch.int32)}, ValueError, "cu_seqlens.*decrease"),
+    "cu_seqlens far outside": ({"cu_seqlens": torch.tensor([0, 2**40, 6])}, ValueError, "cu_seqlens.*decrease"),
+    "cu_seqlens of no document": ({"cu_seqlens": torch.tensor([0])}, ValueError, "cu_seqlens.*6.*0"),
+    "dtype of the lengths": ({"lengths": torch.tensor([3.0, 1.0])}, TypeError, "lengths.*float32"),
+    "dtype of the cu_seqlens": ({"cu_seqlens": torch.tensor([0, 6]).short()}, TypeError, "cu_seqlens.*int16"),
+    "dtype of the positions": ({"position_ids": torch.zeros(2, 3)}, TypeError, "position_ids.*float32"),
 }
 
 

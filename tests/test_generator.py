@@ -22,7 +22,9 @@ CALLS = {
     "noisy_embedding in training, scaled": lambda **given: noisy_embedding(
         IDS, WEIGHT.clone().requires_grad_(), 5.0, embed_scale=2.0, **given
     ).detach(),
-    "noisy_embedding in training, large": lambda **given: noisy_embedding(LARGE_IDS, WEIGHT.clone().requires_grad_(), 5.0, **given).detach(),
+    "noisy_embedding in training, large": lambda **given: noisy_embedding(
+        LARGE_IDS, WEIGHT.clone().requires_grad_(), 5.0, **given
+    ).detach(),
     "add_noise": lambda **given: add_noise(WEIGHT[IDS], 5.0, **given),
     "add_noise in training": lambda **given: add_noise(WEIGHT[IDS].requires_grad_(), 5.0, **given).detach(),
     "neftune_noise": lambda **given: neftune_noise((2, 3), 64, 5.0, **given),
@@ -95,7 +97,7 @@ def test_the_draw_is_the_seed(call):
 @pytest.mark.parametrize("given", ["int", "tensor", "generator"])
 def test_global_state_is_left_alone(call, given):
     generator = torch.Generator().manual_seed(5)
-    arguments = {"int": dict(seed=7), "tensor": dict(seed=torch.tensor(7)), "generator": dict(generator=generator)}[given]
+    arguments = {"int": {"seed": 7}, "tensor": {"seed": torch.tensor(7)}, "generator": {"generator": generator}}[given]
     before = torch.get_rng_state()
     call(**arguments)
     assert torch.equal(torch.get_rng_state(), before)

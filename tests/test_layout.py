@@ -6,12 +6,23 @@ import re
 import oracle
 import pytest
 import torch
-from conftest import MASK_KINDS, make_batch
+from conftest import MASK_KINDS, make_batch, require_native
 
+from neftune_kernels import layout as layouts
 from neftune_kernels.functional import Samples, make_layout
 from neftune_kernels.layout import per_token
 
 WORD = 2**32
+
+
+@pytest.fixture(autouse=True, params=["python", "native"])
+def numbering(request, monkeypatch):
+    """Documents are numbered by layout.mask_layout or, through the operator, by the native library: every test asks both."""
+    if request.param == "python":
+        monkeypatch.setattr(torch.ops.neftune_kernels, "mask_layout", layouts.mask_layout)
+    else:
+        require_native()
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("neftune_kernels::mask_layout", "CPU")
 
 
 def found(shape, attention_mask=None, lengths=None, cu_seqlens=None, position_ids=None, sample_offset=0, position_offset=0):
@@ -28,7 +39,7 @@ def expected(shape, attention_mask=None, lengths=None, cu_seqlens=None, position
     """The same from the oracle's loops."""
     if position_ids is not None:
         position_ids = position_ids.expand(shape)
-    given = dict(attention_mask=attention_mask, lengths=lengths, cu_seqlens=cu_seqlens, position_ids=position_ids)
+    given = {"attention_mask": attention_mask, "lengths": lengths, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
     return oracle.places(shape, **{k: v.flatten().tolist() for k, v in given.items() if v is not None}, **offsets)
 
 
@@ -183,7 +194,7 @@ OFFSETS = ((0, 0), (1, 0), (0, 1), (WORD - 1, WORD - 1), (2**31, 2**31 - 1), (WO
 
 @pytest.mark.parametrize("sample_offset, position_offset", OFFSETS)
 def test_offsets_wrap(sample_offset, position_offset):
-    offsets = dict(sample_offset=sample_offset, position_offset=position_offset)
+    offsets = {"sample_offset": sample_offset, "position_offset": position_offset}
     agree((3, 4), **offsets)
     agree((3, 4), attention_mask=torch.tensor([[1, 1, 2, 0], [0, 0, 0, 0], [0, 1, 0, 1]]), **offsets)
     agree((3, 4), position_ids=torch.tensor([[0, 1, 0, 1]]), **offsets)
@@ -192,7 +203,11 @@ def test_offsets_wrap(sample_offset, position_offset):
 
 
 def test_wrapped_sums_by_hand():
-    assert found((2, 3), sample_offset=WORD - 1, position_offset=WORD - 2)[1:4] == [(WORD - 1, WORD - 1, 3), (WORD - 1, 0, 3), (0, WORD - 2, 3)]
+    assert found((2, 3), sample_offset=WORD - 1, position_offset=WORD - 2)[1:4] == [
+        (WORD - 1, WORD - 1, 3),
+        (WORD - 1, 0, 3),
+        (0, WORD - 2, 3),
+    ]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 1, 5), (3, 2, 1, 2)])
@@ -228,8 +243,8 @@ def test_one_row_of_tokens():
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (0, 0), (2, 0, 3)])
 def test_empty_tokens(shape):
     mask = torch.zeros(shape, dtype=torch.int64)
-    arguments = ({}, dict(attention_mask=mask), dict(position_ids=mask), dict(lengths=mask.sum(-1)), dict(cu_seqlens=torch.tensor([0])))
-    for given in (*arguments, dict(cu_seqlens=torch.tensor([0, 0, 0])), dict(position_ids=mask, lengths=mask.sum(-1))):
+    arguments = ({}, {"attention_mask": mask}, {"position_ids": mask}, {"lengths": mask.sum(-1)}, {"cu_seqlens": torch.tensor([0])})
+    for given in (*arguments, {"cu_seqlens": torch.tensor([0, 0, 0])}, {"position_ids": mask, "lengths": mask.sum(-1)}):
         assert found(shape, **given) == []
 
 
@@ -252,60 +267,64 @@ def shaped(*shape):
 
 
 REFUSED = {
-    "mask and lengths": (dict(attention_mask=shaped(2, 3), lengths=shaped(2)), ValueError, "at most one .*attention_mask and lengths"),
+    "mask and lengths": ({"attention_mask": shaped(2, 3), "lengths": shaped(2)}, ValueError, "at most one .*attention_mask and lengths"),
     "mask and cu_seqlens": (
-        dict(attention_mask=shaped(2, 3), cu_seqlens=torch.tensor([0, 6])),
+        {"attention_mask": shaped(2, 3), "cu_seqlens": torch.tensor([0, 6])},
         ValueError,
         "at most one .*attention_mask and cu_seqlens",
     ),
     "lengths and cu_seqlens": (
-        dict(lengths=shaped(2), cu_seqlens=torch.tensor([0, 6])),
+        {"lengths": shaped(2), "cu_seqlens": torch.tensor([0, 6])},
         ValueError,
         "at most one .*lengths and cu_seqlens",
     ),
     "all three": (
-        dict(attention_mask=shaped(2, 3), lengths=shaped(2), cu_seqlens=torch.tensor([0, 6])),
+        {"attention_mask": shaped(2, 3), "lengths": shaped(2), "cu_seqlens": torch.tensor([0, 6])},
         ValueError,
         "at most one .*attention_mask and lengths and cu_seqlens",
     ),
-    "cu_seqlens and position_ids": (dict(cu_seqlens=torch.tensor([0, 6]), position_ids=shaped(2, 3)), ValueError, "position_ids.*cu_seqlens"),
-    "mask of another shape": (dict(attention_mask=shaped(2, 4)), ValueError, r"attention_mask.*\(2, 3\).*\(2, 4\)"),
-    "mask of one row": (dict(attention_mask=shaped(1, 3)), ValueError, r"attention_mask.*\(2, 3\).*\(1, 3\)"),
-    "mask of four axes": (dict(attention_mask=shaped(2, 1, 1, 3)), ValueError, r"attention_mask.*\(2, 3\).*\(2, 1, 1, 3\)"),
-    "complex mask": (dict(attention_mask=shaped(2, 3).to(torch.complex64)), TypeError, "attention_mask.*complex64"),
-    "mask as a list": (dict(attention_mask=[[1, 1, 1], [1, 1, 1]]), TypeError, "attention_mask must be a tensor, got list"),
-    "NaN mask": (dict(attention_mask=torch.tensor([[1, 1, 1], [1, float("nan"), 0]])), ValueError, "attention_mask.*NaN.*0"),
-    "negative mask": (dict(attention_mask=torch.tensor([[1, 1, 1], [1, -1, 0]])), ValueError, "attention_mask.*negative.*0"),
+    "cu_seqlens and position_ids": (
+        {"cu_seqlens": torch.tensor([0, 6]), "position_ids": shaped(2, 3)},
+        ValueError,
+        "position_ids.*cu_seqlens",
+    ),
+    "mask of another shape": ({"attention_mask": shaped(2, 4)}, ValueError, r"attention_mask.*\(2, 3\).*\(2, 4\)"),
+    "mask of one row": ({"attention_mask": shaped(1, 3)}, ValueError, r"attention_mask.*\(2, 3\).*\(1, 3\)"),
+    "mask of four axes": ({"attention_mask": shaped(2, 1, 1, 3)}, ValueError, r"attention_mask.*\(2, 3\).*\(2, 1, 1, 3\)"),
+    "complex mask": ({"attention_mask": shaped(2, 3).to(torch.complex64)}, TypeError, "attention_mask.*complex64"),
+    "mask as a list": ({"attention_mask": [[1, 1, 1], [1, 1, 1]]}, TypeError, "attention_mask must be a tensor, got list"),
+    "NaN mask": ({"attention_mask": torch.tensor([[1, 1, 1], [1, float("nan"), 0]])}, ValueError, "attention_mask.*NaN.*0"),
+    "negative mask": ({"attention_mask": torch.tensor([[1, 1, 1], [1, -1, 0]])}, ValueError, "attention_mask.*negative.*0"),
     "additive mask": (
-        dict(attention_mask=torch.tensor([[0, 0, 0], [0, 0, -float("inf")]])),
+        {"attention_mask": torch.tensor([[0, 0, 0], [0, 0, -float("inf")]])},
         ValueError,
         "attention_mask.*negative.*0",
     ),
-    "lengths of another shape": (dict(lengths=shaped(3)), ValueError, r"lengths.*\(2,\).*\(3,\)"),
-    "lengths of one axis too many": (dict(lengths=shaped(2, 1)), ValueError, r"lengths.*\(2,\).*\(2, 1\)"),
-    "lengths 0-D": (dict(lengths=torch.tensor(3)), ValueError, r"lengths.*\(2,\).*\(\)"),
-    "lengths in float": (dict(lengths=shaped(2).float()), TypeError, "lengths.*integer.*float32"),
-    "lengths in bool": (dict(lengths=shaped(2).bool()), TypeError, "lengths.*integer.*bool"),
-    "lengths as a list": (dict(lengths=[3, 2]), TypeError, "lengths must be a tensor, got list"),
-    "negative lengths": (dict(lengths=torch.tensor([3, -2])), ValueError, "lengths.*negative.*-2"),
-    "cu_seqlens in float": (dict(cu_seqlens=torch.tensor([0.0, 6.0])), TypeError, "cu_seqlens.*int32 or int64.*float32"),
-    "cu_seqlens in int16": (dict(cu_seqlens=torch.tensor([0, 6], dtype=torch.int16)), TypeError, "cu_seqlens.*int32 or int64.*int16"),
-    "cu_seqlens of two axes": (dict(cu_seqlens=torch.tensor([[0, 6]])), ValueError, r"cu_seqlens.*\(documents \+ 1,\).*\(1, 2\)"),
-    "cu_seqlens of none": (dict(cu_seqlens=torch.tensor([], dtype=torch.int64)), ValueError, r"cu_seqlens.*\(documents \+ 1,\).*\(0,\)"),
-    "cu_seqlens without documents": (dict(cu_seqlens=torch.tensor([0])), ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 0"),
-    "cu_seqlens from 1": (dict(cu_seqlens=torch.tensor([1, 6])), ValueError, "cu_seqlens.*0 to the number of tokens 6.*1 to 6"),
-    "cu_seqlens too short": (dict(cu_seqlens=torch.tensor([0, 5])), ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 5"),
-    "cu_seqlens too long": (dict(cu_seqlens=torch.tensor([0, 7])), ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 7"),
-    "cu_seqlens that fall": (dict(cu_seqlens=torch.tensor([0, 4, 3, 6])), ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens below zero": (dict(cu_seqlens=torch.tensor([0, -1, 6])), ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens beyond the end": (dict(cu_seqlens=torch.tensor([0, 9, 6])), ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens as a list": (dict(cu_seqlens=[0, 6]), TypeError, "cu_seqlens must be a tensor, got list"),
-    "positions of another shape": (dict(position_ids=shaped(2, 4)), ValueError, r"position_ids.*\(2, 3\).*\(2, 4\)"),
-    "positions of other rows": (dict(position_ids=shaped(3, 3)), ValueError, r"position_ids.*\(2, 3\).*\(3, 3\)"),
-    "positions of no row": (dict(position_ids=shaped(3)), ValueError, r"position_ids.*\(2, 3\).*\(3,\)"),
-    "positions in float": (dict(position_ids=shaped(2, 3).float()), TypeError, "position_ids.*integer.*float32"),
-    "positions as a list": (dict(position_ids=[[0, 1, 2]]), TypeError, "position_ids must be a tensor, got list"),
-    "another device": (dict(lengths=torch.ones(2, dtype=torch.int64, device="meta")), ValueError, "lengths is on meta.*cpu"),
+    "lengths of another shape": ({"lengths": shaped(3)}, ValueError, r"lengths.*\(2,\).*\(3,\)"),
+    "lengths of one axis too many": ({"lengths": shaped(2, 1)}, ValueError, r"lengths.*\(2,\).*\(2, 1\)"),
+    "lengths 0-D": ({"lengths": torch.tensor(3)}, ValueError, r"lengths.*\(2,\).*\(\)"),
+    "lengths in float": ({"lengths": shaped(2).float()}, TypeError, "lengths.*integer.*float32"),
+    "lengths in bool": ({"lengths": shaped(2).bool()}, TypeError, "lengths.*integer.*bool"),
+    "lengths as a list": ({"lengths": [3, 2]}, TypeError, "lengths must be a tensor, got list"),
+    "negative lengths": ({"lengths": torch.tensor([3, -2])}, ValueError, "lengths.*negative.*-2"),
+    "cu_seqlens in float": ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens.*int32 or int64.*float32"),
+    "cu_seqlens in int16": ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int16)}, TypeError, "cu_seqlens.*int32 or int64.*int16"),
+    "cu_seqlens of two axes": ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, r"cu_seqlens.*\(documents \+ 1,\).*\(1, 2\)"),
+    "cu_seqlens of none": ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, ValueError, r"cu_seqlens.*\(documents \+ 1,\).*\(0,\)"),
+    "cu_seqlens without documents": ({"cu_seqlens": torch.tensor([0])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 0"),
+    "cu_seqlens from 1": ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*1 to 6"),
+    "cu_seqlens too short": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 5"),
+    "cu_seqlens too long": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 7"),
+    "cu_seqlens that fall": ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens.*decrease"),
+    "cu_seqlens below zero": ({"cu_seqlens": torch.tensor([0, -1, 6])}, ValueError, "cu_seqlens.*decrease"),
+    "cu_seqlens beyond the end": ({"cu_seqlens": torch.tensor([0, 9, 6])}, ValueError, "cu_seqlens.*decrease"),
+    "cu_seqlens as a list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be a tensor, got list"),
+    "positions of another shape": ({"position_ids": shaped(2, 4)}, ValueError, r"position_ids.*\(2, 3\).*\(2, 4\)"),
+    "positions of other rows": ({"position_ids": shaped(3, 3)}, ValueError, r"position_ids.*\(2, 3\).*\(3, 3\)"),
+    "positions of no row": ({"position_ids": shaped(3)}, ValueError, r"position_ids.*\(2, 3\).*\(3,\)"),
+    "positions in float": ({"position_ids": shaped(2, 3).float()}, TypeError, "position_ids.*integer.*float32"),
+    "positions as a list": ({"position_ids": [[0, 1, 2]]}, TypeError, "position_ids must be a tensor, got list"),
+    "another device": ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, ValueError, "lengths is on meta.*cpu"),
 }
 
 

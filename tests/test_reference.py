@@ -1,12 +1,13 @@
 """reference.py, the arbiter of every backend, against Random123's known answers and the naive oracle."""
 
+import ctypes
 import math
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import FLOAT_DTYPES, MASK_KINDS, equals_oracle, make_batch, running, same_bits
+from conftest import FLOAT_DTYPES, KERNELS, MASK_KINDS, equals_oracle, make_batch, running, same_bits
 from philox_vectors import PHILOX_VECTORS
 
 from neftune_kernels import neftune_noise, noisy_embedding, ops, reference
@@ -21,21 +22,21 @@ def reference_philox(counter, key, rounds):
 
 
 def cpp_philox(counter, key, rounds):
-    import ctypes
-
     out = (ctypes.c_uint32 * 4)()
     ops.native.handle.neftune_kernels_philox4x32((ctypes.c_uint32 * 4)(*counter), (ctypes.c_uint32 * 2)(*key), ctypes.c_int(rounds), out)
     return tuple(out)
 
 
 @pytest.mark.parametrize("rounds, counter, key, words", PHILOX_VECTORS)
-@pytest.mark.parametrize("implementation", ["oracle", "reference", "cpp"])
+@pytest.mark.parametrize("implementation", ["oracle", "reference", *KERNELS])
 def test_philox_known_answers(implementation, rounds, counter, key, words):
-    if implementation == "cpp":
-        with running("cpp-scalar"):
-            assert cpp_philox(counter, key, rounds) == words
+    """The oracle, the reference and the C++ code of every instruction set."""
+    if implementation in ("oracle", "reference"):
+        philox4x32 = {"oracle": oracle.philox4x32, "reference": reference_philox}[implementation]
+        assert philox4x32(counter, key, rounds) == words
     else:
-        assert {"oracle": oracle.philox4x32, "reference": reference_philox}[implementation](counter, key, rounds) == words
+        with running(implementation):
+            assert cpp_philox(counter, key, rounds) == words
 
 
 def test_known_answer_reaches_the_noise(backend):
@@ -52,9 +53,7 @@ def test_known_answer_reaches_the_noise(backend):
 @pytest.mark.parametrize("stream, sample, position", [(0, 0, 0), (2**32 - 1, 2**32 - 1, 2**32 - 1), (1, 2**31, 7), (2**31, 5, 2**31)])
 def test_every_counter_and_key_word_is_used(seed, stream, sample, position):
     """The noise of one token at the extremes of all six Philox words."""
-    noise = neftune_noise(
-        (1, 1), 20, 5.0, seed=seed, stream=stream, sample_offset=sample, position_offset=position, backend="reference"
-    )
+    noise = neftune_noise((1, 1), 20, 5.0, seed=seed, stream=stream, sample_offset=sample, position_offset=position, backend="reference")
     assert equals_oracle(noise, oracle.noise([(sample, position, 1)], 20, 5.0, seed, stream))
 
 
@@ -114,7 +113,7 @@ def test_ties_round_to_even(backend, dtype, ulp):
 
     L·d = 256·64 = 128², so alpha = 128·2¹⁵·ulp gives magnitude 2¹⁵·ulp and noise = (odd number)·ulp/2, exactly.
     """
-    arguments = dict(seed=8, backend=backend)
+    arguments = {"seed": 8, "backend": backend}
     noise = neftune_noise((1, 256), 64, 128 * 2.0**15 * ulp, **arguments)
     out = noisy_embedding(torch.zeros(1, 256, dtype=torch.int64), torch.ones(1, 64, dtype=dtype), 128 * 2.0**15 * ulp, **arguments)
     total = 1 + noise.double()
@@ -164,7 +163,7 @@ def test_tensor_alpha_is_not_rounded_to_float32():
 def test_chunks_of_the_reference_are_invisible(monkeypatch):
     """The reference works through a bounded number of rows at a time: one, three or all give the same bits."""
     batch = make_batch("ragged")
-    arguments = dict(attention_mask=batch.attention_mask, seed=2, backend="reference")
+    arguments = {"attention_mask": batch.attention_mask, "seed": 2, "backend": "reference"}
     whole = neftune_noise((4, 13), 20, 5.0, **arguments)
     for chunk in (1, 60, 61):
         monkeypatch.setattr(ops, "REFERENCE_CHUNK", chunk)
