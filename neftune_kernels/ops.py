@@ -277,9 +277,8 @@ def _load_native() -> NativeLibrary:
         log = folder / "_build_error.txt"
         return NativeLibrary(None, f"not built: {log.read_text().strip()}" if log.exists() else "not built: no library beside the package")
     try:
-        torch.ops.load_library(str(paths[0]))
-        return NativeLibrary(ctypes.CDLL(str(paths[0])), "")
-    except (OSError, RuntimeError) as error:
+        return NativeLibrary(ctypes.CDLL(str(paths[0])), "")  # its static initialisers register the kernels
+    except OSError as error:
         return NativeLibrary(None, f"{paths[0].name} failed to load: {error}")
 
 

@@ -146,7 +146,7 @@ def test_every_layout_and_offset(kernel, offsets, layout):
 
 
 def test_every_small_layout(kernel):
-    """All cu_seqlens of up to 4 documents over 4 tokens, all lengths 0 to 5 of 2 rows of 3, all positions 0 to 3 of 1 row of 4 in length 2."""
+    """All cu_seqlens of up to 4 documents over 4 tokens, all lengths 0 to 5 of 2 rows of 3, all positions 0 to 3 of a row in length 2."""
     cases = [
         ((4,), {"cu_seqlens": torch.tensor([0, *inner, 4])})
         for documents in range(1, 5)
@@ -192,6 +192,17 @@ def test_special_values(kernel, noise_alpha, dtype):
         arguments = {"lengths": torch.tensor([15, 9]), "embed_scale": scale, "seed": 4}
         expected = noisy_embedding(ids, weight, noise_alpha, **arguments, backend="reference")
         assert same_bits(noisy_embedding(ids, weight, noise_alpha, **arguments, backend=kernel), expected)
+
+
+@pytest.mark.parametrize("noise_alpha", [1e-6, 5.0, 3e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_value(kernel, dtype, noise_alpha):
+    """All 65 536 bit patterns as weights, NaNs included, with noise below, among and above them: widening, product, sum, rounding."""
+    weight = torch.arange(65536).to(torch.int16).view(dtype).view(1024, 64)
+    ids = torch.arange(1024).view(64, 16)
+    for scale in (1.0, 0.37, 1e3):
+        expected = noisy_embedding(ids, weight, noise_alpha, embed_scale=scale, seed=6, backend="reference")
+        assert same_bits(noisy_embedding(ids, weight, noise_alpha, embed_scale=scale, seed=6, backend=kernel), expected)
 
 
 def strided_weights(dtype):

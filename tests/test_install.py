@@ -19,8 +19,8 @@ from neftune_kernels import ops
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def run(*command, **environment):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **environment})
+def run(*command, folder=None, **environment):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env={**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -43,9 +43,20 @@ def install(tmp_path, **environment):
     site = next((home / "lib").glob("python*")) / "site-packages"
     (site / "outer.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent) + "\n")
     log = run(
-        sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps", "--target", site, source, **environment
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-v",
+        "--no-index",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        site,
+        source,
+        **environment,
     )
-    return log, lambda *code: run(python, "-P", *code)
+    return log, lambda *code: run(python, *code, folder=home)  # not here: python -m would find this checkout first
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the kernel is built with g++ or clang++")
@@ -79,7 +90,7 @@ def test_install_with_a_compiler_builds(tmp_path):
 def test_library_that_does_not_load_says_why(tmp_path):
     source_copy(tmp_path)
     (tmp_path / "neftune_kernels" / "_C.abi3.so").write_bytes(b"not a library")
-    report = run(sys.executable, "-m", "neftune_kernels", PYTHONPATH=str(tmp_path))
+    report = run(sys.executable, "-m", "neftune_kernels", folder=tmp_path)
     assert re.search(r"cpp +_C.abi3.so failed to load: .*(too short|invalid ELF)", report), report
 
 

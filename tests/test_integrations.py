@@ -340,3 +340,19 @@ def test_noise_streams_follow_the_process_group(tmp_path):
         torch.distributed.destroy_process_group()
     weight = model.get_input_embeddings().weight
     assert torch.equal(out, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), stream=0))
+
+
+def test_compiled_model_draws_the_eager_noise_in_one_graph():
+    model = make_model()
+    ids, mask = ragged()
+    handle = apply_neftune(model, 5.0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for seed, alpha in ((0, 5.0), (1, 5.0), (2, 9.0)):
+        handle.noise_alpha = alpha
+        torch.manual_seed(seed)
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        torch.manual_seed(seed)
+        assert torch.equal(compiled(input_ids=ids, attention_mask=mask).logits, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
