@@ -1,0 +1,625 @@
+// The CPU implementations of the operators whose schemas neftune_kernels/ops.py defines: checks, the walk over tokens, choice of kernels.
+//
+// Only torch's stable ABI is used, so one library serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../noise.h"
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace neftune_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements per thread below which waking another thread costs more than it saves.
+constexpr int64_t kGrainElements = 32768;
+
+// std::invalid_argument becomes Python's ValueError, std::out_of_range IndexError, std::runtime_error RuntimeError.
+template <class Error, class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+void check_cpu(const Tensor& tensor, const char* name) {
+  if (!tensor.is_cpu()) fail<std::runtime_error>(name, " must be on the CPU");
+}
+
+ElementType element_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      fail<std::runtime_error>(name, " must be float32, bfloat16 or float16 for the C++ kernel, got ",
+                               torch::headeronly::toString(tensor.scalar_type()), "; the reference backend takes float64");
+  }
+}
+
+template <class T>
+T read_scalar(const Tensor& tensor, ScalarType dtype, const char* name) {
+  check_cpu(tensor, name);
+  if (tensor.scalar_type() != dtype || tensor.numel() != 1) {
+    fail<std::runtime_error>(name, " must be a 0-dim ", torch::headeronly::toString(dtype), " tensor, got ", tensor.numel(),
+                             " element(s) of ", torch::headeronly::toString(tensor.scalar_type()));
+  }
+  return *static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Element offsets of a tensor's first `axes` axes in row-major order; axes that step evenly are merged, which leaves one in most tensors.
+class Offsets {
+ public:
+  Offsets(const Tensor& tensor, int64_t axes) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    for (int64_t axis = 0; axis < axes; ++axis) {
+      if (sizes[axis] == 1) continue;
+      if (!axes_.empty() && axes_.back().stride == strides[axis] * sizes[axis]) {
+        axes_.back() = {axes_.back().size * sizes[axis], strides[axis]};
+      } else {
+        axes_.push_back({sizes[axis], strides[axis]});
+      }
+    }
+    if (axes_.empty()) axes_.push_back({1, 0});
+  }
+
+  int64_t operator()(int64_t index) const {
+    if (axes_.size() == 1) return index * axes_[0].stride;
+    int64_t offset = 0;
+    for (size_t axis = axes_.size(); axis-- > 0;) {
+      offset += index % axes_[axis].size * axes_[axis].stride;
+      index /= axes_[axis].size;
+    }
+    return offset;
+  }
+
+ private:
+  struct Axis {
+    int64_t size, stride;
+  };
+  std::vector<Axis> axes_;
+};
+
+// int32 or int64 tensor of any shape and strides, read in row-major order.
+class Integers {
+ public:
+  Integers(const Tensor& tensor, const char* name) : offsets_(tensor, tensor.dim()), size_(tensor.numel()) {
+    check_cpu(tensor, name);
+    const ScalarType dtype = tensor.scalar_type();
+    if (dtype != ScalarType::Long && dtype != ScalarType::Int) {
+      fail<std::runtime_error>(name, " must be int32 or int64, got ", torch::headeronly::toString(dtype));
+    }
+    wide_ = dtype == ScalarType::Long;
+    data_ = tensor.const_data_ptr();
+  }
+
+  int64_t size() const { return size_; }
+  int64_t operator[](int64_t index) const {
+    const int64_t offset = offsets_(index);
+    return wide_ ? static_cast<const int64_t*>(data_)[offset] : static_cast<const int32_t*>(data_)[offset];
+  }
+
+ private:
+  Offsets offsets_;
+  int64_t size_;
+  const void* data_;
+  bool wide_;
+};
+
+std::optional<Integers> optional_integers(const std::optional<Tensor>& tensor, const char* name, int64_t size) {
+  if (!tensor) return std::nullopt;
+  Integers values(*tensor, name);
+  if (size >= 0 && values.size() != size) fail<std::invalid_argument>(name, " must have ", size, " elements, got ", values.size());
+  return values;
+}
+
+struct Place {
+  uint32_t sample;
+  uint32_t position;
+  int64_t length;  // ≤ 0: padding
+};
+
+// Which sample, position and length each token has: layout.per_token in C++.
+class Layout {
+ public:
+  Layout(int64_t rows, int64_t columns, const std::optional<Tensor>& document, const std::optional<Tensor>& position,
+         const std::optional<Tensor>& lengths, const std::optional<Tensor>& cu_seqlens, int64_t sample_offset, int64_t position_offset)
+      : rows_(rows),
+        columns_(columns),
+        document_(optional_integers(document, "document", rows * columns)),
+        position_(optional_integers(position, "position", rows * columns)),
+        lengths_(optional_integers(lengths, "lengths", document ? -1 : rows)),
+        cu_seqlens_(optional_integers(cu_seqlens, "cu_seqlens", -1)),
+        sample_offset_(static_cast<uint32_t>(sample_offset)),
+        position_offset_(static_cast<uint32_t>(position_offset)) {
+    if (cu_seqlens_) {
+      check_cu_seqlens();
+    } else if (lengths_ && !document_) {
+      check_lengths();
+    }
+  }
+
+  // Tokens one after another.
+  class Walk {
+   public:
+    Walk(const Layout& layout, int64_t token) : layout_(layout), token_(token) {
+      if (layout.cu_seqlens_) {
+        document_ = layout.document_of(token);
+        begin_ = (*layout.cu_seqlens_)[document_];
+        end_ = (*layout.cu_seqlens_)[document_ + 1];
+      } else {
+        document_ = token / layout.columns_;
+        begin_ = document_ * layout.columns_;
+        end_ = begin_ + layout.columns_;
+      }
+    }
+
+    Place next() {
+      while (token_ >= end_) {  // more than one turn only past empty documents; cu_seqlens ends at the number of tokens
+        ++document_;
+        begin_ = end_;
+        end_ = layout_.cu_seqlens_ ? (*layout_.cu_seqlens_)[document_ + 1] : begin_ + layout_.columns_;
+      }
+      const int64_t token = token_++;
+      int64_t document = document_, position = token - begin_, length = end_ - begin_;
+      if (!layout_.cu_seqlens_) {
+        if (layout_.position_) position = (*layout_.position_)[token];
+        if (layout_.document_) {
+          document = (*layout_.document_)[token];
+          if (layout_.lengths_) length = layout_.document_length(document);
+        } else if (layout_.lengths_) {
+          length = (*layout_.lengths_)[document];
+          if (static_cast<uint32_t>(position + layout_.position_offset_) >= length) length = 0;
+        }
+      }
+      return {static_cast<uint32_t>(document) + layout_.sample_offset_, static_cast<uint32_t>(position) + layout_.position_offset_, length};
+    }
+
+   private:
+    const Layout& layout_;
+    int64_t token_, document_, begin_, end_;
+  };
+
+ private:
+  void check_cu_seqlens() const {
+    const Integers& bounds = *cu_seqlens_;
+    const int64_t tokens = rows_ * columns_, documents = bounds.size() - 1;
+    if (documents < 0) fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got no elements");
+    if (bounds[0] != 0 || bounds[documents] != tokens) {
+      fail<std::invalid_argument>("cu_seqlens must run from 0 to the number of tokens ", tokens, ", got ", bounds[0], " to ",
+                                  bounds[documents]);
+    }
+    for (int64_t i = 0; i < documents; ++i) {
+      if (bounds[i + 1] < bounds[i]) fail<std::invalid_argument>("cu_seqlens must not decrease");
+    }
+  }
+
+  void check_lengths() const {
+    int64_t smallest = 0;
+    for (int64_t i = 0; i < lengths_->size(); ++i) smallest = std::min(smallest, (*lengths_)[i]);
+    if (smallest < 0) fail<std::invalid_argument>("lengths must not be negative, got ", smallest);
+  }
+
+  // The last document that starts at or before the token: bounds[document] ≤ token < bounds[document + 1].
+  int64_t document_of(int64_t token) const {
+    int64_t low = 0, high = cu_seqlens_->size() - 1;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      ((*cu_seqlens_)[middle] <= token ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // Documents come from mask_layout; one that lengths does not hold is padding, never a stray read.
+  int64_t document_length(int64_t document) const { return document >= 0 && document < lengths_->size() ? (*lengths_)[document] : 0; }
+
+  int64_t rows_, columns_;
+  std::optional<Integers> document_, position_, lengths_, cu_seqlens_;
+  uint32_t sample_offset_, position_offset_;
+};
+
+// The rows that tokens take their embeddings from: rows of a weight chosen by id, or the tokens' own.
+class Source {
+ public:
+  Source(const Tensor& rows, int64_t axes)
+      : element_size_(static_cast<int64_t>(rows.element_size())),
+        columns_(rows.size(axes)),
+        column_stride_(columns_ > 1 ? rows.stride(axes) : 1),
+        data_(static_cast<const char*>(rows.const_data_ptr())) {}
+
+  const char* at(int64_t offset) const { return data_ + offset * element_size_; }
+  bool contiguous() const { return column_stride_ == 1; }
+  int64_t bytes() const { return columns_ * element_size_; }
+
+  void gather(const char* row, char* out) const {
+    if (element_size_ == 4) {
+      gather_as<uint32_t>(row, out);
+    } else {
+      gather_as<uint16_t>(row, out);
+    }
+  }
+
+ private:
+  template <class T>
+  void gather_as(const char* row, char* out) const {
+    const T* source = reinterpret_cast<const T*>(row);
+    T* values = reinterpret_cast<T*>(out);
+    for (int64_t column = 0; column < columns_; ++column) values[column] = source[column * column_stride_];
+  }
+
+  int64_t element_size_, columns_, column_stride_;
+  const char* data_;
+};
+
+// First and last byte a tensor reaches.
+std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
+  return {begin, begin + (last + 1) * tensor.element_size()};
+}
+
+void check_out(const Tensor& out, const Tensor& source, const char* source_name, bool may_be_source, const std::vector<int64_t>& shape) {
+  check_cpu(out, "out");
+  if (out.scalar_type() != source.scalar_type()) {
+    fail<std::runtime_error>("out must have the dtype of ", source_name, ", ", torch::headeronly::toString(source.scalar_type()), ", got ",
+                             torch::headeronly::toString(out.scalar_type()));
+  }
+  const auto sizes = out.sizes();
+  if (std::vector<int64_t>(sizes.begin(), sizes.end()) != shape) fail<std::runtime_error>("out must have the result's shape");
+  if (!out.is_contiguous()) fail<std::runtime_error>("out must be contiguous");
+  if (out.numel() == 0 || source.numel() == 0) return;
+  if (may_be_source && out.const_data_ptr() == source.const_data_ptr() && source.is_contiguous()) return;
+  const auto a = extent(out), b = extent(source);
+  if (a.first < b.second && b.first < a.second) {
+    fail<std::runtime_error>("out must not overlap ", source_name, may_be_source ? " unless it is the same tensor" : "");
+  }
+}
+
+struct Noise {
+  Tensor seed, noise_alpha;
+  std::optional<Tensor> document, position, lengths, cu_seqlens;
+  int64_t stream, sample_offset, position_offset;
+};
+
+// out[token] = cast(e + noise) over all tokens; offset_of(token) is the place of the token's row in source, -1 for a bad id.
+template <class OffsetOf>
+void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int64_t columns, int64_t embedding_dim, const Noise& noise,
+                       double embed_scale, char* out, const OffsetOf& offset_of) {
+  const Kernels& kernels = current_kernels();
+  const uint64_t seed = static_cast<uint64_t>(read_scalar<int64_t>(noise.seed, ScalarType::Long, "seed"));
+  const double noise_alpha = read_scalar<double>(noise.noise_alpha, ScalarType::Double, "noise_alpha");
+  const Layout layout(rows, columns, noise.document, noise.position, noise.lengths, noise.cu_seqlens, noise.sample_offset,
+                      noise.position_offset);
+  const int64_t tokens = rows * columns, row_bytes = source.bytes();
+  if (tokens == 0) return;
+  const bool scaled = embed_scale != 1;
+  // A NaN scale loses its payload, which rounding to bfloat16 could otherwise carry out of the NaNs.
+  const float scale = std::isnan(embed_scale) ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(embed_scale);
+  const RowSettings settings{embedding_dim, noise_key(seed), static_cast<uint32_t>(noise.stream), scale};
+  const RowFunction noisy = scaled ? kernels.noisy_scaled[type] : kernels.noisy[type], padding = kernels.scaled[type];
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(embedding_dim, 1));
+
+  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+    Layout::Walk walk(layout, begin);
+    std::vector<char> gathered(source.contiguous() ? 0 : row_bytes);
+    const char* in_gathered = nullptr;
+    int64_t last_length = 0;
+    float step = 0;
+    int64_t next = offset_of(begin);
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t offset = next;
+      if (token + 1 < end) next = offset_of(token + 1);
+      const Place place = walk.next();
+      if (offset < 0) continue;
+      if (place.length != last_length) {
+        last_length = place.length;
+        const double elements = static_cast<double>(place.length) * static_cast<double>(embedding_dim);
+        step = noise_step(noise_alpha, place.length, std::sqrt(elements));
+      }
+      const char* row = source.at(offset);
+      if (!source.contiguous()) {
+        if (row != in_gathered) source.gather(row, gathered.data());  // expanded rows are gathered once
+        in_gathered = row;
+        row = gathered.data();
+      }
+      const char* prefetch = source.at(next < 0 ? offset : next);
+      char* to = out + token * row_bytes;
+      const Row job{row, prefetch, to, step, place.position, place.sample};
+      if (step > 0) {
+        noisy(settings, job);
+      } else if (scaled) {
+        padding(settings, job);
+      } else if (row != to) {
+        std::memcpy(to, row, row_bytes);
+      }
+    }
+  });
+}
+
+std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::vector<int64_t> embedded_shape(const Tensor& input_ids, const Tensor& weight) {
+  if (weight.dim() != 2) fail<std::runtime_error>("weight must have shape (num_embeddings, embedding_dim), got ", weight.dim(), " axes");
+  std::vector<int64_t> shape = shape_of(input_ids);
+  shape.push_back(weight.size(1));
+  return shape;
+}
+
+int64_t product(const std::vector<int64_t>& sizes, size_t count) {
+  int64_t result = 1;
+  for (size_t i = 0; i < count; ++i) result *= sizes[i];
+  return result;
+}
+
+void embed(const Tensor& input_ids, const Tensor& weight, const Noise& noise, double embed_scale, const std::vector<int64_t>& shape,
+           char* out) {
+  check_cpu(weight, "weight");
+  const ElementType type = element_type(weight, "weight");
+  const Integers ids(input_ids, "input_ids");
+  const int64_t num_embeddings = weight.size(0), embedding_dim = weight.size(1), row_stride = weight.stride(0);
+  const int64_t columns = input_ids.dim() == 0 ? 1 : input_ids.size(-1 + input_ids.dim());
+  const int64_t rows = input_ids.dim() == 0 ? 1 : product(shape, static_cast<size_t>(input_ids.dim() - 1));
+  std::atomic<int64_t> first_bad{std::numeric_limits<int64_t>::max()};
+  add_noise_to_rows(Source(weight, 1), type, rows, columns, embedding_dim, noise, embed_scale, out, [&](int64_t token) {
+    const int64_t id = ids[token];
+    if (id >= 0 && id < num_embeddings) return id * row_stride;
+    int64_t seen = first_bad.load(std::memory_order_relaxed);
+    while (token < seen && !first_bad.compare_exchange_weak(seen, token, std::memory_order_relaxed)) {
+    }
+    return int64_t{-1};
+  });
+  if (const int64_t token = first_bad.load(); token < ids.size()) {
+    fail<std::out_of_range>("input_ids must lie in [0, num_embeddings = ", num_embeddings, "), got ", ids[token]);
+  }
+}
+
+Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
+                       std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                       int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale) {
+  const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
+  element_type(weight, "weight");
+  Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
+  embed(input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+        embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
+  return out;
+}
+
+void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
+                         std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                         int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale,
+                         Tensor out) {
+  const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
+  check_out(out, weight, "weight", false, shape);
+  embed(input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+        embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
+}
+
+void add_noise_into(const Tensor& inputs_embeds, const Noise& noise, char* out) {
+  check_cpu(inputs_embeds, "inputs_embeds");
+  const ElementType type = element_type(inputs_embeds, "inputs_embeds");
+  const int64_t dim = inputs_embeds.dim();
+  if (dim == 0) fail<std::runtime_error>("inputs_embeds must have shape (..., embedding_dim), got a 0-dim tensor");
+  const std::vector<int64_t> shape = shape_of(inputs_embeds);
+  const int64_t columns = dim == 1 ? 1 : shape[dim - 2], rows = dim == 1 ? 1 : product(shape, static_cast<size_t>(dim - 2));
+  const Offsets offset_of(inputs_embeds, dim - 1);
+  add_noise_to_rows(Source(inputs_embeds, dim - 1), type, rows, columns, shape[dim - 1], noise, 1.0, out, offset_of);
+}
+
+Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
+                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
+                 int64_t position_offset) {
+  element_type(inputs_embeds, "inputs_embeds");
+  const std::vector<int64_t> shape = shape_of(inputs_embeds);
+  Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
+  add_noise_into(inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+                 static_cast<char*>(out.mutable_data_ptr()));
+  return out;
+}
+
+void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
+                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
+                   int64_t position_offset, Tensor out) {
+  check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
+  add_noise_into(inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+                 static_cast<char*>(out.mutable_data_ptr()));
+}
+
+// Calls visit(const T*) with the tensor's data as its own type; half-width floats as uint16_t tags below.
+struct BFloat16Bits {
+  uint16_t bits;
+};
+struct HalfBits {
+  uint16_t bits;
+};
+
+double mask_value(double value) { return value; }
+double mask_value(float value) { return value; }
+double mask_value(BFloat16Bits value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float widened;
+  std::memcpy(&widened, &bits, sizeof(widened));
+  return widened;
+}
+double mask_value(HalfBits value) {
+  const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+  const double magnitude = exponent == 31  ? (fraction ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity())
+                           : exponent == 0 ? std::ldexp(fraction, -24)
+                                           : std::ldexp(fraction + 1024, exponent - 25);
+  return value.bits & 0x8000 ? -magnitude : magnitude;
+}
+template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
+T mask_value(T value) {
+  return value;
+}
+
+template <class Mask>
+constexpr bool kSignedMask = !std::is_integral_v<Mask> || std::is_signed_v<Mask>;
+
+template <class Mask, class Id>
+void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t rows, int64_t columns, int64_t* document, int64_t* position,
+                      int64_t* lengths) {
+  const Tensor& shaped = mask ? *mask : *position_ids;
+  const Offsets mask_offset(shaped, shaped.dim()), id_offset(position_ids ? *position_ids : shaped, shaped.dim());
+  const Mask* masks = mask ? static_cast<const Mask*>(mask->const_data_ptr()) : nullptr;
+  const Id* ids = position_ids ? static_cast<const Id*>(position_ids->const_data_ptr()) : nullptr;
+  using Value = decltype(mask_value(Mask{}));
+  int64_t current = -1;
+  for (int64_t row = 0; row < rows; ++row) {
+    lengths[++current] = 0;
+    int64_t previous = -1, first = -1, previous_id = 0;
+    Value previous_value{};
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t token = row * columns + column;
+      Value value{1};
+      if (masks) {
+        value = mask_value(masks[mask_offset(token)]);
+        if (kSignedMask<Mask> && !(value >= Value{0})) {
+          fail<std::invalid_argument>(
+              "attention_mask has negative or NaN values: a token is real where it is not 0, padding where it is 0");
+        }
+      }
+      const bool real = value != Value{0};
+      if (real) {
+        const int64_t id = ids ? static_cast<int64_t>(ids[id_offset(token)]) : 0;
+        if (previous < 0) {
+          first = column;
+        } else {
+          const int64_t jump = static_cast<int64_t>(static_cast<uint64_t>(id) - static_cast<uint64_t>(previous_id));
+          if (value != previous_value || (ids && jump != 1 && jump != column - previous)) {
+            lengths[++current] = 0;
+            first = column;
+          }
+        }
+        ++lengths[current];
+        previous = column;
+        previous_id = id;
+        previous_value = value;
+      }
+      document[token] = real ? current : -1;
+      position[token] = column - first;
+    }
+  }
+  for (int64_t unused = current + 1; unused < rows * columns; ++unused) lengths[unused] = 0;
+}
+
+template <class Mask>
+void number_documents_by_id(const Tensor* mask, const Tensor* position_ids, int64_t rows, int64_t columns, int64_t* document,
+                            int64_t* position, int64_t* lengths) {
+  const ScalarType dtype = position_ids ? position_ids->scalar_type() : ScalarType::Long;
+  switch (dtype) {
+    case ScalarType::Long:
+      return number_documents<Mask, int64_t>(mask, position_ids, rows, columns, document, position, lengths);
+    case ScalarType::Int:
+      return number_documents<Mask, int32_t>(mask, position_ids, rows, columns, document, position, lengths);
+    case ScalarType::Short:
+      return number_documents<Mask, int16_t>(mask, position_ids, rows, columns, document, position, lengths);
+    case ScalarType::Char:
+      return number_documents<Mask, int8_t>(mask, position_ids, rows, columns, document, position, lengths);
+    case ScalarType::Byte:
+      return number_documents<Mask, uint8_t>(mask, position_ids, rows, columns, document, position, lengths);
+    default:
+      fail<std::runtime_error>("position_ids must be an integer tensor, got ", torch::headeronly::toString(dtype));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask, std::optional<Tensor> position_ids) {
+  if (!attention_mask && !position_ids) fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
+  const Tensor* mask = attention_mask ? &*attention_mask : nullptr;
+  const Tensor* ids = position_ids ? &*position_ids : nullptr;
+  const Tensor& given = mask ? *mask : *ids;
+  if (mask) check_cpu(*mask, "attention_mask");
+  if (ids) check_cpu(*ids, "position_ids");
+  const std::vector<int64_t> shape = shape_of(given);
+  if (ids && shape_of(*ids) != shape) fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
+  const int64_t columns = shape.empty() ? 1 : shape.back(), rows = shape.empty() ? 1 : product(shape, shape.size() - 1);
+  const std::vector<int64_t> tokens{rows * columns};
+  Tensor document = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
+  Tensor position = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
+  Tensor lengths = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
+  if (rows * columns == 0) return {document, position, lengths};
+  const auto number = [&](auto value) {
+    number_documents_by_id<decltype(value)>(mask, ids, rows, columns, static_cast<int64_t*>(document.mutable_data_ptr()),
+                                            static_cast<int64_t*>(position.mutable_data_ptr()),
+                                            static_cast<int64_t*>(lengths.mutable_data_ptr()));
+  };
+  const ScalarType dtype = mask ? mask->scalar_type() : ScalarType::Bool;
+  switch (dtype) {
+    case ScalarType::Bool:
+      number(bool{});
+      break;
+    case ScalarType::Byte:
+      number(uint8_t{});
+      break;
+    case ScalarType::Char:
+      number(int8_t{});
+      break;
+    case ScalarType::Short:
+      number(int16_t{});
+      break;
+    case ScalarType::Int:
+      number(int32_t{});
+      break;
+    case ScalarType::Long:
+      number(int64_t{});
+      break;
+    case ScalarType::UInt16:
+      number(uint16_t{});
+      break;
+    case ScalarType::UInt32:
+      number(uint32_t{});
+      break;
+    case ScalarType::UInt64:
+      number(uint64_t{});
+      break;
+    case ScalarType::Float:
+      number(float{});
+      break;
+    case ScalarType::Double:
+      number(double{});
+      break;
+    case ScalarType::BFloat16:
+      number(BFloat16Bits{});
+      break;
+    case ScalarType::Half:
+      number(HalfBits{});
+      break;
+    default:
+      fail<std::runtime_error>("attention_mask must be bool, integer or float, got ", torch::headeronly::toString(dtype));
+  }
+  return {document, position, lengths};
+}
+
+}  // namespace
+}  // namespace neftune_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(neftune_kernels, CPU, m) {
+  m.impl("noisy_embedding", TORCH_BOX(&neftune_kernels::noisy_embedding));
+  m.impl("noisy_embedding.out", TORCH_BOX(&neftune_kernels::noisy_embedding_out));
+  m.impl("add_noise", TORCH_BOX(&neftune_kernels::add_noise));
+  m.impl("add_noise.out", TORCH_BOX(&neftune_kernels::add_noise_out));
+  m.impl("mask_layout", TORCH_BOX(&neftune_kernels::mask_layout));
+}

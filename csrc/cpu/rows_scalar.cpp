@@ -1,0 +1,3 @@
+#include "rows.h"
+
+NEFTUNE_DEFINE_KERNELS(scalar)

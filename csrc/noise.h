@@ -1,0 +1,40 @@
+// The NEFTune noise (Jain et al. 2023, arXiv 2310.05914, Algorithm 1): alpha / √(L·d) · u, with u a pure function of place and seed.
+//
+//     counter = (column // 8, position, sample, stream),  key = (seed mod 2³², seed ≫ 32),  Philox-4x32-7
+//     word k of block j → columns 8j+2k (low 16 bits) and 8j+2k+1 (high 16 bits)
+//     x       = float32(int32((half << 16) | 0x8000))          exact: (int16(half) + ½)·65536
+//     step    = float32(alpha / √(L·d)) · 2⁻³¹                  the quotient in float64, rounded once
+//     noise   = x · step                                        one float32 rounding
+//     out     = cast(float32(e) + noise)                        never an FMA: compile with -ffp-contract=off / --fmad=false
+#pragma once
+
+#include <cstdint>
+
+#include "philox.h"
+
+namespace neftune_kernels {
+
+constexpr int kPhiloxRounds = 7;            // the paper's Crush-resistant count
+constexpr int kColumnsPerBlock = 8;         // four words of two halves
+constexpr float kSmallestStep = 0x1p-121f;  // magnitude 2⁻⁹⁰: below it there is no noise
+
+NEFTUNE_INLINE PhiloxKey noise_key(uint64_t seed) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}; }
+
+// The four words of block j = column // 8, as two pairs; Word is uint32_t or a vector of block indices.
+template <class Word>
+NEFTUNE_INLINE auto noise_words(Word block, uint32_t position, uint32_t sample, uint32_t stream, PhiloxKey key) {
+  return philox4x32<kPhiloxRounds>(PhiloxCounter<Word, uint32_t, uint32_t, uint32_t>{block, position, sample, stream}, key);
+}
+
+// x of a word's even column (low half) and odd column (high half).
+NEFTUNE_INLINE float lattice_even(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word << 16) | 0x8000u)); }
+NEFTUNE_INLINE float lattice_odd(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word & 0xFFFF0000u) | 0x8000u)); }
+
+// float32(alpha / √(L·d)) · 2⁻³¹; 0 means no noise. The caller passes root = √(double(L)·double(d)).
+NEFTUNE_INLINE float noise_step(double noise_alpha, int64_t length, double root) {
+  if (length <= 0) return 0.0f;
+  const float step = static_cast<float>(noise_alpha / root) * 0x1p-31f;
+  return step >= kSmallestStep ? step : 0.0f;
+}
+
+}  // namespace neftune_kernels
