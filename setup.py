@@ -20,7 +20,7 @@ from setuptools.errors import ExecError
 CSRC = pathlib.Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the first with everything used here in its stable ABI
 # Contracting x·step + e into an FMA would round once where the specification rounds twice.
-COMPILE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"]
+COMPILE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
 # One file per instruction set, the choice is made at run time: never -march=native, nor -mfma.
 SIMD_FLAGS = {
     # g++ 12 takes the intrinsics' deliberately undefined operands for mistakes.
@@ -42,7 +42,7 @@ def torch_folder() -> pathlib.Path:
 
 
 def run_compiler(command: list[str], **kwargs: Any) -> None:
-    """The compiler's spawn, with its message in the error: that is what _build_error.txt shows."""
+    """Runs a compiler command, with its message in the error: that is what _build_error.txt shows."""
     print(*command, flush=True)
     try:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=kwargs.get("env"))
@@ -54,7 +54,7 @@ def run_compiler(command: list[str], **kwargs: Any) -> None:
         raise ExecError(f"{command[0]} failed with exit code {done.returncode}\n{done.stderr.strip()}")
 
 
-class BuildKernel(build_ext):
+class BuildKernel(build_ext):  # type: ignore[misc]
     """build_ext with torch's headers and each source's own flags, which leaves its reason behind when it fails."""
 
     def run(self) -> None:
@@ -97,7 +97,7 @@ class BuildKernel(build_ext):
             compile_one(obj, src, suffix, cc_args, [*postargs, *SIMD_FLAGS.get(pathlib.Path(src).name, [])], pp_opts)
 
         compiler._compile = compile_with_flags
-        compiler.spawn = run_compiler
+        compiler.spawn = compiler.call = run_compiler  # setuptools calls the one or, since 84, the other
 
 
 def reason(library: pathlib.Path) -> pathlib.Path:
@@ -115,7 +115,7 @@ def kernel() -> Extension:
         language="c++",
         py_limited_api=True,  # no Python in it at all
         optional=True,
-        depends=[str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("cpu/*")])],
+        depends=["setup.py", *(str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("cpu/*")]))],
     )
 
 

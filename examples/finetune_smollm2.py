@@ -182,7 +182,7 @@ def make_trainer(model: Any, tokenizer: Any, arguments: argparse.Namespace, outp
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=8,
         learning_rate=LEARNING_RATE,
-        warmup_steps=max(1, arguments.steps // 20),
+        warmup_steps=arguments.steps // 20,
         max_length=MAX_LENGTH,
         packing=arguments.packing,
         eval_packing=False,
@@ -281,7 +281,7 @@ def report_noise(samples: list[Sample], padding: int, embedding_dim: int) -> Non
     print(f"   sample  real tokens L  {title}  largest |noise|    ratio")
     for index, (length, bound, largest, _) in enumerate(samples):
         ratio = f"{largest / bound:.5f}" if bound else "no noise"
-        print(f"   {index:6d}  {length:13d}  {bound:{len(title)}.6f}  {largest:15.6f}  {ratio:>8}")
+        print(f"   {index:6d}  {length:13d}  {bound:{len(title)}.5g}  {largest:15.5g}  {ratio:>8}")
     print(f"   {padding} padding tokens: noise exactly 0" if padding else "   no padding in this batch")
 
 

@@ -65,7 +65,10 @@ def check_word(name: str, value: int) -> int:
 
 
 def check_offsets(stream: int, sample_offset: int, position_offset: int) -> Offsets:
-    return Offsets(check_word("stream", stream), check_word("sample_offset", sample_offset), check_word("position_offset", position_offset))
+    given = (stream, sample_offset, position_offset)
+    if given == NO_OFFSETS and not any(isinstance(value, bool) for value in given):
+        return NO_OFFSETS
+    return Offsets(*(check_word(name, value) for name, value in zip(Offsets._fields, given, strict=True)))
 
 
 def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
@@ -169,22 +172,29 @@ def embed_with_noise(
     if device != input_ids.device:
         raise ValueError(f"input_ids is on {input_ids.device}, weight on {device}: they must be on one device")
     chosen = ops.choose_backend(backend, device, weight.dtype)
-    layout = make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples))
-    noise_args = (seed_tensor(seed, generator, device), alpha, *layout, *offsets)
-    args = (input_ids, weight, *noise_args, padding_idx, embed_scale)
+    plain = samples.unknown and padding_idx < 0 and offsets is NO_OFFSETS  # the operators' defaults: host time goes by arguments
+    layout = ROWS if plain else make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples))
+    seed = seed_tensor(seed, generator, device)
     transformed, compiling = _transformed(), torch.compiler.is_compiling()
-    if not transformed and not (weight.requires_grad and torch.is_grad_enabled()):
-        if compiling:
-            return ops.operator("noisy_embedding", chosen)(*args)
-        out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-        ops.operator("noisy_embedding", chosen).out(*args, out=out)
-        return out
-    if not transformed and not compiling and embed_scale == 1 and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
-        embedded = torch.embedding(weight, input_ids, padding_idx)
-        rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
-        ops.operator("add_noise", chosen).out(rows, *noise_args, out=rows)
-        return embedded
-    return ops.NoisyEmbedding.apply(ops.operator_name("noisy_embedding", chosen), *args)
+    if not transformed and not compiling:
+        noise_args = (seed, alpha) if plain else (seed, alpha, *layout, *offsets)
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            out = weight.new_empty((*input_ids.shape, weight.shape[1]))
+            if embed_scale == 1:
+                ops.EMBEDDING_OUT[chosen](input_ids, weight, *noise_args, out=out)
+            else:
+                ops.EMBEDDING_OUT[chosen](input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale, out=out)
+            return out
+        if embed_scale == 1 and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
+            embedded = torch.embedding(weight, input_ids, padding_idx)
+            rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
+            ops.ADD_OUT[chosen](rows, *noise_args, out=rows)
+            return embedded
+    args = (input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale)
+    name = ops.operator_name("noisy_embedding", chosen)
+    if transformed or (weight.requires_grad and torch.is_grad_enabled()):
+        return ops.NoisyEmbedding.apply(name, *args)
+    return getattr(torch.ops.neftune_kernels, name)(*args)
 
 
 def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
@@ -212,12 +222,13 @@ def embeds_with_noise(
     chosen = ops.choose_backend(backend, device, inputs_embeds.dtype)
     layout = make_layout(inputs_embeds.shape[:-1], device, samples)
     args = (inputs_embeds, seed_tensor(seed, generator, device), alpha, *layout, *offsets)
+    name = ops.operator_name("add_noise", chosen)
     if _transformed() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
-        return ops.AddNoise.apply(ops.operator_name("add_noise", chosen), *args)
+        return ops.AddNoise.apply(name, *args)
     if torch.compiler.is_compiling():
-        return ops.operator("add_noise", chosen)(*args)
+        return getattr(torch.ops.neftune_kernels, name)(*args)
     out = torch.empty_like(inputs_embeds, memory_format=torch.contiguous_format)
-    ops.operator("add_noise", chosen).out(*args, out=out)
+    ops.ADD_OUT[chosen](*args, out=out)
     return out
 
 

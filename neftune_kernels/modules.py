@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .functional import (
     NO_OFFSETS,
+    NOTHING,
     Offsets,
     Samples,
     check_alpha,
@@ -100,10 +101,6 @@ class NEFTuneEmbedding(nn.Embedding):
         self._has_noise = self._noise_alpha > 0
         self._alpha = torch.full((), self._noise_alpha, dtype=torch.float64, device="cpu")  # a graph input: no recompilation per value
 
-    @property
-    def _fusible(self) -> bool:
-        return self.max_norm is None and not self.sparse and not self.scale_grad_by_freq
-
     def forward(  # type: ignore[override]
         self,
         input: Tensor,
@@ -121,12 +118,13 @@ class NEFTuneEmbedding(nn.Embedding):
         """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s."""
         weight = self.weight
         noisy = self.training and self._has_noise
-        if noisy and self._fusible and type(weight) in PLAIN_WEIGHTS:
+        if noisy and self.max_norm is None and not (self.sparse or self.scale_grad_by_freq) and type(weight) in PLAIN_WEIGHTS:
+            nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None
             return embed_with_noise(
                 input,
                 weight,
                 self._alpha,
-                Samples(attention_mask, lengths, cu_seqlens, position_ids),
+                NOTHING if nothing else Samples(attention_mask, lengths, cu_seqlens, position_ids),
                 -1 if self.padding_idx is None else self.padding_idx,
                 self.embed_scale,
                 seed,

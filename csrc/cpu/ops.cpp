@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -16,6 +17,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../noise.h"
@@ -271,7 +274,7 @@ class Source {
   const char* data_;
 };
 
-// First and last byte a tensor reaches.
+// The bytes a tensor reaches: [first, second).
 std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   int64_t last = 0;
@@ -381,7 +384,7 @@ void embed(const Tensor& input_ids, const Tensor& weight, const Noise& noise, do
   const ElementType type = element_type(weight, "weight");
   const Integers ids(input_ids, "input_ids");
   const int64_t num_embeddings = weight.size(0), embedding_dim = weight.size(1), row_stride = weight.stride(0);
-  const int64_t columns = input_ids.dim() == 0 ? 1 : input_ids.size(-1 + input_ids.dim());
+  const int64_t columns = input_ids.dim() == 0 ? 1 : input_ids.size(input_ids.dim() - 1);
   const int64_t rows = input_ids.dim() == 0 ? 1 : product(shape, static_cast<size_t>(input_ids.dim() - 1));
   std::atomic<int64_t> first_bad{std::numeric_limits<int64_t>::max()};
   add_noise_to_rows(Source(weight, 1), type, rows, columns, embedding_dim, noise, embed_scale, out, [&](int64_t token) {
@@ -448,7 +451,7 @@ void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::o
                  static_cast<char*>(out.mutable_data_ptr()));
 }
 
-// Calls visit(const T*) with the tensor's data as its own type; half-width floats as uint16_t tags below.
+// Mask values are compared in a type that holds all of theirs: double for floats, their own for integers.
 struct BFloat16Bits {
   uint16_t bits;
 };

@@ -1,3 +1,4 @@
+// Compiled with -mavx2 -mf16c; dispatch.cpp asks the CPU for the same.
 #define NEFTUNE_AVX2
 #include "rows.h"
 

@@ -1,3 +1,4 @@
+// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl; dispatch.cpp asks the CPU for the same.
 #define NEFTUNE_AVX512
 #include "rows.h"
 

@@ -1,3 +1,4 @@
+// Every AArch64 CPU has NEON: no flags.
 #define NEFTUNE_NEON
 #include "rows.h"
 
