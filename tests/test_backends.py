@@ -478,7 +478,7 @@ def run_into_guarded_buffer(backend, name, arguments, shape, dtype, guard=5):
     out = buffer[guard * embedding_dim : (guard + rows) * embedding_dim].view(shape)
     error = None
     try:
-        ops.operator(name, backend).out(*arguments, out=out)
+        {"noisy_embedding": ops.EMBEDDING_OUT, "add_noise": ops.ADD_OUT}[name][backend](*arguments, out=out)
     except IndexError as caught:
         error = caught
     before, after = buffer[: guard * embedding_dim], buffer[(guard + rows) * embedding_dim :]
@@ -506,7 +506,7 @@ def test_add_noise_in_place(backend, embedding_dim):
     weight, batch = make_weight(embedding_dim, torch.bfloat16), make_batch("ragged")
     rows = weight[batch.input_ids]
     arguments = (torch.tensor(3), torch.tensor(5.0, dtype=torch.float64), None, None, batch.lengths, None)
-    ops.operator("add_noise", backend).out(rows, *arguments, out=rows)
+    ops.ADD_OUT[backend](rows, *arguments, out=rows)
     assert same_bits(rows, noisy_embedding(batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=3, backend="reference"))
 
 
