@@ -197,6 +197,34 @@ def embed_with_noise(
     return getattr(torch.ops.neftune_kernels, name)(*args)
 
 
+_SEED = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it takes half the time of torch.empty
+
+
+def embed_small(input_ids: Tensor, weight: Tensor, alpha: Tensor) -> Tensor | None:
+    """embed_with_noise for few ids and nothing else, on a CPU in eager training: the same bits and draw with the host time halved.
+
+    None where any of that does not hold; nothing is drawn then.
+    """
+    if not (
+        type(input_ids) is Tensor
+        and input_ids.dtype is torch.int64
+        and input_ids.is_cpu
+        and weight.is_cpu
+        and ops.CPP_SERVES.get(weight.dtype)
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT
+        and not torch._C._len_torch_dispatch_stack()
+        and not _transformed()
+    ):
+        return None
+    seed = torch.empty_like(_SEED).random_(-(2**63), None)
+    embedded = torch.embedding(weight, input_ids, -1)
+    rows = embedded.detach()
+    ops.ADD_OUT["cpp"](rows, seed, alpha, out=rows)
+    return embedded
+
+
 def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
     """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
     if padding_idx < 0 or not samples.unknown:

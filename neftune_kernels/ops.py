@@ -309,6 +309,7 @@ ACCELERATOR_REASONS = {
 }
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*CPP_DTYPES, torch.float64)
+CPP_SERVES = dict.fromkeys(CPP_DTYPES, not native.reason)
 
 
 def available_backends(device_type: str | None = None) -> dict[str, str]:

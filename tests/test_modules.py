@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, neftune_noise, noisy_embedding
+from neftune_kernels import NEFTuneEmbedding, add_noise, neftune_noise, noisy_embedding, ops
 
 EMBEDDING_MODULE = next(info for info in module_db if info.module_cls is nn.Embedding)
 EMBEDDING_OP = next(info for info in op_db if info.name == "nn.functional.embedding")
@@ -233,3 +233,32 @@ def test_short_and_long_eager_paths_have_the_same_bits(rows):
     assert torch.equal(out, F.embedding(ids, module.weight) + neftune_noise(rows, 100, 5.0, lengths=lengths, seed=6))
     clean = F.embedding(ids, module.weight)
     assert torch.equal(out[0], clean[0]) and not torch.equal(out[1], clean[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shortest_path_is_the_long_one(dtype, monkeypatch):
+    """A few ids and nothing else take embed_small: the same bits, gradient and generator state as embed_with_noise."""
+    module = NEFTuneEmbedding(10, 24, dtype=dtype)
+    ids = torch.randint(0, 10, (2, 5))
+    taken = []
+    monkeypatch.setattr("neftune_kernels.modules.embed_with_noise", lambda *args: taken.append(args))
+    torch.manual_seed(4)
+    short = module(ids)
+    state = torch.get_rng_state()
+    monkeypatch.undo()
+    if short is None:
+        assert ops.native.reason  # without the C++ kernel there is no short path
+        return
+    assert not taken
+    torch.manual_seed(4)
+    long = module(ids, sample_offset=1)
+    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(long, short)
+    torch.manual_seed(4)
+    long = noisy_embedding(ids, module.weight, 5.0)
+    assert torch.equal(long, short)
+    grad = torch.randn(2, 5, 24).to(dtype)
+    assert torch.equal(torch.autograd.grad(short, module.weight, grad)[0], torch.autograd.grad(long, module.weight, grad)[0])
+    with pytest.raises(IndexError):
+        module(ids + 10)
+    with pytest.raises(TypeError, match="input_ids must be int32 or int64, got torch.int16"):
+        module(ids.short())
