@@ -441,16 +441,33 @@ def test_switched_off(noise_alpha, dtype):
     assert same_bits(neftune_noise(ids.shape, 20, noise_alpha), torch.zeros(4, 13, 20))
 
 
+@pytest.mark.parametrize("layout", ["nothing", "lengths", "cu_seqlens", "numbered", "positions", "positions in lengths", "strided ids"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_threads_do_not_matter(backend, threads, dtype):
-    """Enough tokens to be shared out among threads, of which none is even."""
-    weight, batch = make_weight(100, dtype), make_batch("ragged", rows=37, columns=61)
-    results = []
+def test_threads_do_not_matter(backend, threads, dtype, layout):
+    """Enough tokens to be shared out among threads, whose shares begin within rows and documents."""
+    rows, columns = 37, 61
+    generator = torch.Generator().manual_seed(0)
+    weight, batch = make_weight(100, dtype), make_batch("ragged", rows=rows, columns=columns)
+    ids, tokens = batch.input_ids, rows * columns
+    bounds = torch.randint(0, tokens + 1, (200,), generator=generator)
+    bounds[:60] = bounds[60:120]  # empty documents
+    restarts = torch.arange(tokens).view(rows, columns) % 17
+    arguments = {
+        "nothing": {},
+        "lengths": {"lengths": batch.lengths},
+        "cu_seqlens": {"cu_seqlens": torch.cat((torch.tensor([0]), bounds.sort().values, torch.tensor([tokens])))},
+        "numbered": {"attention_mask": make_batch("numbered", rows=rows, columns=columns).attention_mask},
+        "positions": {"position_ids": restarts},
+        "positions in lengths": {"position_ids": restarts, "lengths": batch.lengths},
+        "strided ids": {},
+    }[layout]
+    if layout == "strided ids":
+        ids = make_batch("full", rows=2 * columns, columns=rows).input_ids[::2].t()
+    expected = noisy_embedding(ids, weight, 5.0, **arguments, seed=2, backend="reference")
     for count in (1, 2, 3):
         threads(count)
-        results.append(noisy_embedding(batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=2, backend=backend))
-    assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
-    assert same_bits(results[0], noisy_embedding(batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=2, backend="reference"))
+        assert same_bits(noisy_embedding(ids, weight, 5.0, **arguments, seed=2, backend=backend), expected)
+        assert same_bits(add_noise(weight[ids], 5.0, **arguments, seed=2, backend=backend), expected)
 
 
 def test_thread_of_the_caller_does_not_matter(backend):
@@ -488,16 +505,21 @@ def run_into_guarded_buffer(backend, name, arguments, shape, dtype, guard=5):
 @pytest.mark.parametrize("embedding_dim", [1, 3, 7, 8, 9, 15, 17, 33, 64, 65])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_writes_its_output_and_nothing_else(backend, dtype, embedding_dim):
-    weight, batch = make_weight(embedding_dim, dtype), make_batch("ragged")
-    seed, alpha = torch.tensor(3), torch.tensor(5.0, dtype=torch.float64)
-    expected = noisy_embedding(batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=3, backend="reference")
-    shape = (*batch.input_ids.shape, embedding_dim)
-    for name, arguments in (
-        ("noisy_embedding", (batch.input_ids, weight, seed, alpha, None, None, batch.lengths, None)),
-        ("add_noise", (weight[batch.input_ids], seed, alpha, None, None, batch.lengths, None)),
-    ):
-        out, intact, error = run_into_guarded_buffer(backend, name, arguments, shape, dtype)
-        assert intact and error is None and same_bits(out, expected)
+    """The last row, whose neighbour is no row of ours, once with noise and once padding; scaled and strided weights too."""
+    wide = make_weight(2 * embedding_dim, dtype)
+    seed, alpha, ids = torch.tensor(3), torch.tensor(5.0, dtype=torch.float64), make_batch("full").input_ids
+    shape = (*ids.shape, embedding_dim)
+    for lengths in (torch.tensor([13, 0, 5, 13]), torch.tensor([13, 0, 13, 12])):
+        for weight in (wide[:, :embedding_dim].contiguous(), wide[:, ::2]):
+            for scale in (1.0, 1.7):
+                expected = noisy_embedding(ids, weight, 5.0, lengths=lengths, embed_scale=scale, seed=3, backend="reference")
+                arguments = (ids, weight, seed, alpha, None, None, lengths, None, 0, 0, 0, -1, scale)
+                out, intact, error = run_into_guarded_buffer(backend, "noisy_embedding", arguments, shape, dtype)
+                assert intact and error is None and same_bits(out, expected)
+            expected = add_noise(weight[ids], 5.0, lengths=lengths, seed=3, backend="reference")
+            arguments = (weight[ids], seed, alpha, None, None, lengths, None)
+            out, intact, error = run_into_guarded_buffer(backend, "add_noise", arguments, shape, dtype)
+            assert intact and error is None and same_bits(out, expected)
 
 
 @pytest.mark.parametrize("embedding_dim", [7, 64])
