@@ -34,13 +34,18 @@ def check_alpha(noise_alpha: float | None) -> float:
     if not isinstance(noise_alpha, (float, torch.SymFloat)):
         if isinstance(noise_alpha, (str, bytes, bool)) or not hasattr(noise_alpha, "__float__"):
             raise TypeError(f"noise_alpha must be a number or None, got {noise_alpha!r}")
-        noise_alpha = float(noise_alpha)
+        try:
+            noise_alpha = float(noise_alpha)
+        except OverflowError:
+            raise ValueError("noise_alpha must be finite and >= 0, got an integer beyond float64") from None
     if not 0.0 <= noise_alpha < math.inf:
         raise ValueError(f"noise_alpha must be finite and >= 0, got {noise_alpha!r}")
     return noise_alpha
 
 
 def check_scale(embed_scale: float) -> float:
+    if isinstance(embed_scale, (str, bytes, bool)) or not hasattr(embed_scale, "__float__"):
+        raise TypeError(f"embed_scale must be a number, got {embed_scale!r}")
     value = float(embed_scale)
     if not math.isfinite(value):
         raise ValueError(f"embed_scale must be finite, got {embed_scale!r}")
@@ -66,7 +71,7 @@ def check_word(name: str, value: int) -> int:
 
 def check_offsets(stream: int, sample_offset: int, position_offset: int) -> Offsets:
     given = (stream, sample_offset, position_offset)
-    if given == NO_OFFSETS and not any(isinstance(value, bool) for value in given):
+    if given == NO_OFFSETS and type(stream) is type(sample_offset) is type(position_offset) is int:
         return NO_OFFSETS
     return Offsets(*(check_word(name, value) for name, value in zip(Offsets._fields, given, strict=True)))
 
@@ -75,6 +80,7 @@ def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
     """As F.embedding reads it: negative counts from the end. None becomes -1, the operators' word for none."""
     if padding_idx is None:
         return -1
+    padding_idx = check_integer("padding_idx", padding_idx)
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise ValueError(f"padding_idx must lie in [-num_embeddings, num_embeddings = {num_embeddings}), got {padding_idx}")
     return padding_idx + num_embeddings if padding_idx < 0 else padding_idx
@@ -112,6 +118,20 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, de
     return torch.full((), value - 2**64 if value >= 2**63 else value, dtype=torch.int64, device=device)
 
 
+def check_embeds(inputs_embeds: Tensor) -> None:
+    if not isinstance(inputs_embeds, Tensor):
+        raise TypeError(f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}")
+    if inputs_embeds.dim() == 0:
+        raise ValueError("inputs_embeds must have shape (..., embedding_dim), got ()")
+
+
+def check_ids(input_ids: Tensor) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
+
+
 class Samples(NamedTuple):
     """What a caller says of the samples its tokens belong to."""
 
@@ -146,9 +166,55 @@ def make_layout(shape: torch.Size, device: torch.device, samples: Samples) -> La
     return Layout(*torch.ops.neftune_kernels.mask_layout(mask, ids))
 
 
+def check_unused(
+    shape: torch.Size, tensor: Tensor, samples: Samples, seed: Any, generator: torch.Generator | None, backend: str | None
+) -> None:
+    """With alpha 0 nothing is drawn or counted, but what would be refused with noise is refused all the same."""
+    ops.choose_backend(backend or "reference", tensor.device, tensor.dtype)
+    if not samples.unknown:
+        check_layout(shape, tensor.device, *samples)
+    if seed is not None:
+        seed_tensor(seed, generator, tensor.device)
+
+
 def _transformed() -> bool:
     """Inside a torch.func transform or forward-mode AD: only an autograd.Function does right, or says that it cannot."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_SEED = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it takes half the time of torch.empty
+
+
+def _embed_quickly(input_ids: Tensor, weight: Tensor, alpha: Tensor, seed: Tensor | None) -> Tensor | None:
+    """embed_with_noise of ids and nothing else, in eager mode on a CPU: the same bits and draw, with the host time halved.
+
+    None where any of that does not hold; nothing is drawn then.
+    """
+    if not (
+        type(input_ids) is Tensor
+        and input_ids.dtype is torch.int64
+        and input_ids.is_cpu
+        and weight.is_cpu
+        and ops.CPP_SERVES.get(weight.dtype)
+        and not torch._C._len_torch_dispatch_stack()
+        and not _transformed()
+    ):
+        return None
+    needs_graph = weight.requires_grad and torch.is_grad_enabled()
+    if needs_graph and input_ids.numel() * weight.shape[1] > IN_PLACE_LIMIT:
+        return None
+    if seed is None:
+        seed = torch.empty_like(_SEED).random_(-(2**63), None)
+    elif seed.dtype is not torch.int64 or seed.dim() or not seed.is_cpu:
+        return None
+    if needs_graph:
+        embedded = _lookup(input_ids, weight, -1)
+        rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
+        ops.ADD_OUT["cpp"](rows, seed, alpha, out=rows)
+        return embedded
+    out = weight.new_empty((*input_ids.shape, weight.shape[1]))
+    ops.EMBEDDING_OUT["cpp"](input_ids, weight, seed, alpha, out=out)
+    return out
 
 
 def embed_with_noise(
@@ -163,16 +229,18 @@ def embed_with_noise(
     offsets: Offsets,
     backend: str | None,
 ) -> Tensor:
-    """noisy_embedding for alpha > 0. Its three ways give the same bits, gradients and generator state; they differ in host time alone."""
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
+    """noisy_embedding for alpha > 0. Its ways give the same bits, gradients and generator state; they differ in host time alone."""
+    plain = samples.unknown and padding_idx < 0 and offsets is NO_OFFSETS  # the operators' defaults: host time goes by arguments
+    simple = embed_scale == 1 and backend is None and generator is None and (seed is None or type(seed) is Tensor)
+    if plain and simple and not torch.compiler.is_compiling():
+        quick = _embed_quickly(input_ids, weight, alpha, seed)
+        if quick is not None:
+            return quick
+    check_ids(input_ids)
     device = weight.device
     if device != input_ids.device:
         raise ValueError(f"input_ids is on {input_ids.device}, weight on {device}: they must be on one device")
     chosen = ops.choose_backend(backend, device, weight.dtype)
-    plain = samples.unknown and padding_idx < 0 and offsets is NO_OFFSETS  # the operators' defaults: host time goes by arguments
     layout = ROWS if plain else make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples))
     seed = seed_tensor(seed, generator, device)
     transformed, compiling = _transformed(), torch.compiler.is_compiling()
@@ -186,7 +254,7 @@ def embed_with_noise(
                 ops.EMBEDDING_OUT[chosen](input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale, out=out)
             return out
         if embed_scale == 1 and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
-            embedded = torch.embedding(weight, input_ids, padding_idx)
+            embedded = _lookup(input_ids, weight, padding_idx)
             rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
             ops.ADD_OUT[chosen](rows, *noise_args, out=rows)
             return embedded
@@ -197,32 +265,13 @@ def embed_with_noise(
     return getattr(torch.ops.neftune_kernels, name)(*args)
 
 
-_SEED = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it takes half the time of torch.empty
-
-
-def embed_small(input_ids: Tensor, weight: Tensor, alpha: Tensor) -> Tensor | None:
-    """embed_with_noise for few ids and nothing else, on a CPU in eager training: the same bits and draw with the host time halved.
-
-    None where any of that does not hold; nothing is drawn then.
-    """
-    if not (
-        type(input_ids) is Tensor
-        and input_ids.dtype is torch.int64
-        and input_ids.is_cpu
-        and weight.is_cpu
-        and ops.CPP_SERVES.get(weight.dtype)
-        and weight.requires_grad
-        and torch.is_grad_enabled()
-        and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT
-        and not torch._C._len_torch_dispatch_stack()
-        and not _transformed()
-    ):
-        return None
-    seed = torch.empty_like(_SEED).random_(-(2**63), None)
-    embedded = torch.embedding(weight, input_ids, -1)
-    rows = embedded.detach()
-    ops.ADD_OUT["cpp"](rows, seed, alpha, out=rows)
-    return embedded
+def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+    """F.embedding, its IndexError with the value and the rule."""
+    try:
+        return torch.embedding(weight, input_ids, padding_idx)
+    except IndexError:
+        bad = input_ids[(input_ids < 0) | (input_ids >= weight.shape[0])]
+        raise IndexError(f"input_ids must lie in [0, num_embeddings = {weight.shape[0]}), got {int(bad[0])}") from None
 
 
 def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
@@ -242,10 +291,7 @@ def embeds_with_noise(
     backend: str | None,
 ) -> Tensor:
     """add_noise for alpha > 0."""
-    if not isinstance(inputs_embeds, Tensor):
-        raise TypeError(f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}")
-    if inputs_embeds.dim() == 0:
-        raise ValueError("inputs_embeds must have shape (..., embedding_dim), got ()")
+    check_embeds(inputs_embeds)
     device = inputs_embeds.device
     chosen = ops.choose_backend(backend, device, inputs_embeds.dtype)
     layout = make_layout(inputs_embeds.shape[:-1], device, samples)
@@ -325,10 +371,12 @@ def noisy_embedding(
         raise ValueError(f"weight must have shape (num_embeddings, embedding_dim), got {tuple(weight.shape)}")
     offsets = check_offsets(stream, sample_offset, position_offset)
     padding = check_padding_idx(padding_idx, weight.shape[0])
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
     if alpha == 0:
+        check_ids(input_ids)
+        check_unused(input_ids.shape, weight, samples, seed, generator, backend)
         embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
     return embed_with_noise(input_ids, weight, alpha_tensor(alpha), samples, padding, embed_scale, seed, generator, offsets, backend)
 
 
@@ -367,9 +415,11 @@ def add_noise(
         True
     """
     alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
-    if alpha == 0:
-        return inputs_embeds
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    if alpha == 0:
+        check_embeds(inputs_embeds)
+        check_unused(inputs_embeds.shape[:-1], inputs_embeds, samples, seed, generator, backend)
+        return inputs_embeds
     return embeds_with_noise(inputs_embeds, alpha_tensor(alpha), samples, seed, generator, offsets, backend)
 
 
@@ -409,15 +459,19 @@ def neftune_noise(
         >>> bool(noise[1, :2].abs().max() <= 5 / (2 * 64) ** 0.5), noise[1, 2:].abs().max().item()
         (True, 0.0)
     """
+    embedding_dim = check_integer("embedding_dim", embedding_dim)
     if not 0 <= embedding_dim < 2**31:
         raise ValueError(f"embedding_dim must lie in [0, 2**31), got {embedding_dim}")
+    if any(check_integer("input_shape", size) < 0 for size in input_shape):
+        raise ValueError(f"input_shape must not be negative, got {tuple(input_shape)}")
     given: list[Any] = [attention_mask, lengths, cu_seqlens, position_ids, seed]
     tensors = [value for value in given if isinstance(value, Tensor)]
     if device is None and tensors:
         device = tensors[0].device
     alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
-    if alpha == 0:
-        return torch.zeros((*input_shape, embedding_dim), dtype=torch.float32, device=device)
-    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*input_shape, embedding_dim)  # no memory, no traffic
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*input_shape, embedding_dim)  # no memory, no traffic
+    if alpha == 0:
+        check_unused(zeros.shape[:-1], zeros, samples, seed, generator, backend)
+        return zeros.clone(memory_format=torch.contiguous_format)
     return embeds_with_noise(zeros, alpha_tensor(alpha), samples, seed, generator, offsets, backend)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 UINT32 = 0xFFFFFFFF
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+UNSIGNED_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch compares these nowhere: they are widened first
+MASK_DTYPES = (torch.bool, *INTEGER_DTYPES, *UNSIGNED_DTYPES, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Layout(NamedTuple):
@@ -61,7 +63,7 @@ def check_layout(
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the tokens are on {device}: they must be on one device")
     if attention_mask is not None:
-        if attention_mask.dtype.is_complex:
+        if attention_mask.dtype not in MASK_DTYPES:
             raise TypeError(f"attention_mask must be bool, integer or float, got {attention_mask.dtype}")
         if attention_mask.shape != shape:
             raise ValueError(f"attention_mask must have the tokens' shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
@@ -79,18 +81,23 @@ def check_layout(
         if position_ids.dtype not in INTEGER_DTYPES:
             raise TypeError(f"position_ids must be an integer tensor, got {position_ids.dtype}")
         if position_ids.shape != shape:
-            if len(shape) == 0 or position_ids.shape != (1,) * (len(shape) - 1) + (shape[-1],):
+            if position_ids.dim() < 2 or position_ids.shape[-1:] != shape[-1:] or position_ids.shape[:-1].numel() != 1:
                 raise ValueError(
                     f"position_ids must have the tokens' shape {tuple(shape)} or be one row of it, got {tuple(position_ids.shape)}"
                 )
-            position_ids = position_ids.expand(shape)
+            position_ids = position_ids.reshape(shape[-1]).expand(shape)
     return position_ids
 
 
 def check_mask_values(attention_mask: Tensor) -> None:
     """NaN and negative mask values are refused on the CPU; additive masks (0 and -inf) are caught here."""
-    if attention_mask.dtype != torch.bool and attention_mask.device.type == "cpu" and not bool((attention_mask >= 0).all()):
-        raise ValueError("attention_mask has negative or NaN values: a token is real where it is not 0, padding where it is 0")
+    if attention_mask.dtype.is_signed and attention_mask.device.type == "cpu":
+        bad = ~(attention_mask >= 0)
+        if bool(bad.any()):
+            value = float(attention_mask[bad][0])
+            raise ValueError(
+                f"attention_mask has negative or NaN values, such as {value:g}: a token is real where it is not 0, padding where it is 0"
+            )
 
 
 def check_lengths_values(lengths: Tensor) -> None:
@@ -104,8 +111,10 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != num_tokens:
         raise ValueError(f"cu_seqlens must run from 0 to the number of tokens {num_tokens}, got {first} to {last}")
-    if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
-        raise ValueError("cu_seqlens must not decrease")
+    falls = cu_seqlens[1:] < cu_seqlens[:-1]
+    if bool(falls.any()):
+        i = int(falls.nonzero()[0])
+        raise ValueError(f"cu_seqlens must not decrease, got {int(cu_seqlens[i])} before {int(cu_seqlens[i + 1])}")
 
 
 def mask_layout(attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,6 +137,8 @@ def mask_layout(attention_mask: Tensor | None, position_ids: Tensor | None) -> t
     real = torch.ones_like(column, dtype=torch.bool)
     if attention_mask is not None:
         check_mask_values(attention_mask)
+        if attention_mask.dtype in UNSIGNED_DTYPES:
+            attention_mask = attention_mask.to(torch.int64)
         attention_mask = attention_mask.reshape(rows, columns)
         real = attention_mask != 0
     last = torch.where(real, column, -1).cummax(dim=-1).values

@@ -17,7 +17,6 @@ from .functional import (
     check_offsets,
     check_scale,
     check_word,
-    embed_small,
     embed_with_noise,
     embeds_with_noise,
     real_tokens,
@@ -121,10 +120,6 @@ class NEFTuneEmbedding(nn.Embedding):
         noisy = self.training and self._has_noise
         if noisy and self.max_norm is None and not (self.sparse or self.scale_grad_by_freq) and type(weight) in PLAIN_WEIGHTS:
             nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None
-            if nothing and self._is_default(seed, generator, stream, sample_offset, position_offset) and not torch.compiler.is_compiling():
-                embedded = embed_small(input, weight, self._alpha)
-                if embedded is not None:
-                    return embedded
             return embed_with_noise(
                 input,
                 weight,
@@ -146,20 +141,6 @@ class NEFTuneEmbedding(nn.Embedding):
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
         offsets = self._offsets(stream, sample_offset, position_offset)
         return embeds_with_noise(embedded, self._alpha, samples, seed, generator, offsets, self.backend)
-
-    def _is_default(self, seed: Any, generator: Any, stream: Any, sample_offset: int, position_offset: int) -> bool:
-        """Neither the call nor the module asks for anything but noise."""
-        return (
-            seed is None
-            and generator is None
-            and stream is None
-            and sample_offset == 0
-            and position_offset == 0
-            and self.padding_idx is None
-            and self.embed_scale == 1
-            and self.stream == 0
-            and self.backend is None
-        )
 
     def _offsets(self, stream: int | None, sample_offset: int, position_offset: int) -> Offsets:
         if stream is None:

@@ -323,7 +323,10 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
         'available'
     """
     if device_type is not None:
-        device_type = torch.device(device_type).type
+        try:
+            device_type = torch.device(device_type).type
+        except RuntimeError as error:
+            raise ValueError(f"device_type: {error}") from None
     cpp = native.reason or "available"
     if cpp == "available" and device_type not in (None, "cpu"):
         cpp = f"wrong device: runs on cpu, not on {device_type}"

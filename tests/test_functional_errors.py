@@ -45,6 +45,7 @@ ALPHAS = [
     (-INF, ValueError, "noise_alpha must be finite and >= 0, got -inf"),
     (-1.0, ValueError, r"noise_alpha must be finite and >= 0, got -1\.0"),
     (-1, ValueError, "noise_alpha must be finite and >= 0, got -1"),
+    (10**400, ValueError, "noise_alpha must be finite and >= 0, got an integer beyond float64"),
     (-1e-300, ValueError, "noise_alpha must be finite and >= 0, got -1e-300"),
     (torch.tensor(-2.0), ValueError, r"noise_alpha must be finite and >= 0, got -2\.0"),
     ("5", TypeError, "noise_alpha must be a number or None, got '5'"),
@@ -71,7 +72,7 @@ def test_numbers_of_any_kind_are_alphas(function, noise_alpha):
 def test_words_of_the_counter(function, word):
     for value in (-1, 2**32, 2**64, -(2**63)):
         refused(ValueError, rf"{word} must lie in \[0, 2\*\*32\), got {value}", function, seed=0, **{word: value})
-    for value in (1.0, "1", None, True):
+    for value in (1.0, 0.0, "1", None, True, False):
         refused(TypeError, f"{word} must be an integer, got {value!r}", function, seed=0, **{word: value})
     assert not torch.equal(function(seed=0, **{word: 2**32 - 1}), function(seed=0))
     assert torch.equal(function(seed=0, **{word: torch.tensor(3)}), function(seed=0, **{word: 3}))
@@ -229,3 +230,47 @@ def test_ids_out_of_range_name_the_id(backend):
     for bad in (5, -1, 2**40):
         message = rf"input_ids must lie in \[0, num_embeddings = 5\), got {bad}"
         refused(IndexError, message, noisy_embedding, torch.tensor([[0, bad]]), WEIGHT, 5.0, backend=backend)
+
+
+OFF = [
+    ({"backend": "tpu"}, ValueError, "backend must be None or one of .* got 'tpu'"),
+    ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator may not both be given"),
+    ({"seed": 2**64}, ValueError, "seed must lie in"),
+    ({"lengths": torch.tensor([1, 2, 3])}, ValueError, "lengths must have the leading axes"),
+    ({"lengths": torch.tensor([1, 2]), "attention_mask": torch.ones(2, 3)}, ValueError, "at most one of"),
+]
+
+
+@pytest.mark.parametrize("noise_alpha", [0, 0.0, None])
+@pytest.mark.parametrize("arguments, error, message", OFF)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_switched_off_noise_hides_no_mistake(function, arguments, error, message, noise_alpha):
+    refused(error, message, function, noise_alpha, **arguments)
+
+
+@pytest.mark.parametrize("noise_alpha", [0, 5.0])
+def test_dtypes_are_refused_with_and_without_noise(noise_alpha):
+    for ids in (IDS.short(), IDS.float()):
+        refused(TypeError, f"input_ids must be int32 or int64, got {ids.dtype}", noisy_embedding, ids, WEIGHT, noise_alpha)
+    refused(TypeError, "embeddings must be float32.*got torch.int64", noisy_embedding, IDS, WEIGHT.long(), noise_alpha)
+    refused(TypeError, "embeddings must be float32.*got torch.int64", add_noise, IDS, noise_alpha)
+    refused(ValueError, r"inputs_embeds must have shape \(..., embedding_dim\), got \(\)", add_noise, torch.tensor(1.0), noise_alpha)
+
+
+@pytest.mark.parametrize("tokens", [2, 3000])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_id_out_of_range_is_named(tokens, requires_grad):
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    for bad in (5, -1, 2**40):
+        ids[0, -1] = bad
+        message = rf"input_ids must lie in \[0, num_embeddings = 5\), got {bad}"
+        refused(IndexError, message, noisy_embedding, ids, torch.zeros(5, 100, requires_grad=requires_grad), 5.0)
+
+
+def test_other_python_values():
+    refused(TypeError, "padding_idx must be an integer, got 1.5", embed, padding_idx=1.5)
+    refused(TypeError, "padding_idx must be an integer, got True", embed, padding_idx=True)
+    refused(TypeError, "embed_scale must be a number, got None", embed, embed_scale=None)
+    refused(TypeError, "embedding_dim must be an integer, got 16.0", neftune_noise, (2, 3), 16.0, 5.0)
+    refused(ValueError, r"input_shape must not be negative, got \(-1, 3\)", neftune_noise, (-1, 3), 16, 5.0)
+    refused(ValueError, "device_type: .*xx", available_backends, "xx")

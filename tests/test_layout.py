@@ -9,6 +9,7 @@ import torch
 from conftest import MASK_KINDS, make_batch, require_native
 
 from neftune_kernels import layout as layouts
+from neftune_kernels import neftune_noise
 from neftune_kernels.functional import Samples, make_layout
 from neftune_kernels.layout import per_token
 
@@ -141,6 +142,9 @@ MASK_DTYPES = (
     torch.int16,
     torch.int32,
     torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
     torch.float16,
     torch.bfloat16,
     torch.float32,
@@ -322,6 +326,13 @@ REFUSED = {
     "positions of another shape": ({"position_ids": shaped(2, 4)}, ValueError, r"position_ids.*\(2, 3\).*\(2, 4\)"),
     "positions of other rows": ({"position_ids": shaped(3, 3)}, ValueError, r"position_ids.*\(2, 3\).*\(3, 3\)"),
     "positions of no row": ({"position_ids": shaped(3)}, ValueError, r"position_ids.*\(2, 3\).*\(3,\)"),
+    "mask in float8": ({"attention_mask": torch.ones(2, 3).to(torch.float8_e4m3fn)}, TypeError, "attention_mask must be.*float8_e4m3fn"),
+    "mask that is additive": (
+        {"attention_mask": torch.tensor([[0, 0, -1.5]] * 2)},
+        ValueError,
+        "attention_mask has negative.*such as -1.5:",
+    ),
+    "mask with NaN": ({"attention_mask": torch.tensor([[0, 0, float("nan")]] * 2)}, ValueError, "attention_mask has.*such as nan:"),
     "positions in float": ({"position_ids": shaped(2, 3).float()}, TypeError, "position_ids.*integer.*float32"),
     "positions as a list": ({"position_ids": [[0, 1, 2]]}, TypeError, "position_ids must be a tensor, got list"),
     "another device": ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, ValueError, "lengths is on meta.*cpu"),
@@ -333,3 +344,15 @@ def test_refused(arguments, error, message):
     with pytest.raises(error) as caught:
         found((2, 3), **arguments)
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_one_row_of_positions_serves_every_row():
+    positions = torch.tensor([[0, 1, 0, 1]])
+    expected = noise_of((2, 3, 4), position_ids=positions.expand(2, 3, 4))
+    for one in (positions, positions[None]):
+        assert torch.equal(noise_of((2, 3, 4), position_ids=one), expected)
+    assert torch.equal(noise_of((4,), position_ids=positions), noise_of((4,), position_ids=positions[0]))
+
+
+def noise_of(shape, **samples):
+    return neftune_noise(shape, 16, 5.0, seed=3, **samples)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, neftune_noise, noisy_embedding, ops
+from neftune_kernels import NEFTuneEmbedding, add_noise, functional, neftune_noise, noisy_embedding, ops
 
 EMBEDDING_MODULE = next(info for info in module_db if info.module_cls is nn.Embedding)
 EMBEDDING_OP = next(info for info in op_db if info.name == "nn.functional.embedding")
@@ -236,29 +236,33 @@ def test_short_and_long_eager_paths_have_the_same_bits(rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_shortest_path_is_the_long_one(dtype, monkeypatch):
-    """A few ids and nothing else take embed_small: the same bits, gradient and generator state as embed_with_noise."""
-    module = NEFTuneEmbedding(10, 24, dtype=dtype)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_quick_path_is_the_long_one(dtype, frozen, monkeypatch):
+    """Ids and nothing else take _embed_quickly: the same bits, gradient and generator state as the whole of embed_with_noise."""
+    module = NEFTuneEmbedding(10, 24, dtype=dtype, _weight=torch.randn(10, 24, dtype=dtype), _freeze=frozen)
     ids = torch.randint(0, 10, (2, 5))
-    taken = []
-    monkeypatch.setattr("neftune_kernels.modules.embed_with_noise", lambda *args: taken.append(args))
-    torch.manual_seed(4)
-    short = module(ids)
-    state = torch.get_rng_state()
+    results = []
+    quick = functional._embed_quickly
+    answers = []
+    monkeypatch.setattr(functional, "_embed_quickly", lambda *args: answers.append(quick(*args)) or answers[-1])
+    for _ in range(2):
+        torch.manual_seed(4)
+        results.append(
+            (module(ids), torch.get_rng_state(), module(ids, seed=torch.tensor(5)), noisy_embedding(ids, module.weight, 5.0, seed=5))
+        )
+        monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
+    assert len(answers) == 2 and all((answer is None) == bool(ops.native.reason) for answer in answers)
+    (short, state, seeded, other), (long, long_state, long_seeded, long_other) = results
+    assert torch.equal(short, long) and torch.equal(state, long_state)
+    assert torch.equal(seeded, long_seeded) and torch.equal(other, long_other) and torch.equal(seeded, other)
+    assert short.requires_grad == long.requires_grad == (not frozen)
+    if not frozen:
+        grad = torch.randn(2, 5, 24).to(dtype)
+        assert torch.equal(torch.autograd.grad(short, module.weight, grad)[0], torch.autograd.grad(long, module.weight, grad)[0])
     monkeypatch.undo()
-    if short is None:
-        assert ops.native.reason  # without the C++ kernel there is no short path
-        return
-    assert not taken
-    torch.manual_seed(4)
-    long = module(ids, sample_offset=1)
-    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(long, short)
-    torch.manual_seed(4)
-    long = noisy_embedding(ids, module.weight, 5.0)
-    assert torch.equal(long, short)
-    grad = torch.randn(2, 5, 24).to(dtype)
-    assert torch.equal(torch.autograd.grad(short, module.weight, grad)[0], torch.autograd.grad(long, module.weight, grad)[0])
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"\[0, num_embeddings = 10\), got 1[0-9]"):
         module(ids + 10)
     with pytest.raises(TypeError, match="input_ids must be int32 or int64, got torch.int16"):
         module(ids.short())
+    with pytest.raises(ValueError, match="a seed tensor must be 0-dim int64"):
+        module(ids, seed=torch.tensor([5]))

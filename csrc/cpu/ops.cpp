@@ -213,7 +213,9 @@ class Layout {
                                   bounds[documents]);
     }
     for (int64_t i = 0; i < documents; ++i) {
-      if (bounds[i + 1] < bounds[i]) fail<std::invalid_argument>("cu_seqlens must not decrease");
+      if (bounds[i + 1] < bounds[i]) {
+        fail<std::invalid_argument>("cu_seqlens must not decrease, got ", bounds[i], " before ", bounds[i + 1]);
+      }
     }
   }
 
@@ -479,6 +481,13 @@ T mask_value(T value) {
   return value;
 }
 
+std::string printed(double value) {
+  if (std::isnan(value)) return "nan";  // the stream may print a sign
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
 template <class Mask>
 constexpr bool kSignedMask = !std::is_integral_v<Mask> || std::is_signed_v<Mask>;
 
@@ -502,7 +511,8 @@ void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t ro
         value = mask_value(masks[mask_offset(token)]);
         if (kSignedMask<Mask> && !(value >= Value{0})) {
           fail<std::invalid_argument>(
-              "attention_mask has negative or NaN values: a token is real where it is not 0, padding where it is 0");
+              "attention_mask has negative or NaN values, such as ", printed(static_cast<double>(value)),
+              ": a token is real where it is not 0, padding where it is 0");
         }
       }
       const bool real = value != Value{0};
