@@ -90,7 +90,7 @@ def targets(case: Case) -> list[tuple[Target, bool]]:
 def time_once(provider: Provider, inputs: list[Inputs], cursor: int, iterations: int) -> float:
     if provider.cached:
         inputs = inputs[:1]
-        provider.run(inputs[0])
+    provider.run(inputs[(cursor - 1) % len(inputs)])  # whose freed memory the allocator hands out next is not the neighbour's luck
     chosen = [inputs[(cursor + i) % len(inputs)] for i in range(iterations)]
     start = time.perf_counter()
     for one in chosen:
