@@ -252,7 +252,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench/results"), help="folder for compare.csv, .png and .md")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=None, metavar="N", help="rounds; default 21, 5 with --quick")
+    parser.add_argument("--repeats", type=int, default=None, metavar="N", help="rounds; default 41, 5 with --quick")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)
 
@@ -262,7 +262,7 @@ def main() -> int:
     options = parse()
     start = time.perf_counter()
     torch.set_num_threads(options.threads)
-    repeats = options.repeats or (5 if options.quick else 21)
+    repeats = options.repeats or (5 if options.quick else 41)
     machine = describe(options.threads)
     print(machine_line(machine))
     floors = {dtype: measure_floors(options.threads, DTYPES[dtype]) for dtype in options.dtypes}
