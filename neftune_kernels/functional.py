@@ -231,8 +231,8 @@ def embed_with_noise(
 ) -> Tensor:
     """noisy_embedding for alpha > 0. Its ways give the same bits, gradients and generator state; they differ in host time alone."""
     plain = samples.unknown and padding_idx < 0 and offsets is NO_OFFSETS  # the operators' defaults: host time goes by arguments
-    simple = embed_scale == 1 and backend is None and generator is None and (seed is None or type(seed) is Tensor)
-    if plain and simple and not torch.compiler.is_compiling():
+    simple = plain and embed_scale == 1 and backend is None and generator is None
+    if simple and (seed is None or isinstance(seed, Tensor)) and not torch.compiler.is_compiling():
         quick = _embed_quickly(input_ids, weight, alpha, seed)
         if quick is not None:
             return quick
