@@ -22,12 +22,14 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the first with everything u
 # Contracting x·step + e into an FMA would round once where the specification rounds twice.
 COMPILE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
 # One file per instruction set, the choice is made at run time: never -march=native, nor -mfma.
+# g++ 12 takes the intrinsics' deliberately undefined operands for mistakes.
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SIMD_FLAGS = {
-    # g++ 12 takes the intrinsics' deliberately undefined operands for mistakes.
-    "rows_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "rows_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
+    "rows_avx512.cpp": AVX512_FLAGS,
     "rows_avx2.cpp": ["-mavx2", "-mf16c"],
 }
-X86, ARM = ["rows_avx512.cpp", "rows_avx2.cpp"], ["rows_neon.cpp"]
+X86, ARM = ["rows_avx512bf16.cpp", "rows_avx512.cpp", "rows_avx2.cpp"], ["rows_neon.cpp"]
 SIMD_SOURCES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
 

@@ -20,10 +20,31 @@ constexpr float kSmallestStep = 0x1p-121f;  // magnitude 2⁻⁹⁰: below it th
 
 NEFTUNE_INLINE PhiloxKey noise_key(uint64_t seed) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}; }
 
-// The four words of block j = column // 8, as two pairs; Word is uint32_t or a vector of block indices.
+// Each of the first two rounds has one product that depends on the block alone, given stream and key: the same for every row of a call.
 template <class Word>
-NEFTUNE_INLINE auto noise_words(Word block, uint32_t position, uint32_t sample, uint32_t stream, PhiloxKey key) {
-  return philox4x32<kPhiloxRounds>(PhiloxCounter<Word, uint32_t, uint32_t, uint32_t>{block, position, sample, stream}, key);
+struct BlockProducts {
+  Word low0;         // round 1: the multiplier's product with the block index
+  Word high1, low1;  // round 2: with the word that the first one's high half went into
+};
+
+// Of block j = column // 8; Block is uint32_t or a vector of block indices.
+template <class Word, class Block>
+NEFTUNE_INLINE BlockProducts<Word> block_products(Block block, uint32_t stream, PhiloxKey key) {
+  const auto product0 = multiply(kPhiloxMultiplier0, block);
+  const auto product1 = multiply(kPhiloxMultiplier1, xor3(high(product0), stream, key.k1));
+  return {low(product0), high(product1), low(product1)};
+}
+
+// The block's four words, as two pairs.
+template <class Word>
+NEFTUNE_INLINE auto noise_words(BlockProducts<Word> block, uint32_t position, uint32_t sample, PhiloxKey key) {
+  const uint64_t product1 = multiply(kPhiloxMultiplier1, sample);
+  const uint64_t product0 = multiply(kPhiloxMultiplier0, xor3(high(product1), position, key.k0));
+  const PhiloxKey second = next_key(key);
+  const auto w0 = xor3(block.high1, low(product1), second.k0);
+  const auto w2 = xor3(high(product0), block.low0, second.k1);
+  const PhiloxCounter<Word, Word, Word, uint32_t> after_two_rounds{w0, block.low1, w2, low(product0)};
+  return philox4x32<kPhiloxRounds - 2>(after_two_rounds, next_key(second));
 }
 
 // x of a word's even column (low half) and odd column (high half).

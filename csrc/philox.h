@@ -43,6 +43,8 @@ struct PhiloxKey {
   uint32_t k1;
 };
 
+NEFTUNE_INLINE PhiloxKey next_key(PhiloxKey key) { return {key.k0 + kPhiloxKeyStep0, key.k1 + kPhiloxKeyStep1}; }
+
 NEFTUNE_INLINE uint64_t multiply(uint32_t multiplier, uint32_t word) { return static_cast<uint64_t>(multiplier) * word; }
 NEFTUNE_INLINE uint32_t high(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
 NEFTUNE_INLINE uint32_t low(uint64_t product) { return static_cast<uint32_t>(product); }
@@ -66,7 +68,7 @@ NEFTUNE_INLINE auto philox4x32(PhiloxCounter<W0, W1, W2, W3> counter, PhiloxKey 
     auto w2 = xor3(high(product0), counter.w3, key.k1);
     auto w3 = low(product0);
     PhiloxCounter<decltype(w0), decltype(w1), decltype(w2), decltype(w3)> next{w0, w1, w2, w3};
-    return philox4x32<rounds - 1>(next, PhiloxKey{key.k0 + kPhiloxKeyStep0, key.k1 + kPhiloxKeyStep1});
+    return philox4x32<rounds - 1>(next, next_key(key));
   }
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from neftune_kernels import ops
 
-SIMD_LEVELS = ("scalar", "avx2", "avx512", "neon")
+SIMD_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -45,7 +45,7 @@ def test_native_library_knows_its_instruction_sets():
             flags = set(next(line for line in cpuinfo if line.startswith("flags")).split())
         assert ("avx2" in levels) == ("avx2" in flags) and "neon" not in levels
         if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-            assert "avx512" in levels and chosen == "avx512"
+            assert "avx512" in levels and chosen == ("avx512bf16" if "avx512_bf16" in flags else "avx512")
     for level in levels:
         with running(f"cpp-{level}"):
             assert ops.simd_level() == level
@@ -194,7 +194,7 @@ def test_special_values(kernel, noise_alpha, dtype):
         assert same_bits(noisy_embedding(ids, weight, noise_alpha, **arguments, backend=kernel), expected)
 
 
-@pytest.mark.parametrize("noise_alpha", [1e-6, 5.0, 3e4])
+@pytest.mark.parametrize("noise_alpha", [1.3 * 2.0**-85, 2.0**-64, 1e-6, 5.0, 3e4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_half_precision_value(kernel, dtype, noise_alpha):
     """All 65 536 bit patterns as weights, NaNs included, with noise below, among and above them: widening, product, sum, rounding."""
@@ -203,6 +203,19 @@ def test_every_half_precision_value(kernel, dtype, noise_alpha):
     for scale in (1.0, 0.37, 1e3):
         expected = noisy_embedding(ids, weight, noise_alpha, embed_scale=scale, seed=6, backend="reference")
         assert same_bits(noisy_embedding(ids, weight, noise_alpha, embed_scale=scale, seed=6, backend=kernel), expected)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-90, 2.0**-90 * (1 + 2.0**-23), 2.0**-69 * (1 - 2.0**-24), 2.0**-69, 2.0**-69 * (1 + 2.0**-23)])
+def test_sums_that_cancel(kernel, magnitude):
+    """bfloat16 rows that undo their own noise: sums of zero and, from the smallest noise, subnormal ones. Magnitude 2⁻⁶⁹ is step 2⁻¹⁰⁰."""
+    arguments = {"lengths": torch.tensor([256]), "seed": 12}  # √(L·d) = 256: the magnitude is alpha / 256, exactly
+    noise = neftune_noise((1, 256), 256, 256 * magnitude, **arguments, backend="reference")
+    embeddings = -noise.bfloat16()
+    expected = add_noise(embeddings, 256 * magnitude, **arguments, backend="reference")
+    subnormal = (expected != 0) & (expected.abs() < torch.finfo(torch.bfloat16).smallest_normal)
+    assert bool(subnormal.any()) == (magnitude == 2.0**-90 * (1 + 2.0**-23))
+    assert bool(((expected == 0) & (noise != 0)).any()) == (magnitude in (2.0**-90, 2.0**-69))  # powers of two leave nothing of x·step
+    assert same_bits(add_noise(embeddings, 256 * magnitude, **arguments, backend=kernel), expected)
 
 
 def strided_weights(dtype):

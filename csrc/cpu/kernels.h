@@ -10,12 +10,15 @@ namespace neftune_kernels {
 
 enum ElementType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kElementTypes = 3 };
 
+constexpr int kProductsAlignment = 64;  // bytes
+
 // Equal for every row of one call.
 struct RowSettings {
   int64_t columns;
   PhiloxKey key;
   uint32_t stream;
-  float scale;  // embed_scale; read by the scaled functions only
+  float scale;           // embed_scale; read by the scaled functions only
+  const void* products;  // what Kernels::fill_products made of the rest; read by the noisy functions only
 };
 
 struct Row {
@@ -31,6 +34,9 @@ using RowFunction = void (*)(const RowSettings&, const Row&);
 
 struct Kernels {
   const char* name;
+  // The products of Philox's first rounds that all rows share: how many bytes they take, and filling these; see block_products.
+  int64_t (*products_bytes)(int64_t columns);
+  void (*fill_products)(const RowSettings&, void* products);
   RowFunction noisy[kElementTypes];         // out = cast(e + noise), e = source
   RowFunction noisy_scaled[kElementTypes];  // the same, e = cast(source · scale)
   RowFunction scaled[kElementTypes];        // out = cast(source · scale): padding
@@ -39,6 +45,7 @@ struct Kernels {
 };
 
 // Defined where the build has the instruction set.
+extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_neon;

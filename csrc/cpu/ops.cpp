@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -321,7 +322,13 @@ void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int
   const bool scaled = embed_scale != 1;
   // A NaN scale loses its payload, which rounding to bfloat16 could otherwise carry out of the NaNs.
   const float scale = std::isnan(embed_scale) ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(embed_scale);
-  const RowSettings settings{embedding_dim, noise_key(seed), static_cast<uint32_t>(noise.stream), scale};
+  RowSettings settings{embedding_dim, noise_key(seed), static_cast<uint32_t>(noise.stream), scale, nullptr};
+  struct alignas(kProductsAlignment) Line {
+    char bytes[kProductsAlignment];
+  };
+  const std::unique_ptr<Line[]> products(new Line[kernels.products_bytes(embedding_dim) / kProductsAlignment + 1]);
+  kernels.fill_products(settings, products.get());
+  settings.products = products.get();
   const RowFunction noisy = scaled ? kernels.noisy_scaled[type] : kernels.noisy[type], padding = kernels.scaled[type];
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(embedding_dim, 1));
 

@@ -52,6 +52,9 @@ NEFTUNE_INLINE auto swapped_xor(Twin<Product> product, Twin<Word> word, uint32_t
   return twin(swapped_xor(product.a, word.a, key), swapped_xor(product.b, word.b, key));
 }
 
+NEFTUNE_INLINE BlockProducts<Twin<Word>> twin(BlockProducts<Word> a, BlockProducts<Word> b) {
+  return {{a.low0, b.low0}, {a.high1, b.high1}, {a.low1, b.low1}};
+}
 template <class Pair01, class Pair23>
 NEFTUNE_INLINE auto first_of(PhiloxPairs<Twin<Pair01>, Twin<Pair23>> pairs) {
   return PhiloxPairs<Pair01, Pair23>{pairs.words01.a, pairs.words23.a};
@@ -82,6 +85,21 @@ NEFTUNE_INLINE void prefetch(const typename Element::Storage* next) {
   for (int column = 0; column < columns; column += kPerLine) __builtin_prefetch(next + column, 0, 2);
 }
 
+// One to a step.
+using StepProducts = BlockProducts<Word>;
+static_assert(alignof(StepProducts) <= kProductsAlignment);
+
+int64_t products_bytes(int64_t columns) { return (columns + kStepColumns - 1) / kStepColumns * int64_t{sizeof(StepProducts)}; }
+
+void fill_products(const RowSettings& settings, void* memory) {
+  StepProducts* products = static_cast<StepProducts*>(memory);
+  BlockIndex block = first_blocks();
+  for (int64_t column = 0; column < settings.columns; column += kStepColumns) {
+    *products++ = block_products<Word>(block, settings.stream, settings.key);
+    block = next_blocks(block);
+  }
+}
+
 template <class Element, bool scaled>
 void noisy_row(const RowSettings& settings, const Row& row) {
   using Storage = typename Element::Storage;
@@ -90,29 +108,27 @@ void noisy_row(const RowSettings& settings, const Row& row) {
   Storage* out = static_cast<Storage*>(row.out);
   const int64_t columns = settings.columns;
   const PhiloxKey key = settings.key;
-  const uint32_t position = row.position, sample = row.sample, stream = settings.stream;
+  const uint32_t position = row.position, sample = row.sample;
   const float step = row.step, scale = settings.scale;
-  BlockIndex block = first_blocks();
+  const StepProducts* products = static_cast<const StepProducts*>(settings.products);
   int64_t column = 0;
   if constexpr (kTwinSteps) {
     for (; column + 2 * kStepColumns <= columns; column += 2 * kStepColumns) {
       prefetch<Element, 2 * kStepColumns>(next + column);
-      const BlockIndex block_b = next_blocks(block);
-      const auto pairs = noise_words(twin(block, block_b), position, sample, stream, key);
+      const auto pairs = noise_words(twin(products[0], products[1]), position, sample, key);
       const int64_t column_b = column + kStepColumns;
       Element::template add_noise<scaled>(first_of(pairs), step, scale, source + column, out + column);
       Element::template add_noise<scaled>(second_of(pairs), step, scale, source + column_b, out + column_b);
-      block = next_blocks(block_b);
+      products += 2;
     }
   }
   for (; column + kStepColumns <= columns; column += kStepColumns) {
     prefetch<Element, kStepColumns>(next + column);
-    Element::template add_noise<scaled>(noise_words(block, position, sample, stream, key), step, scale, source + column, out + column);
-    block = next_blocks(block);
+    Element::template add_noise<scaled>(noise_words(*products++, position, sample, key), step, scale, source + column, out + column);
   }
   if (column < columns) {
     Tail<Element> tail(source + column, columns - column);
-    Element::template add_noise<scaled>(noise_words(block, position, sample, stream, key), step, scale, tail.values, tail.values);
+    Element::template add_noise<scaled>(noise_words(*products, position, sample, key), step, scale, tail.values, tail.values);
     tail.store(out + column, columns - column);
   }
 }
@@ -153,13 +169,16 @@ bool philox_known_answer(const uint32_t counter[4], const uint32_t key[2], int r
 }  // namespace
 }  // namespace neftune_kernels
 
-#define NEFTUNE_DEFINE_KERNELS(level)                                                     \
-  namespace neftune_kernels {                                                             \
-  const Kernels kernels_##level = {                                                       \
-      #level,                                                                             \
-      {noisy_row<Float32, false>, noisy_row<BFloat16, false>, noisy_row<Float16, false>}, \
-      {noisy_row<Float32, true>, noisy_row<BFloat16, true>, noisy_row<Float16, true>},    \
-      {scaled_row<Float32>, scaled_row<BFloat16>, scaled_row<Float16>},                   \
-      philox_known_answer,                                                                \
-  };                                                                                      \
+// bfloat16_row<BFloat16, scaled> is noisy_row, or what an instruction set puts in its place.
+#define NEFTUNE_DEFINE_KERNELS(level, bfloat16_row)                                          \
+  namespace neftune_kernels {                                                                \
+  const Kernels kernels_##level = {                                                          \
+      #level,                                                                                \
+      products_bytes,                                                                        \
+      fill_products,                                                                         \
+      {noisy_row<Float32, false>, bfloat16_row<BFloat16, false>, noisy_row<Float16, false>}, \
+      {noisy_row<Float32, true>, bfloat16_row<BFloat16, true>, noisy_row<Float16, true>},    \
+      {scaled_row<Float32>, scaled_row<BFloat16>, scaled_row<Float16>},                      \
+      philox_known_answer,                                                                   \
+  };                                                                                         \
   }

@@ -2,4 +2,4 @@
 #define NEFTUNE_AVX2
 #include "rows.h"
 
-NEFTUNE_DEFINE_KERNELS(avx2)
+NEFTUNE_DEFINE_KERNELS(avx2, noisy_row)

@@ -2,4 +2,4 @@
 #define NEFTUNE_AVX512
 #include "rows.h"
 
-NEFTUNE_DEFINE_KERNELS(avx512)
+NEFTUNE_DEFINE_KERNELS(avx512, noisy_row)

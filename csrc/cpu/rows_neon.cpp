@@ -2,4 +2,4 @@
 #define NEFTUNE_NEON
 #include "rows.h"
 
-NEFTUNE_DEFINE_KERNELS(neon)
+NEFTUNE_DEFINE_KERNELS(neon, noisy_row)

@@ -1,12 +1,14 @@
 // The vector words of one instruction set. Each gives philox.h its arithmetic on words (see there) and rows.h
 //     kStepColumns                         columns per step, 8 per block
 //     kTwinSteps                           whether two steps at once are faster
+//     Word                                 a step's words; also high and low of a product
 //     BlockIndex, first_blocks, next_blocks, broadcast_block     the first counter word: indices 0, 1, ...; of the next step; all equal
 //     store_words(pairs, uint32_t*)        four words per block, blocks in column order
 //     Float32, BFloat16, Float16           add_noise<scaled>(pairs, step, scale, source, out) and multiply_by(scale, source, out)
 //
-// bfloat16 is rounded by integer arithmetic: AVX512_BF16's conversion flushes subnormals. A NaN needs no care there: every NaN below is the
-// default one or carries a widened bfloat16's payload, so its low 16 bits are zero and rounding leaves it alone.
+// bfloat16 is rounded by integer arithmetic: AVX512_BF16's conversion flushes subnormals (rows_avx512bf16.cpp says when that is harmless).
+// A NaN needs no care there: every NaN below is the default one or carries a widened bfloat16's payload, so its low 16 bits are zero and
+// rounding leaves it alone.
 #pragma once
 
 #include <cstdint>
@@ -76,29 +78,39 @@ NEFTUNE_INLINE void store_words(Pairs pairs, uint32_t* words) {
   _mm512_storeu_si512(words + 16, words_of<1>(pairs));
 }
 
-// 16 consecutive columns: lattice holds x as int32.
+// The same, ordered for unpacking, which reads the low (high) 64 bits of every 128: the first (last) 16 columns there.
+template <int half, class Pairs>
+NEFTUNE_INLINE __m512i unpackable_words_of(Pairs pairs) {
+  const __m512i order = _mm512_add_epi64(_mm512_setr_epi64(0, 2, 8, 10, 1, 3, 9, 11), _mm512_set1_epi64(4 * half));
+  return _mm512_permutex2var_epi64(pairs.words01.lanes, order, pairs.words23.lanes);
+}
+
+// Interleaving halves with 0x8000 widens them to x in one instruction.
+NEFTUNE_INLINE __m512 low_noise(__m512i words, float step) {
+  const __m512i lattice = _mm512_unpacklo_epi16(_mm512_set1_epi16(int16_t(0x8000)), words);
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(lattice), _mm512_set1_ps(step));
+}
+NEFTUNE_INLINE __m512 high_noise(__m512i words, float step) {
+  const __m512i lattice = _mm512_unpackhi_epi16(_mm512_set1_epi16(int16_t(0x8000)), words);
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(lattice), _mm512_set1_ps(step));
+}
+
+// 16 consecutive columns.
 template <class Element, bool scaled>
-NEFTUNE_INLINE void add_noise16(__m512i lattice, float step, float scale, const typename Element::Storage* source,
-                                typename Element::Storage* out) {
-  const __m512 noise = _mm512_mul_ps(_mm512_cvtepi32_ps(lattice), _mm512_set1_ps(step));
+NEFTUNE_INLINE void add_noise16(__m512 noise, float scale, const typename Element::Storage* source, typename Element::Storage* out) {
   __m512 e = Element::load(source);
   if constexpr (scaled) e = Element::round(_mm512_mul_ps(e, _mm512_set1_ps(scale)));
   Element::store(out, _mm512_add_ps(e, noise));
 }
 
-// Interleaving halves with 0x8000 widens them to x in one instruction, which reads the low (high) 64 bits of every 128: hence the order.
 template <class Element, bool scaled, class Pairs>
 NEFTUNE_INLINE void add_noise64(Pairs pairs, float step, float scale, const typename Element::Storage* source,
                                 typename Element::Storage* out) {
-  const __m512i half_step = _mm512_set1_epi16(int16_t(0x8000));
-  const __m512i order = _mm512_setr_epi64(0, 2, 8, 10, 1, 3, 9, 11);
-  const __m512i order_high = _mm512_setr_epi64(4, 6, 12, 14, 5, 7, 13, 15);
-  const __m512i words = _mm512_permutex2var_epi64(pairs.words01.lanes, order, pairs.words23.lanes);
-  const __m512i words_high = _mm512_permutex2var_epi64(pairs.words01.lanes, order_high, pairs.words23.lanes);
-  add_noise16<Element, scaled>(_mm512_unpacklo_epi16(half_step, words), step, scale, source, out);
-  add_noise16<Element, scaled>(_mm512_unpackhi_epi16(half_step, words), step, scale, source + 16, out + 16);
-  add_noise16<Element, scaled>(_mm512_unpacklo_epi16(half_step, words_high), step, scale, source + 32, out + 32);
-  add_noise16<Element, scaled>(_mm512_unpackhi_epi16(half_step, words_high), step, scale, source + 48, out + 48);
+  const __m512i words = unpackable_words_of<0>(pairs), words_high = unpackable_words_of<1>(pairs);
+  add_noise16<Element, scaled>(low_noise(words, step), scale, source, out);
+  add_noise16<Element, scaled>(high_noise(words, step), scale, source + 16, out + 16);
+  add_noise16<Element, scaled>(low_noise(words_high, step), scale, source + 32, out + 32);
+  add_noise16<Element, scaled>(high_noise(words_high, step), scale, source + 48, out + 48);
 }
 
 template <class Element>
@@ -161,12 +173,11 @@ struct BFloat16 {
 
   template <bool scaled>
   static NEFTUNE_MEMBER void add_noise32(__m512i words, float step, float scale, const uint16_t* source, uint16_t* out) {
-    const __m512i half_step = _mm512_set1_epi16(int16_t(0x8000));
-    const __m512 noise_low = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_unpacklo_epi16(half_step, words)), _mm512_set1_ps(step));
-    const __m512 noise_high = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_unpackhi_epi16(half_step, words)), _mm512_set1_ps(step));
     __m512i e = _mm512_loadu_si512(source);
     if constexpr (scaled) e = scale_by(e, scale);
-    _mm512_storeu_si512(out, narrow(_mm512_add_ps(low_floats(e), noise_low), _mm512_add_ps(high_floats(e), noise_high)));
+    const __m512 low = _mm512_add_ps(low_floats(e), low_noise(words, step));
+    const __m512 high = _mm512_add_ps(high_floats(e), high_noise(words, step));
+    _mm512_storeu_si512(out, narrow(low, high));
   }
 
   template <bool scaled, class Pairs>
@@ -462,7 +473,8 @@ struct Float16 {
 constexpr int kStepColumns = kColumnsPerBlock;
 constexpr bool kTwinSteps = false;
 
-using BlockIndex = uint32_t;
+using Word = uint32_t;
+using BlockIndex = Word;
 
 // philox.h's own words: named here so that what is overloaded beside them does not hide them.
 using neftune_kernels::high;
