@@ -97,6 +97,8 @@ def alpha_tensor(noise_alpha: float) -> Tensor:
         return (
             torch.ones((), dtype=torch.float64, device="cpu") * noise_alpha
         )  # a product keeps a traced float symbolic, torch.full does not
+    if torch._C._len_torch_dispatch_stack():  # a fake tensor must not stay in the cache
+        return torch.full((), noise_alpha, dtype=torch.float64, device="cpu")
     return _cached_alpha_tensor(noise_alpha)
 
 
@@ -104,7 +106,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, de
     """The call's seed as a 0-dim int64 tensor on the device; one draw from the device's generator when nothing is given."""
     if seed is None:
         if torch.compiler.is_compiling() and generator is None:
-            return torch.ops.neftune_kernels.draw_seed(device)
+            return torch.ops.neftune_kernels.draw_seed(torch.empty((), dtype=torch.int64, device=device))
         return ops.draw_seed(device, generator)
     if generator is not None:
         raise ValueError("seed and generator may not both be given: a generator draws the seed")

@@ -22,6 +22,11 @@ from .functional import (
     real_tokens,
 )
 
+HUGGING_FACE_MARK = "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
+TWO_NOISES = (
+    "this embedding would get two noises: transformers' own NEFTune hook is active on it. Set neftune_noise_alpha=None in the training "
+    "arguments, or take neftune_kernels off the model"
+)
 PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
 
@@ -118,6 +123,8 @@ class NEFTuneEmbedding(nn.Embedding):
         """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s."""
         weight = self.weight
         noisy = self.training and self._has_noise
+        if noisy and HUGGING_FACE_MARK in self.__dict__:
+            raise RuntimeError(TWO_NOISES)
         if noisy and self.max_norm is None and not (self.sparse or self.scale_grad_by_freq) and type(weight) in PLAIN_WEIGHTS:
             nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None
             return embed_with_noise(
@@ -171,7 +178,9 @@ class NEFTuneEmbedding(nn.Embedding):
         """
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
-        if not isinstance(embedding, NEFTuneEmbedding) and type(embedding).forward is not nn.Embedding.forward:
+        if isinstance(embedding, NEFTuneEmbedding):
+            raise TypeError("embedding is a NEFTuneEmbedding already: assign its noise_alpha, or convert its to_embedding()")
+        if type(embedding).forward is not nn.Embedding.forward or "forward" in embedding.__dict__:
             raise TypeError(
                 f"{type(embedding).__name__} has a forward of its own, which NEFTuneEmbedding would replace: apply_neftune keeps it"
             )

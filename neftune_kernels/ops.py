@@ -38,7 +38,9 @@ for _family in FAMILIES:
         library.define(f"{_family}{_name}({_args}) -> Tensor", tags=TAGS)
         library.define(f"{_family}{_name}.out({_args}, *, Tensor(a!) out) -> ()", tags=TAGS)
 library.define("mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, Tensor)", tags=TAGS)
-library.define("draw_seed(Device device) -> Tensor", tags=(*TAGS, torch.Tag.nondeterministic_seeded))
+# Its argument is a fresh torch.empty: the compiler merges equal calls whatever their tags say, but never two torch.empty, so that two
+# draws of one graph stay two.
+library.define("draw_seed(Tensor like) -> Tensor", tags=(*TAGS, torch.Tag.nondeterministic_seeded))
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -223,8 +225,8 @@ for _family in FAMILIES:
         torch.library.register_autograd(f"{NAMESPACE}::{_family}{_name}", _backward, setup_context=_setup, lib=library)
 library.impl("mask_layout", layouts.mask_layout, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::mask_layout", _fake_mask_layout, lib=library)
-library.impl("draw_seed", draw_seed, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::draw_seed", lambda device: torch.empty((), dtype=torch.int64, device=device), lib=library)
+library.impl("draw_seed", lambda like: draw_seed(like.device), "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::draw_seed", lambda like: like.new_empty(()), lib=library)
 
 
 class NoisyEmbedding(torch.autograd.Function):

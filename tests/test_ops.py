@@ -58,7 +58,7 @@ def test_opcheck_of_layout_and_seed():
     _, _, mask = batch()
     torch.library.opcheck(OPS.mask_layout.default, (mask, None))
     torch.library.opcheck(OPS.mask_layout.default, (None, torch.arange(6).expand(3, 6).contiguous()))
-    torch.library.opcheck(OPS.draw_seed.default, (torch.device("cpu"),))
+    torch.library.opcheck(OPS.draw_seed.default, (torch.empty((), dtype=torch.int64),))
     assert torch.Tag.nondeterministic_seeded in OPS.draw_seed.default.tags
 
 
@@ -191,3 +191,26 @@ def test_export():
     assert torch.equal(
         torch.export.export(model.eval(), (ids, mask)).module()(ids, mask), torch.nn.functional.embedding(ids, model.embed.weight)
     )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_two_noisy_calls_of_one_graph_draw_twice(backend, frozen):
+    module = NEFTuneEmbedding(40, 20)
+    module.weight.requires_grad_(not frozen)
+    ids, _, _ = batch()
+    compiled = torch.compile(lambda: (module(ids), module(ids)), fullgraph=True, backend=backend)
+    torch.manual_seed(2)
+    expected, state = (module(ids), module(ids)), torch.get_rng_state()
+    torch.manual_seed(2)
+    first, second = compiled()
+    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1]) and not torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_fake_call_leaves_nothing_behind():
+    ids, weight, _ = batch()
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = noisy_embedding(mode.from_tensor(ids), mode.from_tensor(weight), 7.25)
+        assert fake.shape == (3, 6, 20)
+    assert noisy_embedding(ids, weight, 7.25).shape == (3, 6, 20)

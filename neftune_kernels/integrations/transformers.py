@@ -29,10 +29,8 @@ from ..functional import (
     real_tokens,
     seed_tensor,
 )
-from ..modules import PLAIN_WEIGHTS, NEFTuneEmbedding
+from ..modules import HUGGING_FACE_MARK, PLAIN_WEIGHTS, TWO_NOISES, NEFTuneEmbedding
 from ..ops import choose_backend
-
-HUGGING_FACE_MARK = "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
 
 
 class NoisyCall(NamedTuple):
@@ -58,15 +56,17 @@ class NEFTuneState:
         self.noise_without_grad = False
         self.backend: str | None = None
         self.hooked = False  # a model around the embedding tells us its samples
-        self.samples: Samples | None = None  # what the running forward said; None outside of one
-        self.calls = 0
+        self.running: list[Samples] = []  # what the running forwards of hooked models said, the innermost last
+        self.wrappers: list[nn.Module] = []  # PEFT's layers around the embedding
+        self.skipped_last: str | None = None
+        self.calls = self.calls_before = 0
         self.skipped: Counter[str] = Counter()
         self.last: NoisyCall | None = None
         self.warned: set[str] = set()
         self.handle: NEFTuneHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handle": None, "samples": None, "last": None}  # a copy is not steered by our handle
+        return {**self.__dict__, "handle": None, "running": [], "wrappers": [], "last": None}  # a copy is not steered by our handle
 
     def set_alpha(self, noise_alpha: float | None) -> None:
         self.noise_alpha = check_alpha(noise_alpha)
@@ -77,6 +77,21 @@ class NEFTuneState:
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+    def check_recomputation(self) -> None:
+        """Inside backward a checkpointed segment runs again: it must see what its first pass saw."""
+        if torch._C._current_graph_task_id() == -1:
+            return
+        if self.skipped_last == "no grad":
+            raise RuntimeError(
+                "a reentrant checkpoint recomputes the embedding inside backward with noise, but ran it without grad, and so without "
+                "noise, before: apply_neftune(..., noise_without_grad=True), use_reentrant=False, or keep the embedding out of the segment"
+            )
+        if self.hooked and not self.running:
+            raise RuntimeError(
+                "a checkpoint recomputes the embedding inside backward, outside the forward of the model that knows the samples' lengths, "
+                "so its noise would change: keep the embedding out of the checkpointed segment"
+            )
 
     def resolve_stream(self) -> int:
         """The data-parallel index: the rank where there is a process group, else 0."""
@@ -108,24 +123,30 @@ class _Noisy(nn.Embedding):
         if reason is not None:
             if not torch.compiler.is_compiling():
                 state.skipped[reason] += 1
+                state.skipped_last = reason
             return super().forward(input, *args, **kwargs)
-        if HUGGING_FACE_MARK in self.__dict__:
+        if HUGGING_FACE_MARK in self.__dict__ or any(hasattr(wrapper, HUGGING_FACE_MARK) for wrapper in state.wrappers):
+            raise RuntimeError(TWO_NOISES)
+        if getattr(self, "_is_replica", False) and state.stream is None:
             raise RuntimeError(
-                "this embedding would get two noises: transformers' own NEFTune hook is active on it. Set neftune_noise_alpha=None in the "
-                "training arguments, or do not call apply_neftune"
+                "nn.DataParallel runs its replicas in threads that share one mask and one seed: use DistributedDataParallel, or give every "
+                "replica a stream= of its own with NEFTuneEmbedding"
             )
+        if not torch.compiler.is_compiling():
+            state.check_recomputation()
         weight = self.weight
-        if state.samples is None and state.hooked:
+        if not state.running and state.hooked:
             state.warn_once(
                 "the noisy embedding was called outside its model's forward, so the lengths of the samples are unknown and every token "
                 "but padding_idx counts as real: use neftune_kernels.add_noise with an attention_mask there, or, where PEFT has "
                 "copied the embedding (modules_to_save), call apply_neftune again after get_peft_model"
             )
-        samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, state.samples or NOTHING)
+        samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, state.running[-1] if state.running else NOTHING)
         stream = state.resolve_stream()
         seed = seed_tensor(None, None, weight.device)
         if not torch.compiler.is_compiling():
             state.calls += 1
+            state.skipped_last = None
             chosen = choose_backend(state.backend, weight.device, weight.dtype)
             state.last = NoisyCall(input.shape, self.embedding_dim, state.noise_alpha, samples, seed, stream, chosen)
         offsets = Offsets(stream, 0, 0)
@@ -168,7 +189,9 @@ class _TakeSamples:
                 "the model was given inputs_embeds, so its embedding and its NEFTune noise did not run: pass them through "
                 "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) first"
             )
-        self.state.samples = samples_from_arguments(given, self.state)
+        self.state.running.append(samples_from_arguments(given, self.state))
+        if not torch.compiler.is_compiling():
+            self.state.calls_before = self.state.calls
 
 
 class _ForgetSamples:
@@ -177,8 +200,17 @@ class _ForgetSamples:
     def __init__(self, state: NEFTuneState) -> None:
         self.state = state
 
-    def __call__(self, *_: Any) -> None:
-        self.state.samples = None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> None:
+        state = self.state
+        if state.running:
+            state.running.pop()
+        if torch.compiler.is_compiling() or not (module.training and state.has_noise and torch.is_grad_enabled()):
+            return
+        if state.calls == state.calls_before and not state.running and state.skipped_last is None:
+            state.warn_once(
+                "a training forward of the model ended without NEFTune noise: its noisy embedding was not called. Was it replaced or "
+                "wrapped after apply_neftune? Call apply_neftune again"
+            )
 
 
 def samples_from_arguments(given: dict[str, Any], state: NEFTuneState) -> Samples:
@@ -186,12 +218,11 @@ def samples_from_arguments(given: dict[str, Any], state: NEFTuneState) -> Sample
 
     A mask longer than the ids (a cache before them) counts by its last columns. What cannot be read warns once.
     """
-    input_ids = given.get("input_ids")
-    if not isinstance(input_ids, Tensor):
-        return NOTHING
     if isinstance(given.get("cu_seq_lens_q"), Tensor):
         return Samples(cu_seqlens=given["cu_seq_lens_q"])
-    mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    mask, position_ids, input_ids = given.get("attention_mask"), given.get("position_ids"), given.get("input_ids")
+    if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
+        return Samples(attention_mask=mask) if isinstance(mask, Tensor) else NOTHING
     columns = input_ids.shape[-1]
     if isinstance(position_ids, Tensor) and (position_ids.dim() != input_ids.dim() or position_ids.shape[-1] != columns):
         state.warn_once(f"position_ids of shape {tuple(position_ids.shape)} do not tell NEFTune where samples begin and are not used")
@@ -211,16 +242,25 @@ def samples_from_arguments(given: dict[str, Any], state: NEFTuneState) -> Sample
 class NEFTuneHandle:
     """What apply_neftune returns: change alpha, read statistics, undo. Also a context manager that undoes on exit."""
 
-    def __init__(self, model: nn.Module | None, state: NEFTuneState) -> None:
+    def __init__(self, root: nn.Module, state: NEFTuneState) -> None:
         self._embeddings: list[weakref.ref[nn.Embedding]] = []  # a handle keeps no model alive
         self._state: NEFTuneState | None = state
         self._hooks: list[Any] = []
-        if model is not None:
-            names = tuple(_parameter_names(model))
-            self._hooks = [
-                model.register_forward_pre_hook(_TakeSamples(state, names), with_kwargs=True),
-                model.register_forward_hook(_ForgetSamples(state), always_call=True),
-            ]
+        self._root = weakref.ref(root)
+
+    def listen(self, model: nn.Module | None) -> None:
+        """Hook the model around the embedding, once."""
+        state = self._live_state()
+        if model is None:
+            return
+        state.hooked = True
+        if any(isinstance(hook, _TakeSamples) and hook.state is state for hook in model._forward_pre_hooks.values()):
+            return
+        _forget_hooks(model)  # of a deepcopied or unpickled model
+        self._hooks += [
+            model.register_forward_pre_hook(_TakeSamples(state, tuple(_parameter_names(model))), with_kwargs=True),
+            model.register_forward_hook(_ForgetSamples(state), always_call=True),
+        ]
 
     def take(self, embeddings: list[nn.Embedding]) -> None:
         """Make these embeddings noisy and ours; a copy that PEFT or deepcopy made of a noisy one comes with a state of its own."""
@@ -242,13 +282,20 @@ class NEFTuneHandle:
     @noise_alpha.setter
     def noise_alpha(self, value: float | None) -> None:
         self._live_state().set_alpha(value)
+        for copied in self._copies():
+            copied._neftune.set_alpha(value)
+
+    def _copies(self) -> list[_Noisy]:
+        """Noisy embeddings of the model that are not ours: copies that PEFT made of one (modules_to_save, a further adapter)."""
+        root = self._root()
+        modules = [] if root is None else list(root.modules())
+        return [module for module in modules if isinstance(module, _Noisy) and module._neftune is not self._state]
 
     def remove(self) -> None:
         """Give the model back exactly as it was: class, forward, hooks. A second call does nothing."""
         if self._state is None:
             return
-        for reference in self._embeddings:
-            embedding = reference()
+        for embedding in [*self._copies(), *(reference() for reference in self._embeddings)]:
             if isinstance(embedding, _Noisy):
                 del embedding._neftune
                 embedding.__class__ = embedding._neftune_base  # type: ignore[assignment]
@@ -301,11 +348,16 @@ class NEFTuneHandle:
 
 
 def _parameter_names(model: nn.Module) -> list[str]:
-    return [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+    return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
-def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> list[nn.Embedding]:
-    """The nn.Embedding modules behind what the caller named, PEFT's wrappers opened."""
+def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> tuple[list[nn.Embedding], list[nn.Module]]:
+    """The nn.Embedding modules behind what the caller named, and PEFT's wrappers around them."""
+    if embedding is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, whose encoder and decoder embed tokens on their own: not served by this version. "
+            "Name one of its embeddings with embedding=, or use NEFTuneEmbedding or add_noise"
+        )
     found: Any = embedding
     if isinstance(embedding, str):
         try:
@@ -322,7 +374,10 @@ def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> lis
                 f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the module with "
                 'embedding="path.to.embed" or pass the module itself'
             )
-    if hasattr(found, "token_adapter"):
+    wrappers: list[nn.Module] = [found]
+    while hasattr(wrappers[-1], "base_layer"):
+        wrappers.append(wrappers[-1].base_layer)
+    if any(hasattr(wrapper, "token_adapter") or hasattr(wrapper, "trainable_tokens_delta") for wrapper in wrappers):
         raise ValueError(
             "PEFT's trainable_token_indices computes the embedding without calling it, so NEFTune noise would not be applied: train the "
             "tokens with modules_to_save or a LoRA on the embedding"
@@ -341,7 +396,7 @@ def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> lis
                 "the embedding carries a forward of its own as an instance attribute (a tensor-parallel plan or a monkey patch), which "
                 "would hide the noise: apply NEFTune before it, or remove it"
             )
-    return opened
+    return opened, [wrapper for wrapper in wrappers if wrapper not in opened]
 
 
 def _open_wrapper(module: Any) -> Any:
@@ -410,18 +465,18 @@ def apply_neftune(
     alpha = check_alpha(noise_alpha)
     if stream is not None:
         check_word("stream", stream)
-    embeddings = _find_embeddings(model, embedding)
+    embeddings, wrappers = _find_embeddings(model, embedding)
     for module in embeddings:
         choose_backend(backend, module.weight.device, module.weight.dtype)
     around = _model_around(model, embeddings[0])
     states = [module._neftune for module in embeddings if isinstance(module, _Noisy)]
     state = next((state for state in states if state.handle is not None), None)
     if state is None or state.handle is None:
-        _forget_hooks(around)  # of a deepcopied or unpickled model
         state = NEFTuneState()
-        state.handle = NEFTuneHandle(around, state)
-        state.hooked = around is not None
+        state.handle = NEFTuneHandle(model, state)
     state.handle.take(embeddings)
+    state.handle.listen(around)
+    state.wrappers = wrappers
     state.set_alpha(alpha)
     state.stream, state.noise_without_grad, state.backend = stream, noise_without_grad, backend
     return state.handle
