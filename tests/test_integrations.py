@@ -328,18 +328,20 @@ def test_handle_keeps_no_model_alive():
     handle.remove()
 
 
-def test_noise_streams_follow_the_process_group(tmp_path):
+def test_noise_streams_follow_the_process_group(tmp_path, monkeypatch):
     model = make_model()
     ids, mask = ragged()
     apply_neftune(model, 5.0)
+    weight = model.get_input_embeddings().weight
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        torch.manual_seed(1)
-        out = embedding_output(model, input_ids=ids, attention_mask=mask)
+        for rank in (0, 3):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            torch.manual_seed(1)
+            out = embedding_output(model, input_ids=ids, attention_mask=mask)
+            assert torch.equal(out, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), stream=rank))
     finally:
         torch.distributed.destroy_process_group()
-    weight = model.get_input_embeddings().weight
-    assert torch.equal(out, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), stream=0))
 
 
 def test_compiled_model_draws_the_eager_noise_in_one_graph():
@@ -356,3 +358,147 @@ def test_compiled_model_draws_the_eager_noise_in_one_graph():
         torch.manual_seed(seed)
         assert torch.equal(compiled(input_ids=ids, attention_mask=mask).logits, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def lengths_seen(handle):
+    stats = handle.stats()
+    return stats["length_min"], stats["length_max"]
+
+
+def test_masks_reach_the_embedding_whatever_the_ids_are_called():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+        def forward(this, tokens, attention_mask=None):  # positional arguments must not shift with the name of self
+            return this.embed(tokens)
+
+    ids, mask = ragged()
+    model = Tokens()
+    handle = apply_neftune(model, 5.0, embedding="embed")
+    for call in (lambda: model(ids, attention_mask=mask), lambda: model(ids, mask), lambda: model(tokens=ids, attention_mask=mask)):
+        call()
+        assert lengths_seen(handle) == (2, 8)
+
+
+def test_applied_to_the_embedding_first_and_to_two_models_around_it():
+    model, other = make_model(), make_model()
+    other.model.embed_tokens = model.model.embed_tokens
+    ids, mask = ragged()
+    handle = apply_neftune(model.model.embed_tokens, 5.0, embedding=model.model.embed_tokens)
+    for one in (model, other):
+        assert apply_neftune(one, 5.0) is handle
+        one(ids, mask)
+        assert lengths_seen(handle) == (2, 8)
+    handle.remove()
+    assert not model.model._forward_pre_hooks and not other.model._forward_pre_hooks
+
+
+def test_a_model_that_calls_itself_keeps_the_outer_mask():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+        def forward(self, input_ids, attention_mask=None, again=True):
+            if again:
+                self(input_ids[:, :3], attention_mask[:, :3], again=False)
+            return self.embed(input_ids)
+
+    ids, mask = ragged()
+    model = Twice()
+    handle = apply_neftune(model, 5.0, embedding="embed")
+    model(ids, mask)
+    assert handle.stats()["calls"] == 2 and lengths_seen(handle) == (2, 8)
+
+
+def test_forwards_without_the_noise_they_should_have_are_loud():
+    for name in ("T5", "Bart"):
+        config = getattr(transformers, f"{name}Config")(vocab_size=VOCAB, d_model=HIDDEN)
+        with torch.device("meta"):
+            model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+        with pytest.raises(ValueError, match="is an encoder-decoder.*embedding="):
+            apply_neftune(model)
+    trained = peft.get_peft_model(make_model(), peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2]))
+    with pytest.raises(ValueError, match="trainable_token_indices computes the embedding without calling it"):
+        apply_neftune(trained)
+    ids, mask = ragged()
+    model = make_model()
+    apply_neftune(model, 5.0)
+    model.set_input_embeddings(nn.Embedding(VOCAB, HIDDEN))
+    with pytest.warns(UserWarning, match="ended without NEFTune noise.*Call apply_neftune again"):
+        model(ids, mask)
+    model = make_model()
+    apply_neftune(model, 5.0)
+    model.model.embed_tokens._is_replica = True  # what nn.DataParallel marks its replicas with
+    with pytest.raises(RuntimeError, match="DataParallel.*stream="):
+        model(ids, mask)
+
+
+def test_two_noises_are_refused_behind_wrappers_and_on_the_module():
+    ids, mask = ragged()
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    apply_neftune(model, 5.0)
+    transformers.trainer.activate_neftune(model, 5.0)
+    with pytest.raises(RuntimeError, match="two noises"):
+        model.train()(input_ids=ids, attention_mask=mask)
+    module = NEFTuneEmbedding(VOCAB, HIDDEN)
+    module.neftune_noise_alpha = 5.0
+    with pytest.raises(RuntimeError, match="two noises"):
+        module(ids)
+    with pytest.raises(TypeError, match="is a NEFTuneEmbedding already"):
+        NEFTuneEmbedding.from_embedding(module)
+
+
+def test_reentrant_checkpoint_of_the_whole_model():
+    ids, mask = ragged()
+
+    def step(model, **options):
+        def segment(scale):
+            return model(ids, mask).logits.sum() * scale
+
+        torch.manual_seed(5)
+        torch.utils.checkpoint.checkpoint(segment, torch.ones((), requires_grad=True), **options).backward()
+
+    model = make_model()
+    handle = apply_neftune(model, 5.0)
+    with pytest.raises(RuntimeError, match="noise_without_grad=True"):
+        step(model, use_reentrant=True)
+    model.zero_grad()
+    step(model, use_reentrant=False)
+    expected = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    assert apply_neftune(model, 5.0, noise_without_grad=True) is handle
+    step(model, use_reentrant=True)
+    assert torch.equal(model.model.embed_tokens.weight.grad, expected)
+
+
+def test_checkpoint_inside_the_forward_is_refused_where_the_mask_is_gone():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+        def forward(self, input_ids, attention_mask=None):
+            return torch.utils.checkpoint.checkpoint(lambda: self.embed(input_ids).square(), use_reentrant=False)
+
+    ids, mask = ragged()
+    model = Inner()
+    apply_neftune(model, 5.0, embedding="embed")
+    with pytest.raises(RuntimeError, match="outside the forward of the model.*keep the embedding out of the checkpointed segment"):
+        model(ids, mask).sum().backward()
+
+
+def test_copies_that_peft_makes_afterwards_obey_the_handle():
+    model = make_model()
+    handle = apply_neftune(model, 5.0)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    ids, mask = ragged()
+    clean = F.embedding(ids, model.get_input_embeddings().weight)
+    handle.noise_alpha = 0
+    assert torch.equal(embedding_output(model.train(), input_ids=ids, attention_mask=mask), clean)
+    handle.noise_alpha = 5.0
+    handle.remove()
+    assert torch.equal(embedding_output(model.train(), input_ids=ids, attention_mask=mask), clean)
+    assert not any(type(module).__name__.startswith("Noisy") for module in model.modules())

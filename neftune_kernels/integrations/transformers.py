@@ -57,7 +57,7 @@ class NEFTuneState:
         self.backend: str | None = None
         self.hooked = False  # a model around the embedding tells us its samples
         self.running: list[Samples] = []  # what the running forwards of hooked models said, the innermost last
-        self.wrappers: list[nn.Module] = []  # PEFT's layers around the embedding
+        self.wrappers: list[weakref.ref[nn.Module]] = []  # PEFT's layers around the embedding
         self.skipped_last: str | None = None
         self.calls = self.calls_before = 0
         self.skipped: Counter[str] = Counter()
@@ -77,6 +77,9 @@ class NEFTuneState:
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+    def wrapper_is_marked(self) -> bool:
+        return any(hasattr(wrapper(), HUGGING_FACE_MARK) for wrapper in self.wrappers)
 
     def check_recomputation(self) -> None:
         """Inside backward a checkpointed segment runs again: it must see what its first pass saw."""
@@ -125,7 +128,7 @@ class _Noisy(nn.Embedding):
                 state.skipped[reason] += 1
                 state.skipped_last = reason
             return super().forward(input, *args, **kwargs)
-        if HUGGING_FACE_MARK in self.__dict__ or any(hasattr(wrapper, HUGGING_FACE_MARK) for wrapper in state.wrappers):
+        if HUGGING_FACE_MARK in self.__dict__ or state.wrapper_is_marked():
             raise RuntimeError(TWO_NOISES)
         if getattr(self, "_is_replica", False) and state.stream is None:
             raise RuntimeError(
@@ -191,7 +194,7 @@ class _TakeSamples:
             )
         self.state.running.append(samples_from_arguments(given, self.state))
         if not torch.compiler.is_compiling():
-            self.state.calls_before = self.state.calls
+            self.state.calls_before = self.state.calls if given.get("inputs_embeds") is None else -1
 
 
 class _ForgetSamples:
@@ -200,11 +203,11 @@ class _ForgetSamples:
     def __init__(self, state: NEFTuneState) -> None:
         self.state = state
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         state = self.state
         if state.running:
             state.running.pop()
-        if torch.compiler.is_compiling() or not (module.training and state.has_noise and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or result is None or not (module.training and state.has_noise and torch.is_grad_enabled()):
             return
         if state.calls == state.calls_before and not state.running and state.skipped_last is None:
             state.warn_once(
@@ -355,7 +358,7 @@ def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> tup
     """The nn.Embedding modules behind what the caller named, and PEFT's wrappers around them."""
     if embedding is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, whose encoder and decoder embed tokens on their own: not served by this version. "
+            f"{type(model).__name__} is an encoder-decoder, whose encoder and decoder embed tokens on their own: not served yet. "
             "Name one of its embeddings with embedding=, or use NEFTuneEmbedding or add_noise"
         )
     found: Any = embedding
@@ -374,7 +377,7 @@ def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> tup
                 f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the module with "
                 'embedding="path.to.embed" or pass the module itself'
             )
-    wrappers: list[nn.Module] = [found]
+    wrappers: list[Any] = [found]
     while hasattr(wrappers[-1], "base_layer"):
         wrappers.append(wrappers[-1].base_layer)
     if any(hasattr(wrapper, "token_adapter") or hasattr(wrapper, "trainable_tokens_delta") for wrapper in wrappers):
@@ -476,7 +479,7 @@ def apply_neftune(
         state.handle = NEFTuneHandle(model, state)
     state.handle.take(embeddings)
     state.handle.listen(around)
-    state.wrappers = wrappers
+    state.wrappers = [weakref.ref(wrapper) for wrapper in wrappers]
     state.set_alpha(alpha)
     state.stream, state.noise_without_grad, state.backend = stream, noise_without_grad, backend
     return state.handle
