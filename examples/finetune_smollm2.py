@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--noise-alpha", type=alpha, default=5.0, help="the paper's alpha, default 5 (it uses 5, 10 and 15); 0: no noise")
-    add("--steps", type=positive_integer, help="training steps, default 40, with --packing 8 (each holds five times as much)")
+    add("--steps", type=positive_integer, help="training steps, default 30, with --packing 6 (each holds five times as much)")
     add("--batch-size", type=positive_integer, default=4, help="question/answer pairs, or packs of them, in a step, default 4")
     add("--packing", action="store_true", help=f"pack several pairs, up to {MAX_LENGTH} tokens, in one row without padding")
     add("--model", help="a local folder or a hub id (downloaded if it is not in the cache), default: SmolLM2 from its package")
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("argument --dtype: float16 needs a GPU (its small gradients need a loss scaler); use bfloat16 or float32 on a CPU")
     if not 0 <= arguments.seed < 2**32:
         parser.error(f"argument --seed: must lie in [0, 2**32), got {arguments.seed}")
-    arguments.steps = arguments.steps or (8 if arguments.packing else 40)
+    arguments.steps = arguments.steps or (6 if arguments.packing else 30)
     arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
     return arguments
 
