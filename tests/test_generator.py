@@ -156,7 +156,7 @@ def test_the_operator_draws_the_same():
     expected = one_draw()
     after_one = torch.get_rng_state()
     torch.manual_seed(1234)
-    drawn = torch.ops.neftune_kernels.draw_seed(torch.device("cpu"))
+    drawn = torch.ops.neftune_kernels.draw_seed(torch.empty((), dtype=torch.int64))
     assert drawn.dtype == torch.int64 and drawn.dim() == 0 and torch.equal(drawn, expected)
     assert torch.equal(torch.get_rng_state(), after_one)
     assert torch.Tag.nondeterministic_seeded in torch.ops.neftune_kernels.draw_seed.default.tags
