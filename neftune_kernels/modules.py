@@ -21,6 +21,7 @@ from .functional import (
     embeds_with_noise,
     real_tokens,
 )
+from .layout import check_layout
 
 HUGGING_FACE_MARK = "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
 TWO_NOISES = (
@@ -142,9 +143,11 @@ class NEFTuneEmbedding(nn.Embedding):
         embedded = F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
         if self.embed_scale != 1:
             embedded = embedded * self.embed_scale
-        if not noisy:
-            return embedded
         samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+        if not noisy:
+            if not samples.unknown:  # what would be refused with noise is refused all the same
+                check_layout(input.shape, input.device, *samples)
+            return embedded
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
         offsets = self._offsets(stream, sample_offset, position_offset)
         return embeds_with_noise(embedded, self._alpha, samples, seed, generator, offsets, self.backend)

@@ -502,3 +502,65 @@ def test_copies_that_peft_makes_afterwards_obey_the_handle():
     handle.remove()
     assert torch.equal(embedding_output(model.train(), input_ids=ids, attention_mask=mask), clean)
     assert not any(type(module).__name__.startswith("Noisy") for module in model.modules())
+
+
+class Int8Weight(torch.Tensor):
+    """A quantised weight as bitsandbytes and torchao make them: an integer dtype outside, floats out of its lookup."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.embedding:
+            rows = F.embedding(args[0], args[1].as_subclass(torch.Tensor))
+            return rows.to(torch.bfloat16) / 16
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def quantised_model():
+    model = make_model()
+    weight = torch.randint(-127, 128, (VOCAB, HIDDEN), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    model.get_input_embeddings().weight = nn.Parameter(weight.as_subclass(Int8Weight), requires_grad=False)
+    return model.bfloat16()
+
+
+def test_quantised_weight_goes_through_its_own_lookup():
+    model = quantised_model()
+    ids, mask = ragged()
+    plain = embedding_output(model.eval(), input_ids=ids, attention_mask=mask)
+    handle = apply_neftune(model.train(), 5.0)
+    seed = drawn_after(3)
+    torch.manual_seed(3)
+    noisy = embedding_output(model, input_ids=ids, attention_mask=mask)
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=seed)
+    assert torch.equal(noisy, (plain.float() + noise).bfloat16())
+    assert handle.stats()["length_max"] == 8
+    module = NEFTuneEmbedding(VOCAB, HIDDEN)
+    module.weight = model.get_input_embeddings().weight
+    assert torch.equal(module(ids, mask, seed=seed), noisy)
+
+
+def test_remove_refuses_under_a_parametrisation():
+    model = make_model()
+    embedding = model.get_input_embeddings()
+    handle = apply_neftune(model)
+    nn.utils.parametrizations.weight_norm(embedding)
+    ids, mask = ragged()
+    with pytest.raises(RuntimeError, match="parametrised"):
+        handle.remove()
+    model(input_ids=ids, attention_mask=mask)
+    assert handle.stats()["calls"] == 1  # nothing was undone by half
+    nn.utils.parametrize.remove_parametrizations(embedding, "weight")
+    handle.remove()
+    assert type(embedding) is nn.Embedding
+
+
+def test_remove_refuses_under_a_forward_put_on_the_embedding():
+    model = make_model()
+    embedding = model.get_input_embeddings()
+    handle = apply_neftune(model)
+    inner = embedding.forward
+    embedding.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="forward of its own"):
+        handle.remove()
+    del embedding.forward
+    handle.remove()
+    assert type(embedding) is nn.Embedding

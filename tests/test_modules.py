@@ -266,3 +266,13 @@ def test_quick_path_is_the_long_one(dtype, frozen, monkeypatch):
         module(ids.short())
     with pytest.raises(ValueError, match="a seed tensor must be 0-dim int64"):
         module(ids, seed=torch.tensor([5]))
+
+
+@pytest.mark.parametrize("quiet", ("eval", "alpha"))
+def test_layout_is_checked_without_noise_too(quiet):
+    module = NEFTuneEmbedding(10, 4, noise_alpha=0 if quiet == "alpha" else 5.0).train(quiet == "alpha")
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention_mask must have the tokens' shape"):
+        module(ids, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="at most one of"):
+        module(ids, torch.ones(2, 3), lengths=torch.tensor([3, 1]))

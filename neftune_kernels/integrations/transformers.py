@@ -146,18 +146,20 @@ class _Noisy(nn.Embedding):
             )
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, state.running[-1] if state.running else NOTHING)
         stream = state.resolve_stream()
+        fusible = self._neftune_base is nn.Embedding and type(weight) in PLAIN_WEIGHTS
+        fusible = fusible and self.max_norm is None and not self.sparse and not self.scale_grad_by_freq
+        embedded = None if fusible else super().forward(input, *args, **kwargs)
+        dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
         seed = seed_tensor(None, None, weight.device)
         if not torch.compiler.is_compiling():
             state.calls += 1
             state.skipped_last = None
-            chosen = choose_backend(state.backend, weight.device, weight.dtype)
+            chosen = choose_backend(state.backend, weight.device, dtype)
             state.last = NoisyCall(input.shape, self.embedding_dim, state.noise_alpha, samples, seed, stream, chosen)
         offsets = Offsets(stream, 0, 0)
-        fusible = self._neftune_base is nn.Embedding and type(weight) in PLAIN_WEIGHTS
-        if fusible and self.max_norm is None and not self.sparse and not self.scale_grad_by_freq:
+        if embedded is None:
             padding = -1 if self.padding_idx is None else self.padding_idx
             return embed_with_noise(input, weight, state.alpha, samples, padding, 1.0, seed, None, offsets, state.backend)
-        embedded = super().forward(input, *args, **kwargs)
         return embeds_with_noise(embedded, state.alpha, samples, seed, None, offsets, state.backend)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -295,10 +297,23 @@ class NEFTuneHandle:
         return [module for module in modules if isinstance(module, _Noisy) and module._neftune is not self._state]
 
     def remove(self) -> None:
-        """Give the model back exactly as it was: class, forward, hooks. A second call does nothing."""
+        """Give the model back exactly as it was: class, forward, hooks. A second call does nothing.
+
+        Raises:
+            RuntimeError: something put on the embedding since then holds its noisy class; nothing is changed.
+        """
         if self._state is None:
             return
-        for embedding in [*self._copies(), *(reference() for reference in self._embeddings)]:
+        embeddings = [*self._copies(), *(reference() for reference in self._embeddings)]
+        for embedding in embeddings:
+            if isinstance(embedding, _Noisy) and (
+                type(embedding) is not _noisy_class(embedding._neftune_base) or "forward" in embedding.__dict__
+            ):
+                raise RuntimeError(
+                    "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
+                    "take that off first, then call remove()"
+                )
+        for embedding in embeddings:
             if isinstance(embedding, _Noisy):
                 del embedding._neftune
                 embedding.__class__ = embedding._neftune_base  # type: ignore[assignment]
@@ -470,7 +485,8 @@ def apply_neftune(
         check_word("stream", stream)
     embeddings, wrappers = _find_embeddings(model, embedding)
     for module in embeddings:
-        choose_backend(backend, module.weight.device, module.weight.dtype)
+        quantised = type(module.weight) not in PLAIN_WEIGHTS  # its forward decides the dtype
+        choose_backend(backend, module.weight.device, torch.float32 if quantised else module.weight.dtype)
     around = _model_around(model, embeddings[0])
     states = [module._neftune for module in embeddings if isinstance(module, _Noisy)]
     state = next((state for state in states if state.handle is not None), None)
