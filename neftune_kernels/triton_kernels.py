@@ -1,0 +1,617 @@
+"""The Triton backend: lookup, scale and noise in one launch; masks and position ids numbered in one more.
+
+The formula is that of reference.py, with one rewriting that changes no bit: x·step = (h + ½)·65536·step, where h is the signed 16-bit
+half, equals fma(h, 65536·step, 32768·step), because that sum is (h + ½)·65536·step exactly and is rounded once. So a noise value costs a
+16-bit conversion and one fma. Embedding and noise are added apart from it: `enable_fp_fusion=False` keeps the compiler from contracting
+them.
+
+Imported only when the backend is used. Triton: Tillet, Kung and Cox 2019, "Triton: an intermediate language and compiler for tiled neural
+network computations".
+"""
+
+import ctypes
+import math
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+# ---- device functions
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox-4x32-7: uint32 counter words (tensors or scalars that broadcast) and uint32 key words to four uint32 words."""
+    for _ in tl.static_range(7):
+        product0 = c0.to(tl.uint64) * 0xD2511F53  # one 32x32 → 64 multiplication; tl.umulhi would take a second one
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def word_noise(word, step):
+    """The noise of columns 2k and 2k+1 from word k: float32."""
+    low = word.to(tl.int16).to(tl.float32)
+    high = (word >> 16).to(tl.int16).to(tl.float32)
+    return tl.fma(low, step * 65536, step * 32768), tl.fma(high, step * 65536, step * 32768)
+
+
+@triton.jit
+def uniform_noise(block, position, sample, stream, k0, k1, step):
+    """The noise of columns 8·block .. 8·block + 7: eight float32 tensors of block's shape."""
+    w0, w1, w2, w3 = philox(block.to(tl.uint32), position, sample, stream, k0, k1)
+    n0, n1 = word_noise(w0, step)
+    n2, n3 = word_noise(w1, step)
+    n4, n5 = word_noise(w2, step)
+    n6, n7 = word_noise(w3, step)
+    return n0, n1, n2, n3, n4, n5, n6, n7
+
+
+@triton.jit
+def noise_step(length, alpha, D: tl.constexpr):
+    """float32(alpha / √(L·d)) · 2⁻³¹ of an int64 length >= 1; 0 where the magnitude is below 2⁻⁹⁰."""
+    bound = alpha / tl.sqrt(length.to(tl.float64) * D)
+    step = bound.to(tl.float32) * 4.656612873077393e-10
+    return tl.where(step >= 3.76158192263132e-37, step, 0.0)
+
+
+@triton.jit
+def scaled(value, scale, DTYPE: tl.constexpr, SCALED: tl.constexpr):
+    """cast(W(value)·W(scale)) as float32."""
+    if SCALED:
+        value = (value * scale).to(DTYPE).to(tl.float32)
+    return value
+
+
+@triton.jit
+def interleaved(v0, v1, v2, v3, SIZE: tl.constexpr):
+    """v0[0], v1[0], v2[0], v3[0], v0[1], ...: in registers alone, as each thread holds whole blocks."""
+    return tl.join(tl.join(v0, v2), tl.join(v1, v3)).reshape(SIZE)
+
+
+@triton.jit
+def unpacked(words, DTYPE: tl.constexpr):
+    """The two 16-bit floats in each uint32, as float32."""
+    if DTYPE == tl.bfloat16:
+        return (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+    low = words.to(tl.uint16).to(tl.float16, bitcast=True)
+    high = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def row_piece(
+    piece, source, target, source_column, counter, step, scale,
+    D: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr, NOISY: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Columns piece·8·BLOCKS onwards of one row: load, scale, add noise, round, store."""
+    DTYPE: tl.constexpr = target.dtype.element_ty
+    position, sample, stream, k0, k1 = counter
+    block = piece * BLOCKS + tl.arange(0, BLOCKS)
+    if NOISY:
+        n0, n1, n2, n3, n4, n5, n6, n7 = uniform_noise(block, position, sample, stream, k0, k1, step)
+    if KIND == "pairs":  # 16-bit rows, 16-byte aligned: a thread's block is one 128-bit access
+        pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+        words = tl.load(source.to(tl.pointer_type(tl.uint32)) + pair, mask=pair < D // 2, other=0)
+        if NOISY or SCALED:
+            even, odd = unpacked(words, DTYPE)
+            even = scaled(even, scale, DTYPE, SCALED)
+            odd = scaled(odd, scale, DTYPE, SCALED)
+            if NOISY:
+                even += interleaved(n0, n2, n4, n6, 4 * BLOCKS)
+                odd += interleaved(n1, n3, n5, n7, 4 * BLOCKS)
+            column = piece * (8 * BLOCKS) + tl.arange(0, 8 * BLOCKS)
+            tl.store(target + column, tl.join(even, odd).reshape(8 * BLOCKS).to(DTYPE), mask=column < D)
+        else:
+            tl.store(target.to(tl.pointer_type(tl.uint32)) + pair, words, mask=pair < D // 2)
+    elif KIND == "quads":  # float32 rows, 16-byte aligned: a thread's block is two 128-bit accesses, so that no layout is converted
+        lane = tl.arange(0, 4 * BLOCKS)
+        column = piece * (8 * BLOCKS) + lane // 4 * 8 + lane % 4
+        first = scaled(tl.load(source + column, mask=column < D, other=0), scale, DTYPE, SCALED)
+        last = scaled(tl.load(source + column + 4, mask=column + 4 < D, other=0), scale, DTYPE, SCALED)
+        if NOISY:
+            first += interleaved(n0, n1, n2, n3, 4 * BLOCKS)
+            last += interleaved(n4, n5, n6, n7, 4 * BLOCKS)
+        tl.store(target + column, first, mask=column < D)
+        tl.store(target + column + 4, last, mask=column + 4 < D)
+    else:  # any strides, any d, any alignment
+        first_column = block.to(tl.int64) * 8
+        for k in tl.static_range(8):
+            column = first_column + k
+            value = tl.load(source + column * source_column, mask=column < D, other=0)
+            if NOISY or SCALED:
+                wide = scaled(value.to(tl.float32), scale, DTYPE, SCALED)
+                if NOISY:
+                    wide += (n0, n1, n2, n3, n4, n5, n6, n7)[k]
+                value = wide.to(DTYPE)
+            tl.store(target + column, value, mask=column < D)
+
+
+@triton.jit
+def row_pieces(
+    source, target, source_column, counter, step, scale,
+    D: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, KIND: tl.constexpr, NOISY: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    if NOISY and PIECES <= 16:
+        for piece in tl.static_range(PIECES):
+            row_piece(piece, source, target, source_column, counter, step, scale, D, BLOCKS, KIND, NOISY, SCALED)
+    else:
+        for piece in range(PIECES):
+            row_piece(piece, source, target, source_column, counter, step, scale, D, BLOCKS, KIND, NOISY, SCALED)
+
+
+@triton.jit
+def document_of(token, cu_seqlens, samples):
+    """The document whose bounds hold the token, by bisection; -1 or `samples` outside all of them."""
+    low = 0
+    high = samples + 1
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens + middle).to(tl.int64) <= token:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+# ---- kernels
+
+NOISY_ROWS_INTEGERS = (
+    "num_embeddings", "rows", "columns", "samples", "ids_row", "ids_column", "source_row", "source_column", "lengths_stride",
+    "alpha_bits", "stream", "sample_offset", "position_offset",
+)  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[*NOISY_ROWS_INTEGERS, "step", "scale"],
+    do_not_specialize_on_alignment=["input_ids", "seed", "document", "position", "lengths", "cu_seqlens"],
+)
+def noisy_rows(
+    out, source, input_ids, seed, document, position, lengths, cu_seqlens,
+    num_embeddings: "i64", rows: "i32", columns: "i64", samples: "i64", ids_row: "i64", ids_column: "i64", source_row: "i64",
+    source_column: "i64", lengths_stride: "i64", step: "fp32", scale: "fp32", alpha_bits: "i64", stream: "i64", sample_offset: "i64",
+    position_offset: "i64",
+    D: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
+    DEBUG: tl.constexpr,
+):  # fmt: skip
+    """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to 65535, the rest of the rows).
+
+    input_ids None: source holds the embeddings themselves. The four layout pointers are those of layout.Layout, None where not given; with
+    none of them the launcher knows the one length and gives `step`. ROW_STRIDE 0: it is source_row.
+    """
+    column = tl.program_id(0)
+    row = tl.program_id(1) + tl.program_id(2) * 65535
+    if row < rows:
+        token = row.to(tl.int64) * columns + column
+        if cu_seqlens is not None:
+            sample = document_of(token, cu_seqlens, samples)
+            real = (sample >= 0) & (sample < samples)
+            start = tl.load(cu_seqlens + sample, mask=real, other=0).to(tl.int64)
+            length = tl.load(cu_seqlens + sample + 1, mask=real, other=0).to(tl.int64) - start
+            place = (token - start + position_offset).to(tl.uint32)
+            real = real & (length > 0)
+            if DEBUG:
+                tl.device_assert(real, "cu_seqlens must run from 0 to the number of tokens and not decrease")
+        else:
+            place = column.to(tl.int64)
+            if position is not None:
+                place = tl.load(position + token).to(tl.int64)
+            place = (place + position_offset).to(tl.uint32)
+            sample = row.to(tl.int64)
+            if document is not None:
+                sample = tl.load(document + token).to(tl.int64)
+                real = (sample >= 0) & (sample < samples)
+                length = tl.load(lengths + sample * lengths_stride, mask=real, other=0).to(tl.int64)
+                real = real & (length > 0)
+            elif lengths is not None:
+                length = tl.load(lengths + sample * lengths_stride).to(tl.int64)
+                real = place.to(tl.int64) < length
+                if DEBUG:
+                    tl.device_assert(length >= 0, "lengths must not be negative")
+        if lengths is not None or cu_seqlens is not None:
+            step = 0.0
+            if real:
+                step = noise_step(length, alpha_bits.to(tl.float64, bitcast=True), D)
+        index = token
+        if input_ids is not None:
+            index = tl.load(input_ids + row.to(tl.int64) * ids_row + column.to(tl.int64) * ids_column).to(tl.int64)
+            inside = (index >= 0) & (index < num_embeddings)
+            if DEBUG:
+                tl.device_assert(inside, "input_ids must lie in [0, num_embeddings)")
+            index = tl.where(inside, index, 0)
+            step = tl.where(inside, step, float("nan"))  # the noise of such a row is NaN, and so is the row
+        if ROW_STRIDE == 0:
+            source += index * source_row
+        else:
+            source += index * ROW_STRIDE
+        target = out + token * D
+        if step != 0:
+            k0 = tl.load(seed.to(tl.pointer_type(tl.uint32)))
+            k1 = tl.load(seed.to(tl.pointer_type(tl.uint32)) + 1)
+            counter = (place, (sample + sample_offset).to(tl.uint32), stream.to(tl.uint32), k0, k1)
+            row_pieces(source, target, source_column, counter, step, scale, D, BLOCKS, PIECES, KIND, True, SCALED)
+        else:
+            row_pieces(source, target, source_column, (0, 0, 0, 0, 0), step, scale, D, BLOCKS, PIECES, KIND, False, SCALED)
+
+
+@triton.jit
+def last_two(last_a, before_a, last_b, before_b):
+    """The monoid of the last two entries of a sequence, -1 for none."""
+    before = tl.where(before_b >= 0, before_b, tl.where(last_b >= 0, last_a, before_a))
+    return tl.where(last_b >= 0, last_b, last_a), before
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def added(a, b):
+    return a + b
+
+
+@triton.jit
+def real_at(row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE: tl.constexpr):
+    if mask is None:
+        return valid
+    value = tl.load(mask + row * mask_row + column * mask_column, mask=valid, other=0)
+    if HAS_PADDING_VALUE:
+        return valid & (value.to(tl.int64) != padding_value)
+    return valid & (value != 0)
+
+
+@triton.jit
+def real_and_further(
+    index, end, last_real, columns, mask, position_ids, mask_row, mask_column, ids_row, ids_column, padding_value,
+    HAS_PADDING_VALUE: tl.constexpr, NUMBERED: tl.constexpr,
+):  # fmt: skip
+    """Of flat tokens below `end`: whether real, the real token before in its row (-1: none), whether it opens a further document.
+
+    last_real carries the scan from block to block.
+    """
+    valid = index < end
+    row = index // columns
+    column = index - row * columns
+    real = real_at(row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE)
+    before_real = real_at(row, column - 1, valid & (column > 0), mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE)
+    last = tl.maximum(tl.associative_scan(tl.where(before_real, index - 1, -1), 0, larger), last_real)
+    previous = tl.where(last >= row * columns, last, -1)
+    further = index < 0
+    has_previous = real & (previous >= 0)
+    previous_column = previous - row * columns
+    if NUMBERED:
+        value = tl.load(mask + row * mask_row + column * mask_column, mask=has_previous, other=0)
+        previous_value = tl.load(mask + row * mask_row + previous_column * mask_column, mask=has_previous, other=0)
+        further = further | (value != previous_value)
+    if position_ids is not None:
+        place = tl.load(position_ids + row * ids_row + column * ids_column, mask=has_previous, other=0).to(tl.int64)
+        previous_place = tl.load(position_ids + row * ids_row + previous_column * ids_column, mask=has_previous, other=0).to(tl.int64)
+        jump = place - previous_place
+        further = further | ((jump != 1) & (jump != index - previous))
+    return real, previous, further & has_previous, tl.max(last)
+
+
+NUMBER_DOCUMENTS_INTEGERS = ("rows", "columns", "rows_each", "mask_row", "mask_column", "ids_row", "ids_column", "padding_value")
+
+
+@triton.jit(
+    do_not_specialize=list(NUMBER_DOCUMENTS_INTEGERS),
+    do_not_specialize_on_alignment=["document", "position", "lengths", "mask", "position_ids"],
+)
+def number_documents(
+    document, position, lengths, mask, position_ids,
+    rows: "i64", columns: "i64", rows_each: "i64", mask_row: "i64", mask_column: "i64", ids_row: "i64", ids_column: "i64",
+    padding_value: "i64",
+    HAS_PADDING_VALUE: tl.constexpr, NUMBERED: tl.constexpr, BLOCK: tl.constexpr, DEBUG: tl.constexpr,
+):  # fmt: skip
+    """layout.mask_layout in one launch. Grid (programs,), each with `rows_each` whole rows.
+
+    A program first counts the documents of the rows before its own, so none waits for another and no scratch must be cleared.
+    """
+    first_row = tl.program_id(0).to(tl.int64) * rows_each
+    begin = first_row * columns
+    end = tl.minimum(first_row + rows_each, rows) * columns
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    documents = first_row
+    if NUMBERED or position_ids is not None:
+        last_real = begin * 0 - 1
+        for start in range(0, begin, BLOCK):
+            real, previous, further, last_real = real_and_further(
+                start + lane, begin, last_real, columns, mask, position_ids, mask_row, mask_column, ids_row, ids_column, padding_value,
+                HAS_PADDING_VALUE, NUMBERED,
+            )  # fmt: skip
+            documents += tl.sum(further.to(tl.int64))
+    last_real = begin * 0 - 1
+    reals = begin * 0  # real tokens of this program so far
+    opened = begin * 0 - 1  # reals when the current document opened
+    first = begin * 0 - 1  # flat index of its first real token
+    for start in range(begin, end, BLOCK):
+        index = start + lane
+        real, previous, further, last_real = real_and_further(
+            index, end, last_real, columns, mask, position_ids, mask_row, mask_column, ids_row, ids_column, padding_value,
+            HAS_PADDING_VALUE, NUMBERED,
+        )  # fmt: skip
+        if DEBUG and mask is not None and not HAS_PADDING_VALUE:
+            value = tl.load(mask + index // columns * mask_row + index % columns * mask_column, mask=index < end, other=0)
+            tl.device_assert(value >= 0, "attention_mask must not have negative or NaN values")
+        opens = further | ((index < end) & (index % columns == 0))
+        number = documents + tl.associative_scan(opens.to(tl.int64), 0, added) - 1
+        count = reals + tl.associative_scan(real.to(tl.int64), 0, added)
+        count_before = count - real.to(tl.int64)
+        last_opened, opened_before = tl.associative_scan((tl.where(opens, count_before, -1), tl.zeros_like(index) - 1), 0, last_two)
+        opened_before = tl.where(opened_before >= 0, opened_before, opened)
+        firsts = tl.maximum(tl.associative_scan(tl.where(further | (real & (previous < 0)), index, -1), 0, larger), first)
+        tl.store(document + index, tl.where(real, number, -1), mask=index < end)
+        tl.store(position + index, index - firsts, mask=index < end)
+        tl.store(lengths + number - 1, count_before - opened_before, mask=opens & (opened_before >= 0))
+        documents += tl.sum(opens.to(tl.int64))
+        reals += tl.sum(real.to(tl.int64))
+        opened = tl.maximum(opened, tl.max(last_opened))
+        first = tl.max(firsts)
+    if end > begin:
+        tl.store(lengths + documents - 1, reals - opened)
+
+
+# ---- launchers
+
+
+class Launcher:
+    """Compiled kernels by a key of their own: Triton's launcher works out types and alignments anew at every call.
+
+    The key must hold all that the compiled code depends on: dtypes, constexprs, which pointers are None, the alignment of `out` and
+    `source` (no other argument is specialised).
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[Any, tuple[Any, Any, Any]] = {}
+
+    def __call__(self, key: Any, device: torch.device, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
+        found = self.compiled.get(key)
+        if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+            self._compile(key, grid, args, num_warps)  # profilers' hooks want the launch as Triton describes it
+            return
+        run, function, packed_metadata = found
+        run(*grid, driver.active.get_current_stream(device.index), function, packed_metadata, None, None, None, *args)
+
+    def _compile(self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
+        options = compile_options(driver.active.get_current_target().backend) if not knobs.runtime.interpret else {}
+        compiled = self.kernel[grid](*args, num_warps=num_warps, **options)
+        if compiled is not None:
+            self.compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+
+
+REGISTERS = 40  # of an NVIDIA thread: 48 warps of a multiprocessor's 65536
+
+
+def compile_options(target_backend: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"enable_fp_fusion": False}
+    if target_backend == "cuda":
+        options["maxnreg"] = REGISTERS
+    if DEBUG:
+        options["debug"] = True
+    return options
+
+
+DEBUG = os.environ.get("NEFTUNE_DEBUG") == "1"
+launch_rows = Launcher(noisy_rows)
+launch_documents = Launcher(number_documents)
+
+
+def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
+    """(blocks of a piece, pieces, warps) of one program, which serves one row: a thread takes one block of 8 columns of every piece."""
+    blocks = max(1, (embedding_dim + 7) // 8)
+    warps = 1
+    while warps < 8 and blocks > 16 * warp_size * warps:
+        warps *= 2
+    piece = min(warp_size * warps, 1 << (blocks - 1).bit_length())
+    return piece, (blocks + piece - 1) // piece, warps
+
+
+def row_kind(dtype: torch.dtype, embedding_dim: int, row_stride: int, column_stride: int, aligned: bool) -> str:
+    """Whether rows can be read and written 16 bytes at a time."""
+    vectors = aligned and column_stride == 1 and embedding_dim % 8 == 0 and row_stride % 8 == 0 and 0 < embedding_dim <= 1 << 28
+    if not vectors:
+        return "columns"
+    return "quads" if dtype == torch.float32 else "pairs"
+
+
+@lru_cache(maxsize=256)
+def host_step(noise_alpha: float, length: int, embedding_dim: int) -> float:
+    """noise_step on the host, where every sample has the same length."""
+    step = ctypes.c_float(noise_alpha / math.sqrt(float(length) * float(embedding_dim))).value * 2.0**-31
+    return step if step >= 2.0**-121 else 0.0
+
+
+@lru_cache(maxsize=256)
+def float_bits(value: float) -> int:
+    return ctypes.c_int64.from_buffer(ctypes.c_double(value)).value
+
+
+def rows_view(tensor: Tensor, rows: int, columns: int) -> tuple[Tensor, int, int]:
+    """(..., T) as rows of T: the tensor (a copy where it has no such view) and its two strides."""
+    strides = tensor.stride()
+    if len(strides) == 2:
+        return tensor, strides[0], strides[1]
+    flat = tensor.reshape(rows, columns)
+    return flat, flat.stride(0), flat.stride(1)
+
+
+def rows_and_columns(shape: torch.Size) -> tuple[int, int]:
+    columns = shape[-1] if shape else 1
+    return (shape[:-1].numel() if len(shape) > 1 else 1), columns
+
+
+def noisy_embedding_out(
+    input_ids: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    noise_alpha: Tensor,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    padding_idx: int = -1,
+    embed_scale: float = 1.0,
+    *,
+    out: Tensor,
+) -> None:
+    """The operator `noisy_embedding.out` on a GPU: one launch on the current stream, no synchronisation."""
+    shape = input_ids.shape
+    if len(shape) == 2:
+        rows, columns = shape
+        ids_row, ids_column = input_ids.stride()
+    else:
+        rows, columns = rows_and_columns(shape)
+        input_ids, ids_row, ids_column = rows_view(input_ids, rows, columns)
+    num_embeddings = weight.shape[0]
+    if num_embeddings == 0 and rows * columns > 0:  # every id is out of range and there is no row to read
+        out.fill_(float("nan"))
+        return
+    _launch_rows(
+        out, weight, input_ids, (rows, columns, num_embeddings, ids_row, ids_column), weight.stride(), seed, noise_alpha,
+        document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, embed_scale,
+    )  # fmt: skip
+
+
+def add_noise_out(
+    inputs_embeds: Tensor,
+    seed: Tensor,
+    noise_alpha: Tensor,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    *,
+    out: Tensor,
+) -> None:
+    """The operator `add_noise.out` on a GPU; `out` may be inputs_embeds itself."""
+    rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
+    embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
+    _launch_rows(
+        out, embeddings, None, (rows, columns, 0, 0, 0), embeddings.stride(), seed, noise_alpha,
+        document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, 1.0,
+    )  # fmt: skip
+
+
+def _launch_rows(
+    out: Tensor, source: Tensor, input_ids: Tensor | None, sizes: tuple[int, int, int, int, int], source_strides: tuple[int, ...],
+    seed: Tensor, noise_alpha: Tensor, document: Tensor | None, position: Tensor | None, lengths: Tensor | None,
+    cu_seqlens: Tensor | None, stream: int, sample_offset: int, position_offset: int, embed_scale: float,
+) -> None:  # fmt: skip
+    rows, columns, num_embeddings, ids_row, ids_column = sizes
+    embedding_dim = source.shape[1]
+    if rows == 0 or columns == 0 or embedding_dim == 0:
+        return
+    if not out.is_contiguous():
+        rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
+        _launch_rows(
+            rounded, source, input_ids, sizes, source_strides, seed, noise_alpha, document, position, lengths, cu_seqlens, stream,
+            sample_offset, position_offset, embed_scale,
+        )  # fmt: skip
+        out.copy_(rounded)
+        return
+    alpha = noise_alpha.item()
+    step, samples, lengths_stride = 0.0, rows, 0
+    if lengths is not None:
+        samples, lengths_stride = lengths.shape[0], lengths.stride(0)
+    elif cu_seqlens is not None:
+        samples = cu_seqlens.shape[0] - 1
+    else:
+        step = host_step(alpha, columns, embedding_dim)
+    source_row, source_column = source_strides
+    dtype, device = source.dtype, out.device
+    out_aligned, source_aligned = out.data_ptr() % 16 == 0, source.data_ptr() % 16 == 0
+    key = (
+        device.index, dtype, embedding_dim, source_row, source_column, out_aligned, source_aligned, embed_scale == 1,
+        None if input_ids is None else input_ids.dtype, document is None, position is None,
+        None if lengths is None else lengths.dtype, None if cu_seqlens is None else cu_seqlens.dtype,
+    )  # fmt: skip
+    constants = _row_constants.get(key)
+    if constants is None:
+        constants = _row_constants[key] = row_constants(
+            dtype, embedding_dim, source_row, source_column, out_aligned and source_aligned, embed_scale != 1, _warp_size(device)
+        )
+    num_warps, constexprs = constants
+    args = (
+        out, source, input_ids, seed, document, position, lengths, cu_seqlens, num_embeddings, rows, columns, samples, ids_row,
+        ids_column, source_row, source_column, lengths_stride, step, embed_scale, float_bits(alpha), stream, sample_offset,
+        position_offset, *constexprs,
+    )  # fmt: skip
+    with_grid = (columns, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535)
+    launch_rows(key, device, with_grid, args, num_warps)
+
+
+_row_constants: dict[Any, tuple[int, tuple[Any, ...]]] = {}
+
+
+def row_constants(
+    dtype: torch.dtype, embedding_dim: int, row_stride: int, column_stride: int, aligned: bool, has_scale: bool, warp_size: int
+) -> tuple[int, tuple[Any, ...]]:
+    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, KIND, SCALED, DEBUG."""
+    blocks, pieces, num_warps = row_shape(embedding_dim, warp_size)
+    kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
+    return num_warps, (embedding_dim, 0 if kind == "columns" else row_stride, blocks, pieces, kind, has_scale, DEBUG)
+
+
+@lru_cache(maxsize=16)
+def _warp_size(device: torch.device) -> int:
+    return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+
+
+DOCUMENT_BLOCK = 2048
+DOCUMENT_WARPS = 8
+DOCUMENT_PROGRAMS = 128
+
+
+def mask_layout(
+    attention_mask: Tensor | None, position_ids: Tensor | None, padding_value: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator `mask_layout` on a GPU: one launch. Entries of `lengths` beyond the documents, and of `position` on padding, are not set."""
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    rows, columns = rows_and_columns(given.shape)
+    device, num_tokens = given.device, rows * columns
+    document, position, lengths = (torch.empty(num_tokens, dtype=torch.int64, device=device) for _ in range(3))
+    if num_tokens == 0:
+        return document, position, lengths
+    mask_row = mask_column = ids_row = ids_column = 0
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = attention_mask.view(torch.uint8)
+        mask, mask_row, mask_column = rows_view(attention_mask, rows, columns)
+    else:
+        mask = None
+    if position_ids is not None:
+        position_ids, ids_row, ids_column = rows_view(position_ids, rows, columns)
+    numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
+    rows_each = -(-rows // DOCUMENT_PROGRAMS)
+    key = (
+        device.index, None if mask is None else mask.dtype, None if position_ids is None else position_ids.dtype,
+        padding_value is None, numbered,
+    )  # fmt: skip
+    args = (
+        document, position, lengths, mask, position_ids, rows, columns, rows_each, mask_row, mask_column, ids_row, ids_column,
+        padding_value or 0, padding_value is not None, numbered, DOCUMENT_BLOCK, DEBUG,
+    )  # fmt: skip
+    launch_documents(key, device, (-(-rows // rows_each), 1, 1), args, DOCUMENT_WARPS)
+    return document, position, lengths
