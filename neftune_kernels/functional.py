@@ -141,31 +141,44 @@ class Samples(NamedTuple):
     lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
     position_ids: Tensor | None = None
+    padded_ids: Tensor | None = None  # nothing but this: tokens equal to padding_idx are padding
+    padding_idx: int = -1
 
     @property
     def unknown(self) -> bool:
-        return self.attention_mask is None and self.lengths is None and self.cu_seqlens is None and self.position_ids is None
+        return (
+            self.attention_mask is None
+            and self.lengths is None
+            and self.cu_seqlens is None
+            and self.position_ids is None
+            and self.padded_ids is None
+        )
 
 
 NOTHING = Samples()
 
 
-def make_layout(shape: torch.Size, device: torch.device, samples: Samples) -> Layout:
-    """Check what the caller says and put it as the operators take it."""
+def make_layout(shape: torch.Size, device: torch.device, samples: Samples, backend: str) -> Layout:
+    """Check what the caller says and put it as the operators take it; the Triton kernels read any strides and dtype themselves."""
     if samples.unknown:
         return ROWS
-    attention_mask, lengths, cu_seqlens, _ = samples
-    position_ids = check_layout(shape, device, *samples)
+    attention_mask, lengths, cu_seqlens, _, padded_ids, padding_idx = samples
+    if padded_ids is not None:
+        return Layout(*getattr(torch.ops.neftune_kernels, ops.operator_name("padding_layout", backend))(padded_ids, padding_idx))
+    position_ids = check_layout(shape, device, *samples[:4])
     if cu_seqlens is not None:
         return Layout(cu_seqlens=cu_seqlens.contiguous())
     if lengths is not None:
-        if lengths.dtype not in (torch.int32, torch.int64):
-            lengths = lengths.long()
-        position = None if position_ids is None else position_ids.long().reshape(-1)
+        position = None if position_ids is None else position_ids.reshape(-1)
+        if backend != "triton":
+            lengths = lengths.long() if lengths.dtype not in (torch.int32, torch.int64) else lengths
+            position = None if position is None else position.long()
         return Layout(position=position, lengths=lengths.reshape(-1))
-    mask = None if attention_mask is None else attention_mask.detach().contiguous()
-    ids = None if position_ids is None else position_ids.long().contiguous()
-    return Layout(*torch.ops.neftune_kernels.mask_layout(mask, ids))
+    mask = None if attention_mask is None else attention_mask.detach()
+    if backend != "triton":
+        mask = None if mask is None else mask.contiguous()
+        position_ids = None if position_ids is None else position_ids.long().contiguous()
+    return Layout(*getattr(torch.ops.neftune_kernels, ops.operator_name("mask_layout", backend))(mask, position_ids))
 
 
 def check_unused(
@@ -174,7 +187,7 @@ def check_unused(
     """With alpha 0 nothing is drawn or counted, but what would be refused with noise is refused all the same."""
     ops.choose_backend(backend or "reference", tensor.device, tensor.dtype)
     if not samples.unknown:
-        check_layout(shape, tensor.device, *samples)
+        check_layout(shape, tensor.device, *samples[:4])
     if seed is not None:
         seed_tensor(seed, generator, tensor.device)
 
@@ -243,7 +256,7 @@ def embed_with_noise(
     if device != input_ids.device:
         raise ValueError(f"input_ids is on {input_ids.device}, weight on {device}: they must be on one device")
     chosen = ops.choose_backend(backend, device, weight.dtype)
-    layout = ROWS if plain else make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples))
+    layout = ROWS if plain else make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples), chosen)
     seed = seed_tensor(seed, generator, device)
     transformed, compiling = _transformed(), torch.compiler.is_compiling()
     if not transformed and not compiling:
@@ -255,7 +268,7 @@ def embed_with_noise(
             else:
                 ops.EMBEDDING_OUT[chosen](input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale, out=out)
             return out
-        if embed_scale == 1 and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
+        if embed_scale == 1 and device.type == "cpu" and input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT:
             embedded = _lookup(input_ids, weight, padding_idx)
             rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
             ops.ADD_OUT[chosen](rows, *noise_args, out=rows)
@@ -280,7 +293,7 @@ def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Sample
     """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
     if padding_idx < 0 or not samples.unknown:
         return samples
-    return Samples(attention_mask=input_ids != padding_idx)
+    return Samples(padded_ids=input_ids, padding_idx=padding_idx)
 
 
 def embeds_with_noise(
@@ -296,7 +309,7 @@ def embeds_with_noise(
     check_embeds(inputs_embeds)
     device = inputs_embeds.device
     chosen = ops.choose_backend(backend, device, inputs_embeds.dtype)
-    layout = make_layout(inputs_embeds.shape[:-1], device, samples)
+    layout = make_layout(inputs_embeds.shape[:-1], device, samples, chosen)
     args = (inputs_embeds, seed_tensor(seed, generator, device), alpha, *layout, *offsets)
     name = ops.operator_name("add_noise", chosen)
     if _transformed() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):

@@ -176,7 +176,7 @@ def per_token(
         length = torch.where(inside, bounds[document + 1] - bounds[document], 0)
         return (document + sample_offset) & UINT32, (position + position_offset) & UINT32, length
     column = token % max(columns, 1)
-    position = ((column if layout.position is None else layout.position) + position_offset) & UINT32
+    position = ((column if layout.position is None else layout.position.long()) + position_offset) & UINT32
     document = token // max(columns, 1) if layout.document is None else layout.document
     if layout.lengths is None:
         length = torch.full_like(token, columns)

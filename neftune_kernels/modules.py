@@ -146,7 +146,7 @@ class NEFTuneEmbedding(nn.Embedding):
         samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
         if not noisy:
             if not samples.unknown:  # what would be refused with noise is refused all the same
-                check_layout(input.shape, input.device, *samples)
+                check_layout(input.shape, input.device, *samples[:4])
             return embedded
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
         offsets = self._offsets(stream, sample_offset, position_offset)

@@ -2,15 +2,19 @@
 
 `torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the
 best kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`. Native libraries
-only add implementations of what is defined here, so an install without a compiler has the same operators. Each has an `out` overload
-without autograd.
+and the Triton kernels only add implementations of what is defined here, so an install without a compiler or without triton has the same
+operators. Each has an `out` overload without autograd.
 """
 
 import ctypes
+import importlib
+import importlib.util
 import os
 import pathlib
 import warnings
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +41,8 @@ for _family in FAMILIES:
     for _name, _args in (("noisy_embedding", EMBEDDING_ARGS), ("add_noise", ADD_ARGS)):
         library.define(f"{_family}{_name}({_args}) -> Tensor", tags=TAGS)
         library.define(f"{_family}{_name}.out({_args}, *, Tensor(a!) out) -> ()", tags=TAGS)
-library.define("mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, Tensor)", tags=TAGS)
+    library.define(f"{_family}mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, Tensor)", tags=TAGS)
+    library.define(f"{_family}padding_layout(Tensor input_ids, SymInt padding_idx) -> (Tensor, Tensor, Tensor)", tags=TAGS)
 # Its argument is a fresh torch.empty: the compiler merges equal calls whatever their tags say, but never two torch.empty, so that two
 # draws of one graph stay two.
 library.define("draw_seed(Tensor like) -> Tensor", tags=(*TAGS, torch.Tag.nondeterministic_seeded))
@@ -167,6 +172,16 @@ def _fake_mask_layout(attention_mask: Tensor | None, position_ids: Tensor | None
     return document, position, lengths
 
 
+def _fake_padding_layout(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_mask_layout(input_ids, None)
+
+
+def _padding_layout(family: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Tokens equal to padding_idx are padding: mask_layout of the mask that says so."""
+    packet = getattr(torch.ops.neftune_kernels, f"{family}mask_layout")
+    return lambda input_ids, padding_idx: packet((input_ids != padding_idx).contiguous(), None)
+
+
 GRADIENT_STRIP = 64  # columns
 
 
@@ -223,8 +238,10 @@ for _family in FAMILIES:
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}", _fake, lib=library)
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}.out", _fake_out, lib=library)
         torch.library.register_autograd(f"{NAMESPACE}::{_family}{_name}", _backward, setup_context=_setup, lib=library)
-library.impl("mask_layout", layouts.mask_layout, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::mask_layout", _fake_mask_layout, lib=library)
+    library.impl(f"{_family}mask_layout", layouts.mask_layout, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_family}mask_layout", _fake_mask_layout, lib=library)
+    library.impl(f"{_family}padding_layout", _padding_layout(_family), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_family}padding_layout", _fake_padding_layout, lib=library)
 library.impl("draw_seed", lambda like: draw_seed(like.device), "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::draw_seed", lambda like: like.new_empty(()), lib=library)
 
@@ -302,13 +319,60 @@ def simd_level() -> str:
     return str(native.handle.neftune_kernels_simd_level().decode())
 
 
+# ---- the Triton kernels
+
+TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
+
+
+@cache
+def _load_triton() -> ModuleType | str:
+    """triton_kernels, imported when first needed; or the reason why there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        return importlib.import_module("neftune_kernels.triton_kernels")
+    except Exception as error:  # whatever a broken or foreign triton raises
+        return f"triton failed to load: {type(error).__name__}: {error}"
+
+
+def _on_triton(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's implementation for TRITON_DEVICES: the launcher of that name where triton serves the call, else the reference."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kernels = _load_triton()
+        out = kwargs.get("out")
+        if isinstance(kernels, str) or (out is not None and out.dtype not in CPP_DTYPES):
+            return otherwise(*args, **kwargs)
+        return getattr(kernels, name)(*args, **kwargs)
+
+    return call
+
+
+for _key in ("CUDA", "XPU"):
+    library.impl("noisy_embedding.out", _on_triton("noisy_embedding_out", _reference_embedding_out), _key)
+    library.impl("add_noise.out", _on_triton("add_noise_out", _reference_add_out), _key)
+    library.impl("mask_layout", _on_triton("mask_layout", layouts.mask_layout), _key)
+    library.impl("padding_layout", _on_triton("padding_layout", _padding_layout("reference_")), _key)
+
+
+def _triton_reason(device_type: str | None) -> str:
+    """Empty where Triton can serve tensors of that device (None: of any), else why not. Does not import triton."""
+    if device_type is not None and device_type not in TRITON_DEVICES:
+        return f"wrong device: runs on GPUs, not on {device_type}"
+    if _load_triton.cache_info().currsize and isinstance(reason := _load_triton(), str):
+        return reason
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    devices = TRITON_DEVICES if device_type is None else (device_type,)
+    if not any(torch.get_device_module(name).is_available() for name in devices):
+        return f"no device: torch sees no {' or '.join(devices)}"
+    return ""
+
+
 # ---- the table of backends
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-ACCELERATOR_REASONS = {
-    "triton": "not part of this version: the Triton kernel comes in a later release",
-    "cuda": "not part of this version: the CUDA C++ extension comes in a later release",
-}
+CUDA_REASON = "not part of this version: the CUDA C++ extension comes in a later release"
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*CPP_DTYPES, torch.float64)
 CPP_SERVES = dict.fromkeys(CPP_DTYPES, not native.reason)
@@ -332,13 +396,20 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
     cpp = native.reason or "available"
     if cpp == "available" and device_type not in (None, "cpu"):
         cpp = f"wrong device: runs on cpu, not on {device_type}"
-    reasons = {"reference": "available", "cpp": cpp, **ACCELERATOR_REASONS}
-    if device_type == "cpu":
-        reasons |= dict.fromkeys(ACCELERATOR_REASONS, "wrong device: runs on GPUs, not on cpu")
-    return reasons
+    cuda = f"wrong device: runs on GPUs, not on {device_type}" if device_type not in (None, "cuda") else CUDA_REASON
+    return {"reference": "available", "cpp": cpp, "triton": _triton_reason(device_type) or "available", "cuda": cuda}
 
 
 _warned_devices: set[str] = set()
+
+
+@cache
+def _triton_fails(device_type: str) -> str:
+    """_triton_reason, after importing it if nothing spoke against that."""
+    reason = _triton_reason(device_type)
+    if not reason and isinstance(loaded := _load_triton(), str):
+        reason = loaded
+    return reason
 
 
 def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -348,17 +419,26 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
     if backend is None:
         if device.type == "cpu" or device.type == "meta":
             return "cpp" if not native.reason and dtype in CPP_DTYPES else "reference"
+        if dtype not in CPP_DTYPES:
+            return "reference"
+        reason = _triton_fails(device.type)
+        if not reason:
+            return "triton"
         if device.type not in _warned_devices and not torch.compiler.is_compiling():
             _warned_devices.add(device.type)
-            warnings.warn(f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend", stacklevel=4)
+            warnings.warn(
+                f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend: {reason}", stacklevel=4
+            )
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     reason = available_backends(device.type)[backend]
+    if backend == "triton" and reason == "available":
+        reason = _triton_fails(device.type) or reason
     if reason != "available":
         raise ValueError(f"backend {backend!r} is not available: {reason}")
-    if backend == "cpp" and dtype not in CPP_DTYPES:
-        raise ValueError(f"backend 'cpp' is not available: dtype {dtype} is served by the reference backend alone")
+    if backend != "reference" and dtype not in CPP_DTYPES:
+        raise ValueError(f"backend {backend!r} is not available: dtype {dtype} is served by the reference backend alone")
     return backend
 
 
@@ -372,5 +452,20 @@ def _direct(name: str, backend: str) -> Callable[..., None]:
     return getattr(overload, "_op", overload)
 
 
+def _past_the_dispatcher(name: str) -> Callable[..., None]:
+    """The Triton launcher itself, which spares the dispatcher's way into Python; the operator where a mode or subclass must see it."""
+    operator = _direct(name, "triton")
+
+    def call(first: Tensor, *args: Any, out: Tensor) -> None:
+        kernels = _load_triton()
+        if isinstance(kernels, str) or type(first) is not Tensor or torch._C._len_torch_dispatch_stack():
+            operator(first, *args, out=out)
+        else:
+            getattr(kernels, f"{name}_out")(first, *args, out=out)
+
+    return call
+
+
 EMBEDDING_OUT = {backend: _direct("noisy_embedding", backend) for backend in BACKENDS}
 ADD_OUT = {backend: _direct("add_noise", backend) for backend in BACKENDS}
+EMBEDDING_OUT["triton"], ADD_OUT["triton"] = _past_the_dispatcher("noisy_embedding"), _past_the_dispatcher("add_noise")

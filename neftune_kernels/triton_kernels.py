@@ -84,7 +84,7 @@ def interleaved(v0, v1, v2, v3, SIZE: tl.constexpr):
 @triton.jit
 def unpacked(words, DTYPE: tl.constexpr):
     """The two 16-bit floats in each uint32, as float32."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         return (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
     low = words.to(tl.uint16).to(tl.float16, bitcast=True)
     high = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -180,9 +180,9 @@ NOISY_ROWS_INTEGERS = (
 )
 def noisy_rows(
     out, source, input_ids, seed, document, position, lengths, cu_seqlens,
-    num_embeddings: "i64", rows: "i32", columns: "i64", samples: "i64", ids_row: "i64", ids_column: "i64", source_row: "i64",
-    source_column: "i64", lengths_stride: "i64", step: "fp32", scale: "fp32", alpha_bits: "i64", stream: "i64", sample_offset: "i64",
-    position_offset: "i64",
+    num_embeddings: tl.int64, rows: tl.int32, columns: tl.int64, samples: tl.int64, ids_row: tl.int64, ids_column: tl.int64, source_row: tl.int64,
+    source_column: tl.int64, lengths_stride: tl.int64, step: tl.float32, scale: tl.float32, alpha_bits: tl.int64, stream: tl.int64, sample_offset: tl.int64,
+    position_offset: tl.int64,
     D: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
     DEBUG: tl.constexpr,
 ):  # fmt: skip
@@ -313,8 +313,8 @@ NUMBER_DOCUMENTS_INTEGERS = ("rows", "columns", "rows_each", "mask_row", "mask_c
 )
 def number_documents(
     document, position, lengths, mask, position_ids,
-    rows: "i64", columns: "i64", rows_each: "i64", mask_row: "i64", mask_column: "i64", ids_row: "i64", ids_column: "i64",
-    padding_value: "i64",
+    rows: tl.int64, columns: tl.int64, rows_each: tl.int64, mask_row: tl.int64, mask_column: tl.int64, ids_row: tl.int64, ids_column: tl.int64,
+    padding_value: tl.int64,
     HAS_PADDING_VALUE: tl.constexpr, NUMBERED: tl.constexpr, BLOCK: tl.constexpr, DEBUG: tl.constexpr,
 ):  # fmt: skip
     """layout.mask_layout in one launch. Grid (programs,), each with `rows_each` whole rows.
@@ -543,8 +543,9 @@ def _launch_rows(
     out_aligned, source_aligned = out.data_ptr() % 16 == 0, source.data_ptr() % 16 == 0
     key = (
         device.index, dtype, embedding_dim, source_row, source_column, out_aligned, source_aligned, embed_scale == 1,
-        None if input_ids is None else input_ids.dtype, document is None, position is None,
-        None if lengths is None else lengths.dtype, None if cu_seqlens is None else cu_seqlens.dtype,
+        None if input_ids is None else input_ids.dtype, None if document is None else document.dtype,
+        None if position is None else position.dtype, None if lengths is None else lengths.dtype,
+        None if cu_seqlens is None else cu_seqlens.dtype,
     )  # fmt: skip
     constants = _row_constants.get(key)
     if constants is None:
@@ -586,7 +587,7 @@ DOCUMENT_PROGRAMS = 128
 def mask_layout(
     attention_mask: Tensor | None, position_ids: Tensor | None, padding_value: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `mask_layout` on a GPU: one launch. Entries of `lengths` beyond the documents, and of `position` on padding, are not set."""
+    """The operator `mask_layout` on a GPU, in one launch. `lengths` beyond the documents and `position` on padding are not set."""
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
     rows, columns = rows_and_columns(given.shape)
@@ -615,3 +616,8 @@ def mask_layout(
     )  # fmt: skip
     launch_documents(key, device, (-(-rows // rows_each), 1, 1), args, DOCUMENT_WARPS)
     return document, position, lengths
+
+
+def padding_layout(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator `padding_layout` on a GPU: mask_layout of `input_ids != padding_idx`, compared inside its launch."""
+    return mask_layout(input_ids, None, padding_idx)

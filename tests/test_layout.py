@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import MASK_KINDS, make_batch, require_native
 
-from neftune_kernels import layout as layouts
 from neftune_kernels import neftune_noise
 from neftune_kernels.functional import Samples, make_layout
 from neftune_kernels.layout import per_token
@@ -16,12 +15,14 @@ from neftune_kernels.layout import per_token
 WORD = 2**32
 
 
-@pytest.fixture(autouse=True, params=["python", "native"])
+BACKEND = "reference"
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
 def numbering(request, monkeypatch):
     """Documents are numbered by layout.mask_layout or, through the operator, by the native library: every test asks both."""
-    if request.param == "python":
-        monkeypatch.setattr(torch.ops.neftune_kernels, "mask_layout", layouts.mask_layout)
-    else:
+    monkeypatch.setitem(globals(), "BACKEND", request.param)
+    if request.param == "cpp":
         require_native()
         assert torch._C._dispatch_has_kernel_for_dispatch_key("neftune_kernels::mask_layout", "CPU")
 
@@ -29,7 +30,7 @@ def numbering(request, monkeypatch):
 def found(shape, attention_mask=None, lengths=None, cu_seqlens=None, position_ids=None, sample_offset=0, position_offset=0):
     """(sample, position, length) of every token as the package sees it, None for padding."""
     shape, device = torch.Size(shape), torch.device("cpu")
-    layout = make_layout(shape, device, Samples(attention_mask, lengths, cu_seqlens, position_ids))
+    layout = make_layout(shape, device, Samples(attention_mask, lengths, cu_seqlens, position_ids), BACKEND)
     sample, position, length = per_token(layout, shape, device, sample_offset, position_offset)
     assert sample.shape == position.shape == length.shape == (shape.numel(),)
     rows = zip(sample.tolist(), position.tolist(), length.tolist(), strict=True)

@@ -20,12 +20,12 @@ from ..functional import (
     NOTHING,
     Offsets,
     Samples,
+    alpha_tensor,
     check_alpha,
     check_word,
     embed_with_noise,
     embeds_with_noise,
     make_layout,
-    neftune_noise,
     real_tokens,
     seed_tensor,
 )
@@ -345,7 +345,7 @@ class NEFTuneHandle:
         if last is None:
             return stats
         device = last.seed.device
-        layout = make_layout(last.shape, device, last.samples)
+        layout = make_layout(last.shape, device, last.samples, last.backend)
         sample, _, length = layouts.per_token(layout, last.shape, device)
         real = length > 0
         lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1]  # one per sample with a real token
@@ -356,9 +356,9 @@ class NEFTuneHandle:
         measured = (lengths.double(), magnitudes)
         values = [float(how(tensor)) for tensor in measured for how in (torch.min, torch.mean, torch.max)]
         stats |= dict(zip(names, values, strict=True))
-        noise = neftune_noise(
-            last.shape, last.embedding_dim, last.noise_alpha, **last.samples._asdict(), seed=last.seed, stream=last.stream, device=device
-        )
+        zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*last.shape, last.embedding_dim)
+        alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.stream, 0, 0)
+        noise = embeds_with_noise(zeros, alpha, last.samples, last.seed, None, offsets, last.backend)
         bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
         stats["max_noise_ratio"] = float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max())
         stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
