@@ -156,14 +156,14 @@ def row_pieces(
 def document_of(token, cu_seqlens, samples):
     """The document whose bounds hold the token, by bisection; -1 or `samples` outside all of them."""
     low = 0
-    high = samples + 1
+    high = (samples + 1).to(tl.int32)
     while low < high:
-        middle = (low + high) // 2
+        middle = (low + high) >> 1
         if tl.load(cu_seqlens + middle).to(tl.int64) <= token:
             low = middle + 1
         else:
             high = middle
-    return low - 1
+    return (low - 1).to(tl.int64)
 
 
 # ---- kernels
@@ -180,9 +180,9 @@ NOISY_ROWS_INTEGERS = (
 )
 def noisy_rows(
     out, source, input_ids, seed, document, position, lengths, cu_seqlens,
-    num_embeddings: tl.int64, rows: tl.int32, columns: tl.int64, samples: tl.int64, ids_row: tl.int64, ids_column: tl.int64, source_row: tl.int64,
-    source_column: tl.int64, lengths_stride: tl.int64, step: tl.float32, scale: tl.float32, alpha_bits: tl.int64, stream: tl.int64, sample_offset: tl.int64,
-    position_offset: tl.int64,
+    num_embeddings: tl.int64, rows: tl.int32, columns: tl.int64, samples: tl.int64, ids_row: tl.int64, ids_column: tl.int64,
+    source_row: tl.int64, source_column: tl.int64, lengths_stride: tl.int64, step: tl.float32, scale: tl.float32, alpha_bits: tl.int64,
+    stream: tl.int64, sample_offset: tl.int64, position_offset: tl.int64,
     D: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
     DEBUG: tl.constexpr,
 ):  # fmt: skip
@@ -313,8 +313,8 @@ NUMBER_DOCUMENTS_INTEGERS = ("rows", "columns", "rows_each", "mask_row", "mask_c
 )
 def number_documents(
     document, position, lengths, mask, position_ids,
-    rows: tl.int64, columns: tl.int64, rows_each: tl.int64, mask_row: tl.int64, mask_column: tl.int64, ids_row: tl.int64, ids_column: tl.int64,
-    padding_value: tl.int64,
+    rows: tl.int64, columns: tl.int64, rows_each: tl.int64, mask_row: tl.int64, mask_column: tl.int64, ids_row: tl.int64,
+    ids_column: tl.int64, padding_value: tl.int64,
     HAS_PADDING_VALUE: tl.constexpr, NUMBERED: tl.constexpr, BLOCK: tl.constexpr, DEBUG: tl.constexpr,
 ):  # fmt: skip
     """layout.mask_layout in one launch. Grid (programs,), each with `rows_each` whole rows.

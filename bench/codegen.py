@@ -1,0 +1,292 @@
+"""What the compilers make of the Triton kernels, without a GPU: `python -m bench.codegen [--out DIR]`.
+
+Every configuration is compiled for its target by Triton and disassembled by the tools inside the triton wheel; instructions per element,
+memory accesses and registers stand beside the targets. The same functions serve tests/test_codegen.py.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from neftune_kernels import triton_kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+LAYOUT_POINTERS = {  # which of noisy_rows' layout pointers are given
+    "nothing": (),
+    "lengths": ("lengths",),
+    "mask": ("document", "position", "lengths"),
+    "cu_seqlens": ("cu_seqlens",),
+}
+POINTERS = ("out", "source", "input_ids", "seed", "document", "position", "lengths", "cu_seqlens")
+CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "KIND", "SCALED", "DEBUG")
+GRID = "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; one program per token, all of its d columns"
+
+
+class Configuration(NamedTuple):
+    target: str
+    dtype: str
+    embedding_dim: int
+    layout: str = "nothing"
+    scaled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.dtype}-d{self.embedding_dim}-{self.layout}{'-scaled' if self.scaled else ''}"
+
+
+class Code(NamedTuple):
+    """Counts of one compiled configuration; instructions are those of the straight line up to EXIT."""
+
+    instructions: int
+    elements_per_thread: float
+    registers: int
+    opcodes: Counter[str]
+    stack_bytes: int
+    shared_bytes: int
+
+    @property
+    def per_element(self) -> float:
+        return self.instructions / self.elements_per_thread
+
+
+def launch_description(configuration: Configuration) -> dict[str, Any]:
+    """The parameters of noisy_rows in order, with their types and the values of constexprs, as the launcher would choose them."""
+    target = TARGETS[configuration.target]
+    d = configuration.embedding_dim
+    num_warps, values = triton_kernels.row_constants(
+        DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size
+    )
+    constants = dict(zip(CONSTEXPRS, values, strict=True))
+    parameters = []
+    for parameter in triton_kernels.noisy_rows.params:
+        name = parameter.name
+        if name in constants:
+            parameters.append({"name": name, "type": "constexpr", "value": constants[name]})
+        elif name in ("document", "position", "lengths", "cu_seqlens") and name not in LAYOUT_POINTERS[configuration.layout]:
+            parameters.append({"name": name, "type": "constexpr", "value": None})
+        elif name in POINTERS:
+            kind = TRITON_TYPES[configuration.dtype] if name in ("out", "source") else "i64"
+            parameters.append({"name": name, "type": f"*{kind}"})
+        else:
+            parameters.append({"name": name, "type": parameter.annotation_type})
+    return {
+        "target": configuration.target,
+        "dtype": configuration.dtype,
+        "d": d,
+        "layout": configuration.layout,
+        "scaled": configuration.scaled,
+        "num_warps": num_warps,
+        "elements_per_program": d,
+        "grid": GRID,
+        "parameters": parameters,
+        "triton": triton.__version__,
+    }
+
+
+@functools.lru_cache(maxsize=None)
+def compile_rows(configuration: Configuration) -> Any:
+    """Triton's CompiledKernel of noisy_rows, with the launcher's own options."""
+    description = launch_description(configuration)
+    signature = {parameter["name"]: parameter["type"] for parameter in description["parameters"]}
+    constants = {parameter["name"]: parameter["value"] for parameter in description["parameters"] if parameter["type"] == "constexpr"}
+    aligned = {(POINTERS.index(name),): [["tt.divisibility", 16]] for name in ("out", "source")}
+    target = TARGETS[configuration.target]
+    options = {"num_warps": description["num_warps"], **triton_kernels.compile_options(target.backend)}
+    return triton.compile(ASTSource(triton_kernels.noisy_rows, signature, constants, aligned), target=target, options=options)
+
+
+def wheel_tool(name: str) -> str:
+    return str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def on_binary(tool: str, binary: bytes, *arguments: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        return subprocess.run([wheel_tool(tool), *arguments, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+@functools.lru_cache(maxsize=None)
+def disassembly(configuration: Configuration) -> str:
+    """SASS for NVIDIA, GCN assembly for AMD."""
+    kernel = compile_rows(configuration)
+    if TARGETS[configuration.target].backend == "hip":
+        return str(kernel.asm["amdgcn"])
+    return on_binary("nvdisasm", kernel.asm["cubin"], "-c")
+
+
+def instruction_lines(configuration: Configuration) -> list[str]:
+    """One text per instruction, predicates included, up to the last EXIT: what lies behind are subroutines for denormals and the like."""
+    text = disassembly(configuration)
+    if TARGETS[configuration.target].backend == "hip":
+        body = text[text.index("noisy_rows:") :].splitlines()
+        lines = [line.split(";")[0].strip() for line in body if re.match(r"\t[a-z]", line)]
+        return lines[: max(i for i, line in enumerate(lines) if line.startswith("s_endpgm")) + 1]
+    lines = [re.sub(r"/\*.*?\*/", "", line).strip(" ;\t") for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
+    return lines[: max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line)) + 1]
+
+
+def opcode(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
+
+
+def measure(configuration: Configuration) -> Code:
+    lines = instruction_lines(configuration)
+    opcodes = Counter(map(opcode, lines))
+    kernel, target = compile_rows(configuration), TARGETS[configuration.target]
+    threads = kernel.metadata.num_warps * target.warp_size
+    if target.backend == "hip":
+        text = disassembly(configuration)
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+        stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])  # type: ignore[index]
+        instructions = sum(count for name, count in opcodes.items() if name.startswith("v_"))
+    else:
+        usage = on_binary("cuobjdump", kernel.asm["cubin"], "-res-usage")
+        registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+        stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+        instructions = len(lines)
+    return Code(instructions, configuration.embedding_dim / threads, registers, opcodes, stack, kernel.metadata.shared)
+
+
+class Target(NamedTuple):
+    per_element: float
+    stretch: float | None
+
+
+def target_of(configuration: Configuration) -> Target:
+    """The most instructions per element that this project allows itself."""
+    target, dtype, d, layout, scaled = configuration
+    if target == "gfx942":
+        return Target(16.0, None)
+    if target == "gfx950":
+        return Target(11.0, None)
+    if d < 2048:
+        return Target(17.5, 14.0)
+    if d != 4096:
+        return Target(14.0, 12.5)
+    if scaled:
+        return Target(15.5, 14.0)
+    if dtype == "float32":
+        return Target(11.0, 10.0)
+    return Target(11.5, 10.5) if layout == "nothing" else Target(12.5, 11.0)
+
+
+REGISTER_TARGET = Target(40, 32)
+NARROW = re.compile(r"^(LDG|STG)\.(?!.*128)")
+FORBIDDEN = re.compile(r"^(LDS|STS|LDL|STL|SHFL|BAR|ATOM|RED)\b|^(ds_|scratch_|buffer_.*lds|s_barrier)")
+
+
+def row_accesses(configuration: Configuration) -> tuple[int, int]:
+    """(128-bit, narrower) accesses of rows; scalars (ids, seed, lengths, bounds) are of no weight and not counted."""
+    opcodes = measure(configuration).opcodes
+    if TARGETS[configuration.target].backend == "hip":
+        wide = sum(n for name, n in opcodes.items() if re.match(r"(global|flat|buffer)_(load|store)_dwordx4", name))
+        narrow = sum(n for name, n in opcodes.items() if re.match(r"(global|flat|buffer)_store_(?!dwordx4)", name))
+        return wide, narrow
+    wide = sum(n for name, n in opcodes.items() if name.startswith(("LDG", "STG")) and "128" in name)
+    return wide, sum(n for name, n in opcodes.items() if name.startswith("STG") and "128" not in name)
+
+
+def forbidden(configuration: Configuration) -> dict[str, int]:
+    """Spills, local and shared memory, shuffles and barriers."""
+    return {name: count for name, count in measure(configuration).opcodes.items() if FORBIDDEN.match(name)}
+
+
+CONFIGURATIONS = [
+    *(Configuration(t, dtype, 4096, layout) for t in NVIDIA for dtype in ("bfloat16", "float16") for layout in LAYOUT_POINTERS),
+    *(Configuration(t, dtype, 4096, scaled=True) for t in NVIDIA for dtype in ("bfloat16", "float16")),
+    *(Configuration(t, "float32", 4096) for t in NVIDIA),
+    *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (768, 896, 1024, 1536, 2048, 3072, 5120, 8192)),
+    *(Configuration(t, "bfloat16", 4096) for t in ("gfx942", "gfx950")),
+]
+
+
+def row(configuration: Configuration) -> dict[str, Any]:
+    code, target = measure(configuration), target_of(configuration)
+    wide, narrow = row_accesses(configuration)
+    met = code.per_element <= target.per_element
+    if TARGETS[configuration.target].backend == "cuda":
+        met = met and code.registers <= REGISTER_TARGET.per_element and not narrow and not forbidden(configuration)
+    return {
+        **configuration._asdict(),
+        "per_element": round(code.per_element, 2),
+        "target": target.per_element,
+        "stretch": target.stretch,
+        "met": met and code.stack_bytes == 0 and code.shared_bytes == 0,
+        "registers": code.registers,
+        "elements_per_thread": code.elements_per_thread,
+        "accesses_128_bit": wide,
+        "narrower_stores": narrow,
+        "stack_bytes": code.stack_bytes,
+        "shared_bytes": code.shared_bytes,
+        "forbidden": forbidden(configuration),
+        "kernels": 1,
+        "bytes_per_element": 2 * DTYPES[configuration.dtype].itemsize,
+    }
+
+
+def write_artefacts(configuration: Configuration, folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    kernel = compile_rows(configuration)
+    (folder / "launch.json").write_text(json.dumps(launch_description(configuration), indent=1) + "\n")
+    if TARGETS[configuration.target].backend == "hip":
+        (folder / "kernel.hsaco").write_bytes(kernel.asm["hsaco"])
+        (folder / "kernel.amdgcn").write_text(disassembly(configuration))
+    else:
+        (folder / "kernel.ptx").write_text(kernel.asm["ptx"])
+        (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+        (folder / "kernel.sass").write_text(disassembly(configuration))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=pathlib.Path, help="folder for report.json and each configuration's code")
+    arguments = parser.parse_args()
+    print(f"triton {triton.__version__}, one program per row, product and sum separate; instructions per element up to EXIT\n")
+    print(f"{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}{'/element':>9}{'target':>8}{'stretch':>8}{'regs':>6}{'128-bit':>8}  verdict")
+    rows = []
+    for configuration in CONFIGURATIONS:
+        found = row(configuration)
+        rows.append(found)
+        stretch = found["stretch"]
+        verdict = "missed" if not found["met"] else "stretch" if stretch is not None and found["per_element"] <= stretch else "met"
+        print(
+            f"{configuration.target:8}{configuration.dtype:10}{configuration.embedding_dim:6}  "
+            f"{configuration.layout:11}{'yes' if configuration.scaled else '':6}{found['per_element']:9.2f}{found['target']:8}"
+            f"{stretch if stretch is not None else '-':>8}{found['registers']:6}{found['accesses_128_bit']:8}  {verdict}"
+            + (f" {found['forbidden']} stack {found['stack_bytes']} shared {found['shared_bytes']}" if verdict == "missed" else "")
+        )
+        if arguments.out:
+            write_artefacts(configuration, arguments.out / configuration.name)
+    missed = sum(not found["met"] for found in rows)
+    print(f"\n{len(rows) - missed} of {len(rows)} targets met, {missed} missed")
+    if arguments.out:
+        (arguments.out / "report.json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
