@@ -7,12 +7,9 @@ memory accesses and registers stand beside the targets. The same functions serve
 import argparse
 import functools
 import json
-import os
 import pathlib
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from typing import Any, NamedTuple
@@ -76,9 +73,7 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
     """The parameters of noisy_rows in order, with their types and the values of constexprs, as the launcher would choose them."""
     target = TARGETS[configuration.target]
     d = configuration.embedding_dim
-    num_warps, values = triton_kernels.row_constants(
-        DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size
-    )
+    num_warps, values = triton_kernels.row_constants(DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size)
     constants = dict(zip(CONSTEXPRS, values, strict=True))
     parameters = []
     for parameter in triton_kernels.noisy_rows.params:
@@ -106,7 +101,7 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compile_rows(configuration: Configuration) -> Any:
     """Triton's CompiledKernel of noisy_rows, with the launcher's own options."""
     description = launch_description(configuration)
@@ -129,7 +124,7 @@ def on_binary(tool: str, binary: bytes, *arguments: str) -> str:
         return subprocess.run([wheel_tool(tool), *arguments, str(path)], capture_output=True, text=True, check=True).stdout
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def disassembly(configuration: Configuration) -> str:
     """SASS for NVIDIA, GCN assembly for AMD."""
     kernel = compile_rows(configuration)
@@ -266,7 +261,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder for report.json and each configuration's code")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}, one program per row, product and sum separate; instructions per element up to EXIT\n")
-    print(f"{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}{'/element':>9}{'target':>8}{'stretch':>8}{'regs':>6}{'128-bit':>8}  verdict")
+    print(
+        f"{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}{'/element':>9}{'target':>8}{'stretch':>8}{'regs':>6}{'128-bit':>8}  verdict"
+    )
     rows = []
     for configuration in CONFIGURATIONS:
         found = row(configuration)
@@ -275,8 +272,8 @@ def main() -> None:
         verdict = "missed" if not found["met"] else "stretch" if stretch is not None and found["per_element"] <= stretch else "met"
         print(
             f"{configuration.target:8}{configuration.dtype:10}{configuration.embedding_dim:6}  "
-            f"{configuration.layout:11}{'yes' if configuration.scaled else '':6}{found['per_element']:9.2f}{found['target']:8}"
-            f"{stretch if stretch is not None else '-':>8}{found['registers']:6}{found['accesses_128_bit']:8}  {verdict}"
+            f"{configuration.layout:11}{'yes' if configuration.scaled else '':6}{found['per_element']:9.2f}{found['target']:9}"
+            f"{stretch if stretch is not None else '-':>9}{found['registers']:9}{found['accesses_128_bit']:9}  {verdict}"
             + (f" {found['forbidden']} stack {found['stack_bytes']} shared {found['shared_bytes']}" if verdict == "missed" else "")
         )
         if arguments.out:

@@ -2,7 +2,7 @@
 
 The formula is that of reference.py, with one rewriting that changes no bit: x·step = (h + ½)·65536·step, where h is the signed 16-bit
 half, equals fma(h, 65536·step, 32768·step), because that sum is (h + ½)·65536·step exactly and is rounded once. So a noise value costs a
-16-bit conversion and one fma. Embedding and noise are added apart from it: `enable_fp_fusion=False` keeps the compiler from contracting
+16-bit conversion and one fma. (Not for an infinite step: alphas beyond float32 are left to the reference.) Embedding and noise are added apart from it: `enable_fp_fusion=False` keeps the compiler from contracting
 them.
 
 Imported only when the backend is used. Triton: Tillet, Kung and Cox 2019, "Triton: an intermediate language and compiler for tiled neural
@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+
+from . import ops
 
 # ---- device functions
 
@@ -155,8 +157,8 @@ def row_pieces(
 @triton.jit
 def document_of(token, cu_seqlens, samples):
     """The document whose bounds hold the token, by bisection; -1 or `samples` outside all of them."""
-    low = 0
     high = (samples + 1).to(tl.int32)
+    low = high * 0
     while low < high:
         middle = (low + high) >> 1
         if tl.load(cu_seqlens + middle).to(tl.int64) <= token:
@@ -265,12 +267,10 @@ def added(a, b):
 
 @triton.jit
 def real_at(row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE: tl.constexpr):
-    if mask is None:
-        return valid
-    value = tl.load(mask + row * mask_row + column * mask_column, mask=valid, other=0)
-    if HAS_PADDING_VALUE:
-        return valid & (value.to(tl.int64) != padding_value)
-    return valid & (value != 0)
+    if mask is not None:
+        value = tl.load(mask + row * mask_row + column * mask_column, mask=valid, other=0)
+        valid = valid & (value.to(tl.int64) != padding_value if HAS_PADDING_VALUE else value != 0)
+    return valid
 
 
 @triton.jit
@@ -406,6 +406,7 @@ def compile_options(target_backend: str) -> dict[str, Any]:
     return options
 
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 DEBUG = os.environ.get("NEFTUNE_DEBUG") == "1"
 launch_rows = Launcher(noisy_rows)
 launch_documents = Launcher(number_documents)
@@ -473,6 +474,13 @@ def noisy_embedding_out(
     out: Tensor,
 ) -> None:
     """The operator `noisy_embedding.out` on a GPU: one launch on the current stream, no synchronisation."""
+    alpha = noise_alpha.item()
+    if alpha > FLOAT32_MAX:
+        ops.EMBEDDING_OUT["reference"](
+            input_ids, weight, seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset,
+            padding_idx, embed_scale, out=out,
+        )  # fmt: skip
+        return
     shape = input_ids.shape
     if len(shape) == 2:
         rows, columns = shape
@@ -485,7 +493,7 @@ def noisy_embedding_out(
         out.fill_(float("nan"))
         return
     _launch_rows(
-        out, weight, input_ids, (rows, columns, num_embeddings, ids_row, ids_column), weight.stride(), seed, noise_alpha,
+        out, weight, input_ids, (rows, columns, num_embeddings, ids_row, ids_column), weight.stride(), seed, alpha,
         document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, embed_scale,
     )  # fmt: skip
 
@@ -505,17 +513,23 @@ def add_noise_out(
     out: Tensor,
 ) -> None:
     """The operator `add_noise.out` on a GPU; `out` may be inputs_embeds itself."""
+    alpha = noise_alpha.item()
+    if alpha > FLOAT32_MAX:
+        ops.ADD_OUT["reference"](
+            inputs_embeds, seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, out=out
+        )
+        return
     rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
     embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
     _launch_rows(
-        out, embeddings, None, (rows, columns, 0, 0, 0), embeddings.stride(), seed, noise_alpha,
+        out, embeddings, None, (rows, columns, 0, 0, 0), embeddings.stride(), seed, alpha,
         document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, 1.0,
     )  # fmt: skip
 
 
 def _launch_rows(
     out: Tensor, source: Tensor, input_ids: Tensor | None, sizes: tuple[int, int, int, int, int], source_strides: tuple[int, ...],
-    seed: Tensor, noise_alpha: Tensor, document: Tensor | None, position: Tensor | None, lengths: Tensor | None,
+    seed: Tensor, alpha: float, document: Tensor | None, position: Tensor | None, lengths: Tensor | None,
     cu_seqlens: Tensor | None, stream: int, sample_offset: int, position_offset: int, embed_scale: float,
 ) -> None:  # fmt: skip
     rows, columns, num_embeddings, ids_row, ids_column = sizes
@@ -525,12 +539,11 @@ def _launch_rows(
     if not out.is_contiguous():
         rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
         _launch_rows(
-            rounded, source, input_ids, sizes, source_strides, seed, noise_alpha, document, position, lengths, cu_seqlens, stream,
+            rounded, source, input_ids, sizes, source_strides, seed, alpha, document, position, lengths, cu_seqlens, stream,
             sample_offset, position_offset, embed_scale,
         )  # fmt: skip
         out.copy_(rounded)
         return
-    alpha = noise_alpha.item()
     step, samples, lengths_stride = 0.0, rows, 0
     if lengths is not None:
         samples, lengths_stride = lengths.shape[0], lengths.stride(0)
