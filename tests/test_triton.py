@@ -173,7 +173,7 @@ def test_numbering_of_random_masks_and_positions(device, monkeypatch, block):
     monkeypatch.setattr(kernels(), "DOCUMENT_BLOCK", block)
     monkeypatch.setattr(kernels(), "DOCUMENT_PROGRAMS", 3)
     generator = torch.Generator().manual_seed(block)
-    for trial in range(6):
+    for trial in range(6 if block == 16 else 2):
         rows, columns = (int(torch.randint(1, high, (1,), generator=generator)) for high in (9, 40))
         mask = torch.randint(0, 3, (rows, columns), generator=generator)
         if trial % 2:

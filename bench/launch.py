@@ -1,0 +1,115 @@
+"""Host time of a Triton launch without a GPU: `python -m bench.launch`.
+
+Kernels are compiled for sm_90 and the driver's last step, which would hand them to the GPU, does nothing. Beside our launcher stands
+Triton's own `kernel[grid](...)` with the same arguments and the same step left out.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from neftune_kernels import triton_kernels
+
+MOST_MICROSECONDS = 3.0
+MOST_SHARE = 0.25  # of kernel[grid]
+
+
+class StubUtils:
+    def load_binary(self, *args: Any) -> tuple[Any, ...]:
+        return object(), 0, 40, 0, 1024
+
+    def unload_module(self, *args: Any) -> None:
+        pass
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+
+class StubDriver:
+    """What Triton asks of a driver, with launches that end in Python."""
+
+    utils = StubUtils()
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *args: None
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> None:
+        return None
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def microseconds(runs: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, list[float]]:
+    """Per call, the runs in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds):
+        for name in list(runs) if round_ % 2 else list(reversed(runs)):
+            run = runs[name]
+            run()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                run()
+            taken[name].append((time.perf_counter() - begin) / calls * 1e6)
+    return taken
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--calls", type=int, default=500)
+    arguments = parser.parse_args()
+    driver.set_active(StubDriver())  # type: ignore[no-untyped-call]
+    ids, weight = torch.zeros(8, 512, dtype=torch.int64), torch.zeros(32, 4096, dtype=torch.bfloat16)
+    out = torch.empty(8, 512, 4096, dtype=torch.bfloat16)
+    seed, alpha, lengths = torch.zeros((), dtype=torch.int64), torch.tensor(5.0, dtype=torch.float64), torch.full((8,), 512)
+    recorded: list[Any] = []
+    launch = triton_kernels.launch_rows
+
+    def recording(key: Any, device: Any, grid: Any, args: Any, num_warps: int) -> None:
+        recorded[:] = [grid, args, num_warps]
+        launch(key, device, grid, args, num_warps)
+
+    triton_kernels.launch_rows = recording  # type: ignore[assignment]
+    triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, None, None, lengths, out=out)
+    triton_kernels.launch_rows = launch
+    grid, args, num_warps = recorded
+    options = {"num_warps": num_warps, **triton_kernels.compile_options("cuda")}
+    runs: dict[str, Callable[[], object]] = {
+        "ours: nothing given": lambda: triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, out=out),
+        "ours: lengths": lambda: triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, None, None, lengths, out=out),
+        "kernel[grid]": lambda: triton_kernels.noisy_rows[grid](*args, **options),
+    }
+    taken = microseconds(runs, arguments.rounds, arguments.calls)
+    print(
+        f"host time of one launch, microseconds, median of {arguments.rounds} interleaved rounds [p10, p90]; triton {triton.__version__}\n"
+    )
+    missed = 0
+    for name, values in taken.items():
+        deciles = statistics.quantiles(values, n=10)
+        ratios = [value / whole for value, whole in zip(values, taken["kernel[grid]"], strict=True)]
+        share = statistics.median(ratios)
+        line = f"  {name:22}{statistics.median(values):7.2f}  [{deciles[0]:.2f}, {deciles[-1]:.2f}]  {share:5.2f} of kernel[grid]"
+        if name != "kernel[grid]":
+            met = statistics.median(values) <= MOST_MICROSECONDS and share <= MOST_SHARE
+            missed += not met
+            line += f"  target <= {MOST_MICROSECONDS} and <= {MOST_SHARE}: {'met' if met else 'missed'}"
+        print(line)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""The compiled Triton kernels, without a GPU: instruction targets, memory accesses, rounding. The functions of bench.codegen."""
+
+import importlib.util
+import json
+import os
+import re
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed: what its compiler makes of the kernels is not checked", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 turns the compiler off", allow_module_level=True)
+
+import triton
+from triton.compiler import ASTSource
+
+from bench import codegen
+from bench.codegen import CONFIGURATIONS, Configuration
+from neftune_kernels import triton_kernels
+
+QUICK = {
+    *(Configuration(target, "bfloat16", 4096, layout) for target in codegen.NVIDIA for layout in ("nothing", "lengths")),
+    *(Configuration("sm_90", "bfloat16", 4096, layout) for layout in ("mask", "cu_seqlens")),
+    *(Configuration("sm_90", dtype, 4096) for dtype in ("float16", "float32")),
+    Configuration("sm_80", "bfloat16", 4096, scaled=True),
+    *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (768, 896, 1536, 2048)),
+    Configuration("gfx942", "bfloat16", 4096),
+}
+
+
+@pytest.mark.parametrize(
+    "configuration", [pytest.param(c, id=c.name, marks=() if c in QUICK else pytest.mark.long) for c in CONFIGURATIONS]
+)
+def test_targets(configuration):
+    """Instructions per element, registers, 128-bit rows, no spills, shared memory, shuffles or barriers."""
+    code = codegen.measure(configuration)
+    assert code.per_element <= codegen.target_of(configuration).per_element
+    if configuration.target in codegen.NVIDIA:
+        assert code.registers <= codegen.REGISTER_TARGET.per_element
+    wide, narrow = codegen.row_accesses(configuration)
+    assert wide > 0 and narrow == 0
+    assert code.stack_bytes == code.shared_bytes == 0 and not codegen.forbidden(configuration)
+
+
+def ptx_counts(kernel):
+    ptx = kernel.asm["ptx"]
+    names = ("fma.rn.f32", "mul.rn.f32", "add.rn.f32", "sqrt.rn.f64", "div.rn.f64", "cvt.rn.f32.s16")
+    return {name: len(re.findall(rf"^\s*(?:@%p\d+ )?{re.escape(name)}\s", ptx, re.MULTILINE)) for name in names}
+
+
+def test_product_and_sum_stay_apart():
+    """One fma per element, the noise's own exact sum; one add per element; with a scale one product more; sqrt and quotient rounded."""
+    configuration = Configuration("sm_90", "float32", 4096, "lengths", scaled=True)
+    elements = int(codegen.measure(configuration).elements_per_thread)
+    counts = ptx_counts(codegen.compile_rows(configuration))
+    assert counts["fma.rn.f32"] == counts["add.rn.f32"] == counts["cvt.rn.f32.s16"] == elements
+    assert counts["mul.rn.f32"] >= elements
+    assert counts["sqrt.rn.f64"] == counts["div.rn.f64"] == 1
+    opcodes = codegen.measure(configuration).opcodes
+    assert opcodes["FADD"] == elements, "the assembler has not contracted them either"
+
+
+def test_contraction_would_be_seen():
+    """The same code with fusion allowed has fewer sums: what the test above looks at does change."""
+    configuration = Configuration("sm_90", "float32", 4096, "nothing", scaled=True)
+    description = codegen.launch_description(configuration)
+    signature = {parameter["name"]: parameter["type"] for parameter in description["parameters"]}
+    constants = {parameter["name"]: parameter["value"] for parameter in description["parameters"] if parameter["type"] == "constexpr"}
+    source = ASTSource(triton_kernels.noisy_rows, signature, constants, {})
+    options = {"num_warps": description["num_warps"], "enable_fp_fusion": True}
+    fused = triton.compile(source, target=codegen.TARGETS["sm_90"], options=options)
+    text = codegen.on_binary("nvdisasm", fused.asm["cubin"], "-c")
+    sums = len(re.findall(r"\bFADD\b", text))
+    assert sums < codegen.measure(configuration).opcodes["FADD"]
+
+
+def test_artefacts(tmp_path):
+    """Code and launch description of one configuration, complete enough to execute it."""
+    configuration = Configuration("sm_90", "bfloat16", 4096, "lengths")
+    codegen.write_artefacts(configuration, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kernel.ptx", "kernel.cubin", "kernel.sass", "launch.json"}
+    launch = json.loads((tmp_path / "launch.json").read_text())
+    names = [parameter["name"] for parameter in launch["parameters"]]
+    assert names == [parameter.name for parameter in triton_kernels.noisy_rows.params]
+    runtime = [parameter for parameter in launch["parameters"] if parameter["type"] != "constexpr"]
+    declared = re.findall(r"\.param \.(\w+)", (tmp_path / "kernel.ptx").read_text().split(")")[0])
+    assert len(declared) == len(runtime) + 2  # Triton adds two scratch pointers
+    assert launch["d"] == launch["elements_per_program"] == 4096 and launch["num_warps"] == 1
