@@ -261,9 +261,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder for report.json and each configuration's code")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}, one program per row, product and sum separate; instructions per element up to EXIT\n")
-    print(
-        f"{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}{'/element':>9}{'target':>8}{'stretch':>8}{'regs':>6}{'128-bit':>8}  verdict"
-    )
+    titles = ("/element", "at most", "stretch", "regs", "128-bit")
+    print(f"{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}" + "".join(f"{title:>9}" for title in titles) + "  verdict")
     rows = []
     for configuration in CONFIGURATIONS:
         found = row(configuration)

@@ -43,8 +43,8 @@ class StubDriver:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
-    def get_current_device(self) -> None:
-        return None
+    def get_current_device(self) -> int:
+        return -1  # as a CPU tensor's get_device()
 
     def get_current_stream(self, device: Any) -> int:
         return 0
@@ -77,15 +77,15 @@ def main() -> int:
     out = torch.empty(8, 512, 4096, dtype=torch.bfloat16)
     seed, alpha, lengths = torch.zeros((), dtype=torch.int64), torch.tensor(5.0, dtype=torch.float64), torch.full((8,), 512)
     recorded: list[Any] = []
-    launch = triton_kernels.launch_rows
+    launch = triton_kernels.Launcher.__call__
 
-    def recording(key: Any, device: Any, grid: Any, args: Any, num_warps: int) -> None:
+    def recording(self: Any, key: Any, found: Any, index: Any, grid: Any, args: Any, num_warps: int) -> None:
         recorded[:] = [grid, args, num_warps]
-        launch(key, device, grid, args, num_warps)
+        launch(self, key, found, index, grid, args, num_warps)
 
-    triton_kernels.launch_rows = recording  # type: ignore[assignment]
+    triton_kernels.Launcher.__call__ = recording  # type: ignore[method-assign]
     triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, None, None, lengths, out=out)
-    triton_kernels.launch_rows = launch
+    triton_kernels.Launcher.__call__ = launch  # type: ignore[method-assign]
     grid, args, num_warps = recorded
     options = {"num_warps": num_warps, **triton_kernels.compile_options("cuda")}
     runs: dict[str, Callable[[], object]] = {

@@ -343,7 +343,11 @@ def _on_triton(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
         out = kwargs.get("out")
         if isinstance(kernels, str) or (out is not None and out.dtype not in CPP_DTYPES):
             return otherwise(*args, **kwargs)
-        return getattr(kernels, name)(*args, **kwargs)
+        if out is None or out.is_contiguous():
+            return getattr(kernels, name)(*args, **kwargs)
+        rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
+        getattr(kernels, name)(*args, out=rounded)
+        out.copy_(rounded)
 
     return call
 

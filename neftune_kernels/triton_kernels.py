@@ -378,31 +378,33 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.constexprs = sum(parameter.is_constexpr for parameter in kernel.params) if hasattr(kernel, "params") else 0
         self.compiled: dict[Any, tuple[Any, ...]] = {}
 
-    def __call__(self, key: Any, device: torch.device, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
-        found = self.compiled.get(key)
+    def __call__(self, key: Any, found: Any, index: int, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
+        """found: self.compiled.get(key), which the caller has looked up for the constexprs among its args; index: of the device."""
         if found is None or ENTER_HOOKS or EXIT_HOOKS:  # profilers' hooks want the launch as Triton describes it
-            with on_device(device):
+            with on_device(args[0].device):
                 self._compile(key, grid, args, num_warps)
             return
-        run, function, packed_metadata, current_device, current_stream = found
-        if current_device() == device.index:
-            run(*grid, current_stream(device.index), function, packed_metadata, None, None, None, *args)
+        _, run, function, packed_metadata, current_device, current_stream = found
+        if current_device() == index:
+            run(grid[0], grid[1], grid[2], current_stream(index), function, packed_metadata, None, None, None, *args)
         else:
-            with on_device(device):
-                run(*grid, current_stream(device.index), function, packed_metadata, None, None, None, *args)
+            with on_device(args[0].device):
+                run(grid[0], grid[1], grid[2], current_stream(index), function, packed_metadata, None, None, None, *args)
 
     def _compile(self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
         options = {} if knobs.runtime.interpret else compile_options(driver.active.get_current_target().backend)
         compiled = self.kernel[grid](*args, num_warps=num_warps, **options)  # launches, too
         if compiled is not None:
             active = driver.active
-            self.compiled[key] = (
-                compiled.run, compiled.function, compiled.packed_metadata, active.get_current_device, active.get_current_stream
-            )  # fmt: skip
+            devices = active.get_current_device, active.get_current_stream
+            constants = (num_warps, args[-self.constexprs :])
+            self.compiled[key] = (constants, compiled.run, compiled.function, compiled.packed_metadata, *devices)
 
 
+# Triton's own lists, which fill when somebody adds a hook.
 ENTER_HOOKS, EXIT_HOOKS = (
     knobs.runtime.launch_enter_hook.calls,
     knobs.runtime.launch_exit_hook.calls,
@@ -493,7 +495,7 @@ def noisy_embedding_out(
     *,
     out: Tensor,
 ) -> None:
-    """The operator `noisy_embedding.out` on a GPU: one launch on the current stream, no synchronisation."""
+    """The operator `noisy_embedding.out` on a GPU, for a contiguous `out`: one launch on the current stream, no synchronisation."""
     alpha = noise_alpha.item()
     if alpha > FLOAT32_MAX:
         ops.EMBEDDING_OUT["reference"](
@@ -508,12 +510,12 @@ def noisy_embedding_out(
     else:
         rows, columns = rows_and_columns(shape)
         input_ids, ids_row, ids_column = rows_view(input_ids, rows, columns)
-    num_embeddings = weight.shape[0]
+    num_embeddings, embedding_dim = weight.shape
     if num_embeddings == 0 and rows * columns > 0:  # every id is out of range and there is no row to read
         out.fill_(float("nan"))
         return
     _launch_rows(
-        out, weight, input_ids, (rows, columns, num_embeddings, ids_row, ids_column), weight.stride(), seed, alpha,
+        out, weight, input_ids, (rows, columns, num_embeddings, embedding_dim, ids_row, ids_column), weight.stride(), seed, alpha,
         document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, embed_scale,
     )  # fmt: skip
 
@@ -532,7 +534,7 @@ def add_noise_out(
     *,
     out: Tensor,
 ) -> None:
-    """The operator `add_noise.out` on a GPU; `out` may be inputs_embeds itself."""
+    """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds itself."""
     alpha = noise_alpha.item()
     if alpha > FLOAT32_MAX:
         ops.ADD_OUT["reference"](
@@ -542,60 +544,50 @@ def add_noise_out(
     rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
     embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
     _launch_rows(
-        out, embeddings, None, (rows, columns, 0, 0, 0), embeddings.stride(), seed, alpha,
+        out, embeddings, None, (rows, columns, 0, embeddings.shape[1], 0, 0), embeddings.stride(), seed, alpha,
         document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, 1.0,
     )  # fmt: skip
 
 
 def _launch_rows(
-    out: Tensor, source: Tensor, input_ids: Tensor | None, sizes: tuple[int, int, int, int, int], source_strides: tuple[int, ...],
+    out: Tensor, source: Tensor, input_ids: Tensor | None, sizes: tuple[int, int, int, int, int, int], source_strides: tuple[int, ...],
     seed: Tensor, alpha: float, document: Tensor | None, position: Tensor | None, lengths: Tensor | None,
     cu_seqlens: Tensor | None, stream: int, sample_offset: int, position_offset: int, embed_scale: float,
 ) -> None:  # fmt: skip
-    rows, columns, num_embeddings, ids_row, ids_column = sizes
-    embedding_dim = source.shape[1]
+    rows, columns, num_embeddings, embedding_dim, ids_row, ids_column = sizes
     if rows == 0 or columns == 0 or embedding_dim == 0:
         return
-    if not out.is_contiguous():
-        rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
-        _launch_rows(
-            rounded, source, input_ids, sizes, source_strides, seed, alpha, document, position, lengths, cu_seqlens, stream,
-            sample_offset, position_offset, embed_scale,
-        )  # fmt: skip
-        out.copy_(rounded)
-        return
-    step, samples, lengths_stride = 0.0, rows, 0
+    step, samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
     if lengths is not None:
-        samples, lengths_stride = lengths.shape[0], lengths.stride(0)
+        samples, (lengths_stride,), alpha_bits = lengths.numel(), lengths.stride(), float_bits(alpha)
     elif cu_seqlens is not None:
-        samples = cu_seqlens.shape[0] - 1
+        samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha)
     else:
         step = host_step(alpha, columns, embedding_dim)
-    source_row, source_column = source_strides
-    dtype, device = source.dtype, out.device
-    out_aligned, source_aligned = out.data_ptr() % 16 == 0, source.data_ptr() % 16 == 0
+    dtype, device_index = source.dtype, out.get_device()
     key = (
-        device.index, dtype, embedding_dim, source_row, source_column, out_aligned, source_aligned, embed_scale == 1,
+        device_index, dtype, embedding_dim, source_strides, out.data_ptr() & 15, source.data_ptr() & 15, embed_scale == 1,
         None if input_ids is None else input_ids.dtype, None if document is None else document.dtype,
         None if position is None else position.dtype, None if lengths is None else lengths.dtype,
         None if cu_seqlens is None else cu_seqlens.dtype,
     )  # fmt: skip
-    constants = _row_constants.get(key)
-    if constants is None:
-        constants = _row_constants[key] = row_constants(
-            dtype, embedding_dim, source_row, source_column, out_aligned and source_aligned, embed_scale != 1, _warp_size(device)
+    found = launch_rows.compiled.get(key)
+    source_row, source_column = source_strides
+    if found is None:
+        aligned = (out.data_ptr() | source.data_ptr()) % 16 == 0
+        num_warps, constexprs = row_constants(
+            dtype, embedding_dim, source_row, source_column, aligned, embed_scale != 1, _warp_size(out.device)
         )
-    num_warps, constexprs = constants
+    else:
+        num_warps, constexprs = found[0]
     args = (
         out, source, input_ids, seed, document, position, lengths, cu_seqlens, num_embeddings, rows, columns, samples, ids_row,
-        ids_column, source_row, source_column, lengths_stride, step, embed_scale, float_bits(alpha), stream, sample_offset,
+        ids_column, source_row, source_column, lengths_stride, step, embed_scale, alpha_bits, stream, sample_offset,
         position_offset, *constexprs,
     )  # fmt: skip
-    with_grid = (columns, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535)
-    launch_rows(key, device, with_grid, args, num_warps)
-
-
-_row_constants: dict[Any, tuple[int, tuple[Any, ...]]] = {}
+    launch_rows(
+        key, found, device_index, (columns, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535), args, num_warps
+    )
 
 
 def row_constants(
@@ -643,14 +635,14 @@ def mask_layout(
     numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
     rows_each = -(-rows // DOCUMENT_PROGRAMS)
     key = (
-        device.index, None if mask is None else mask.dtype, None if position_ids is None else position_ids.dtype,
+        given.get_device(), None if mask is None else mask.dtype, None if position_ids is None else position_ids.dtype,
         padding_value is None, numbered,
     )  # fmt: skip
     args = (
         document, position, lengths, mask, position_ids, rows, columns, rows_each, mask_row, mask_column, ids_row, ids_column,
         padding_value or 0, padding_value is not None, numbered, DOCUMENT_BLOCK, DEBUG,
     )  # fmt: skip
-    launch_documents(key, device, (-(-rows // rows_each), 1, 1), args, DOCUMENT_WARPS)
+    launch_documents(key, launch_documents.compiled.get(key), key[0], (-(-rows // rows_each), 1, 1), args, DOCUMENT_WARPS)
     return document, position, lengths
 
 

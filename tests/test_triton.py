@@ -321,7 +321,7 @@ def test_rows_beyond_65535(device):
 def test_grid_of_many_rows(device, monkeypatch):
     """The launcher folds rows beyond 65535 into z, and a program reads its row back: checked with a launch that only records."""
     seen = []
-    monkeypatch.setattr(kernels(), "launch_rows", lambda key, device, grid, args, num_warps: seen.append(grid))
+    monkeypatch.setattr(kernels().Launcher, "__call__", lambda self, key, found, index, grid, args, num_warps: seen.append(grid))
     by_kernel(device, torch.zeros(131071, 2, dtype=torch.int64), make_weight(8, torch.float32), 5.0, seed=0)
     by_kernel(device, torch.zeros(65535, 2, dtype=torch.int64), make_weight(8, torch.float32), 5.0, seed=0)
     assert seen == [(2, 65535, 3), (2, 65535, 1)]
