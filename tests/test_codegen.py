@@ -87,3 +87,51 @@ def test_artefacts(tmp_path):
     declared = re.findall(r"\.param \.(\w+)", (tmp_path / "kernel.ptx").read_text().split(")")[0])
     assert len(declared) == len(runtime) + 2  # Triton adds two scratch pointers
     assert launch["d"] == launch["elements_per_program"] == 4096 and launch["num_warps"] == 1
+
+
+def test_cached_launches(monkeypatch):
+    """A second call goes straight to the compiled kernel, with its own arguments; what the code depends on makes a key of its own."""
+    import torch
+
+    from bench.launch import StubDriver
+
+    runs = []
+
+    class Recording(StubDriver):
+        def launcher_cls(self, src, metadata):
+            return lambda *args: runs.append((src.fn.__name__, args))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Recording())
+    launcher = triton_kernels.Launcher(triton_kernels.noisy_rows)
+    compiles = []
+    compile_ = launcher._compile
+    launcher._compile = lambda *args: (compiles.append(args[0]), compile_(*args))
+    monkeypatch.setattr(triton_kernels, "launch_rows", launcher)
+    seed, alpha = torch.tensor(1), torch.tensor(5.0, dtype=torch.float64)
+
+    def embed(ids, weight, **layout):
+        triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, **layout, out=weight.new_empty(*ids.shape, weight.shape[1]))
+
+    ids, weight = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5, 64, dtype=torch.bfloat16)
+    embed(ids, weight)
+    embed(torch.zeros(7, 9, dtype=torch.int64), weight)
+    assert len(compiles) == 1 and len(runs) == 2
+    first, second = (args for _, args in runs)
+    assert first[:3] == (3, 2, 1) and second[:3] == (9, 7, 1)
+    names = [parameter.name for parameter in triton_kernels.noisy_rows.params]
+    given = dict(zip(names, second[-len(names) :], strict=True))
+    assert given["rows"] == 7 and given["columns"] == 9 and given["D"] == 64 and given["KIND"] == "pairs"
+    for count, (other_ids, other_weight, layout) in enumerate(
+        (
+            (ids.int(), weight, {}),
+            (ids, weight.float(), {}),
+            (ids, torch.zeros(5, 65, dtype=torch.bfloat16)[:, 1:], {}),
+            (ids, weight, {"lengths": torch.tensor([3, 1])}),
+            (ids, weight, {"lengths": torch.tensor([3, 1], dtype=torch.int32)}),
+            (ids, weight, {"embed_scale": 2.0}),
+        ),
+        start=2,
+    ):
+        embed(other_ids, other_weight, **layout)
+        embed(other_ids, other_weight, **layout)
+        assert len(compiles) == count and len(runs) == 2 * count
