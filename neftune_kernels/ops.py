@@ -322,13 +322,14 @@ def simd_level() -> str:
 # ---- the Triton kernels
 
 TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
+NO_TRITON = "triton is not installed (pip install triton)"
 
 
 @cache
 def _load_triton() -> ModuleType | str:
     """triton_kernels, imported when first needed; or the reason why there is none."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
+        return NO_TRITON
     try:
         return importlib.import_module("neftune_kernels.triton_kernels")
     except Exception as error:  # whatever a broken or foreign triton raises
@@ -359,6 +360,7 @@ for _key in ("CUDA", "XPU"):
     library.impl("padding_layout", _on_triton("padding_layout", _padding_layout("reference_")), _key)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo cannot trace the import machinery
 def _triton_reason(device_type: str | None) -> str:
     """Empty where Triton can serve tensors of that device (None: of any), else why not. Does not import triton."""
     if device_type is not None and device_type not in TRITON_DEVICES:
@@ -366,7 +368,7 @@ def _triton_reason(device_type: str | None) -> str:
     if _load_triton.cache_info().currsize and isinstance(reason := _load_triton(), str):
         return reason
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
+        return NO_TRITON
     devices = TRITON_DEVICES if device_type is None else (device_type,)
     if not any(torch.get_device_module(name).is_available() for name in devices):
         return f"no device: torch sees no {' or '.join(devices)}"
@@ -408,12 +410,17 @@ _warned_devices: set[str] = set()
 
 
 @cache
-def _triton_fails(device_type: str) -> str:
-    """_triton_reason, after importing it if nothing spoke against that."""
-    reason = _triton_reason(device_type)
+def _import_for(device_type: str) -> str:
+    reason = str(_triton_reason(device_type))
     if not reason and isinstance(loaded := _load_triton(), str):
         reason = loaded
     return reason
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not on the cached function, whose cache Dynamo looks through
+def _triton_fails(device_type: str) -> str:
+    """_triton_reason, after importing it if nothing spoke against that."""
+    return _import_for(device_type)
 
 
 def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:

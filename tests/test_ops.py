@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding
+from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding, ops
 
 OPS = torch.ops.neftune_kernels
 ALPHA = torch.tensor(5.0, dtype=torch.float64)
@@ -214,3 +214,33 @@ def test_a_fake_call_leaves_nothing_behind():
         fake = noisy_embedding(mode.from_tensor(ids), mode.from_tensor(weight), 7.25)
         assert fake.shape == (3, 6, 20)
     assert noisy_embedding(ids, weight, 7.25).shape == (3, 6, 20)
+
+
+@pytest.mark.parametrize("device_type", ("cuda", "xpu", "cpu"))
+def test_choice_of_backend_is_traced_whole(device_type):
+    """Whether triton can be imported is asked outside the graph; with a GPU or without."""
+    device = torch.device(device_type)
+
+    def chosen(x):
+        names = (ops.choose_backend(None, device, torch.bfloat16), str(ops.available_backends(device_type)))
+        return x + sum(map(len, names))
+
+    ops.choose_backend(None, device, torch.bfloat16)  # where there is no kernel it warns, once, in eager mode
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)), chosen(torch.zeros(1)))
+
+
+def test_triton_is_chosen_while_tracing(monkeypatch):
+    """As on a GPU: nothing speaks against triton, and it is imported at the first choice, which is inside a graph."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "_triton_reason", lambda device_type: "")
+    ops._import_for.cache_clear()
+    ops._load_triton.cache_clear()
+    try:
+        torch.compiler.reset()
+        chosen = torch.compile(
+            lambda x: x + len(ops.choose_backend(None, torch.device("cuda"), torch.bfloat16)), fullgraph=True, backend="eager"
+        )
+        assert chosen(torch.zeros(())) == len("triton")
+    finally:
+        ops._import_for.cache_clear()
