@@ -102,14 +102,15 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
 
 
 @functools.cache
-def compile_rows(configuration: Configuration) -> Any:
-    """Triton's CompiledKernel of noisy_rows, with the launcher's own options."""
+def compile_rows(configuration: Configuration, enable_fp_fusion: bool = False) -> Any:
+    """Triton's CompiledKernel of noisy_rows, with the launcher's own options; fusion only to show what it would do."""
     description = launch_description(configuration)
     signature = {parameter["name"]: parameter["type"] for parameter in description["parameters"]}
     constants = {parameter["name"]: parameter["value"] for parameter in description["parameters"] if parameter["type"] == "constexpr"}
     aligned = {(POINTERS.index(name),): [["tt.divisibility", 16]] for name in ("out", "source")}
     target = TARGETS[configuration.target]
     options = {"num_warps": description["num_warps"], **triton_kernels.compile_options(target.backend)}
+    options["enable_fp_fusion"] |= enable_fp_fusion
     return triton.compile(ASTSource(triton_kernels.noisy_rows, signature, constants, aligned), target=target, options=options)
 
 
@@ -190,7 +191,6 @@ def target_of(configuration: Configuration) -> Target:
 
 
 REGISTER_TARGET = Target(40, 32)
-NARROW = re.compile(r"^(LDG|STG)\.(?!.*128)")
 FORBIDDEN = re.compile(r"^(LDS|STS|LDL|STL|SHFL|BAR|ATOM|RED)\b|^(ds_|scratch_|buffer_.*lds|s_barrier)")
 
 

@@ -8,7 +8,6 @@ import argparse
 import csv
 import pathlib
 import platform
-import statistics
 import time
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from neftune_kernels import available_backends, noisy_embedding
 
 from . import cases
+from .compare import relative, spread
 from .figures import draw
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -99,26 +99,23 @@ def main() -> None:
     machine = describe(device)
     print(machine)
     rows: list[dict[str, object]] = []
-    relative: dict[cases.Case, dict[str, float]] = {}
+    ratios: dict[cases.Case, dict[str, float]] = {}
     lines = ["| shape | dtype | provider | median ms | p10 | p90 | GB/s | over F.embedding |", "|---|---|---|---:|---:|---:|---:|---:|"]
     for key in arguments.shapes:
         for dtype in arguments.dtypes:
             case = cases.make_case(key, cases.DTYPES[dtype])
             taken = measure(case, device, arguments.rounds)
-            base = taken["F.embedding"]
-            relative[case] = {}
+            ratios[case] = relative(taken)
             for name, values in taken.items():
-                deciles = statistics.quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
-                median = statistics.median(values)
-                ratio = statistics.median(value / plain for value, plain in zip(values, base, strict=True))
-                relative[case][name] = median if name == "F.embedding" else ratio
+                median, low, high = spread(values)
+                ratio = 1.0 if name == "F.embedding" else ratios[case][name]
                 row = {
                     "shape": f"{case.model} {case.shape}",
                     "dtype": dtype,
                     "provider": name,
                     "median_ms": median * 1e3,
-                    "p10_ms": deciles[0] * 1e3,
-                    "p90_ms": deciles[-1] * 1e3,
+                    "p10_ms": low * 1e3,
+                    "p90_ms": high * 1e3,
                     "gb_per_s": case.bytes_moved / median / 1e9,
                     "over_embedding": ratio,
                 }
@@ -132,7 +129,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(row | {"machine": machine} for row in rows)
     (arguments.results / "gpu.md").write_text("\n".join(lines) + f"\n\n{machine}. Medians of {arguments.rounds} interleaved rounds.\n")
-    draw(arguments.results / "gpu.png", relative, machine)
+    draw(arguments.results / "gpu.png", ratios, machine)
     print(f"wrote {arguments.results}/gpu.csv, gpu.md, gpu.png")
 
 

@@ -24,6 +24,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from . import ops
+from .layout import rows_and_columns
 
 # ---- device functions
 
@@ -378,7 +379,6 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.constexprs = sum(parameter.is_constexpr for parameter in kernel.params) if hasattr(kernel, "params") else 0
         self.compiled: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(self, key: Any, found: Any, index: int, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
@@ -400,15 +400,12 @@ class Launcher:
         if compiled is not None:
             active = driver.active
             devices = active.get_current_device, active.get_current_stream
-            constants = (num_warps, args[-self.constexprs :])
+            constants = (num_warps, args[-sum(parameter.is_constexpr for parameter in self.kernel.params) :])
             self.compiled[key] = (constants, compiled.run, compiled.function, compiled.packed_metadata, *devices)
 
 
 # Triton's own lists, which fill when somebody adds a hook.
-ENTER_HOOKS, EXIT_HOOKS = (
-    knobs.runtime.launch_enter_hook.calls,
-    knobs.runtime.launch_exit_hook.calls,
-)  # lists that fill when a hook is added
+ENTER_HOOKS, EXIT_HOOKS = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -471,11 +468,6 @@ def rows_view(tensor: Tensor, rows: int, columns: int) -> tuple[Tensor, int, int
         return tensor, strides[0], strides[1]
     flat = tensor.reshape(rows, columns)
     return flat, flat.stride(0), flat.stride(1)
-
-
-def rows_and_columns(shape: torch.Size) -> tuple[int, int]:
-    columns = shape[-1] if shape else 1
-    return (shape[:-1].numel() if len(shape) > 1 else 1), columns
 
 
 def noisy_embedding_out(
@@ -623,20 +615,17 @@ def mask_layout(
     document, position, lengths = (torch.empty(num_tokens, dtype=torch.int64, device=device) for _ in range(3))
     if num_tokens == 0:
         return document, position, lengths
-    mask_row = mask_column = ids_row = ids_column = 0
+    mask, mask_row, mask_column, ids_row, ids_column = None, 0, 0, 0, 0
     if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            attention_mask = attention_mask.view(torch.uint8)
-        mask, mask_row, mask_column = rows_view(attention_mask, rows, columns)
-    else:
-        mask = None
+        readable = attention_mask.view(torch.uint8) if attention_mask.dtype == torch.bool else attention_mask
+        mask, mask_row, mask_column = rows_view(readable, rows, columns)
     if position_ids is not None:
         position_ids, ids_row, ids_column = rows_view(position_ids, rows, columns)
     numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
     rows_each = -(-rows // DOCUMENT_PROGRAMS)
     key = (
         given.get_device(), None if mask is None else mask.dtype, None if position_ids is None else position_ids.dtype,
-        padding_value is None, numbered,
+        padding_value is None, numbered, DOCUMENT_BLOCK,
     )  # fmt: skip
     args = (
         document, position, lengths, mask, position_ids, rows, columns, rows_each, mask_row, mask_column, ids_row, ids_column,

@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 turns the compiler off", allow_module_level=True)
 
 import triton
-from triton.compiler import ASTSource
 
 from bench import codegen
 from bench.codegen import CONFIGURATIONS, Configuration
@@ -64,12 +63,7 @@ def test_product_and_sum_stay_apart():
 def test_contraction_would_be_seen():
     """The same code with fusion allowed has fewer sums: what the test above looks at does change."""
     configuration = Configuration("sm_90", "float32", 4096, "nothing", scaled=True)
-    description = codegen.launch_description(configuration)
-    signature = {parameter["name"]: parameter["type"] for parameter in description["parameters"]}
-    constants = {parameter["name"]: parameter["value"] for parameter in description["parameters"] if parameter["type"] == "constexpr"}
-    source = ASTSource(triton_kernels.noisy_rows, signature, constants, {})
-    options = {"num_warps": description["num_warps"], "enable_fp_fusion": True}
-    fused = triton.compile(source, target=codegen.TARGETS["sm_90"], options=options)
+    fused = codegen.compile_rows(configuration, enable_fp_fusion=True)
     text = codegen.on_binary("nvdisasm", fused.asm["cubin"], "-c")
     sums = len(re.findall(r"\bFADD\b", text))
     assert sums < codegen.measure(configuration).opcodes["FADD"]
