@@ -360,7 +360,13 @@ for _key in ("CUDA", "XPU"):
     library.impl("padding_layout", _on_triton("padding_layout", _padding_layout("reference_")), _key)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo cannot trace the import machinery
+def _asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, as Dynamo cannot trace the import machinery; but that imports Dynamo to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_asked_outside_the_graph
 def _triton_reason(device_type: str | None) -> str:
     """Empty where Triton can serve tensors of that device (None: of any), else why not. Does not import triton."""
     if device_type is not None and device_type not in TRITON_DEVICES:
@@ -411,13 +417,13 @@ _warned_devices: set[str] = set()
 
 @cache
 def _import_for(device_type: str) -> str:
-    reason = str(_triton_reason(device_type))
+    reason: str = _triton_reason(device_type)
     if not reason and isinstance(loaded := _load_triton(), str):
         reason = loaded
     return reason
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # not on the cached function, whose cache Dynamo looks through
+@_asked_outside_the_graph  # not the cached function: Dynamo looks through its cache
 def _triton_fails(device_type: str) -> str:
     """_triton_reason, after importing it if nothing spoke against that."""
     return _import_for(device_type)
