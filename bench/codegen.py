@@ -9,8 +9,6 @@ import functools
 import json
 import pathlib
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -19,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import inductor_code
+from bench.disassembly import resources, sass, sass_instructions
 from neftune_kernels import triton_kernels
 
 TARGETS = {
@@ -114,35 +114,23 @@ def compile_rows(configuration: Configuration, enable_fp_fusion: bool = False) -
     return triton.compile(ASTSource(triton_kernels.noisy_rows, signature, constants, aligned), target=target, options=options)
 
 
-def wheel_tool(name: str) -> str:
-    return str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def on_binary(tool: str, binary: bytes, *arguments: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "kernel.cubin"
-        path.write_bytes(binary)
-        return subprocess.run([wheel_tool(tool), *arguments, str(path)], capture_output=True, text=True, check=True).stdout
-
-
 @functools.cache
 def disassembly(configuration: Configuration) -> str:
     """SASS for NVIDIA, GCN assembly for AMD."""
     kernel = compile_rows(configuration)
     if TARGETS[configuration.target].backend == "hip":
         return str(kernel.asm["amdgcn"])
-    return on_binary("nvdisasm", kernel.asm["cubin"], "-c")
+    return sass(kernel.asm["cubin"])
 
 
 def instruction_lines(configuration: Configuration) -> list[str]:
-    """One text per instruction, predicates included, up to the last EXIT: what lies behind are subroutines for denormals and the like."""
+    """One text per instruction up to the end of the program."""
     text = disassembly(configuration)
-    if TARGETS[configuration.target].backend == "hip":
-        body = text[text.index("noisy_rows:") :].splitlines()
-        lines = [line.split(";")[0].strip() for line in body if re.match(r"\t[a-z]", line)]
-        return lines[: max(i for i, line in enumerate(lines) if line.startswith("s_endpgm")) + 1]
-    lines = [re.sub(r"/\*.*?\*/", "", line).strip(" ;\t") for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
-    return lines[: max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line)) + 1]
+    if TARGETS[configuration.target].backend == "cuda":
+        return sass_instructions(text)
+    body = text[text.index("noisy_rows:") :].splitlines()
+    lines = [line.split(";")[0].strip() for line in body if re.match(r"\t[a-z]", line)]
+    return lines[: max(i for i, line in enumerate(lines) if line.startswith("s_endpgm")) + 1]
 
 
 def opcode(line: str) -> str:
@@ -160,9 +148,7 @@ def measure(configuration: Configuration) -> Code:
         stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])  # type: ignore[index]
         instructions = sum(count for name, count in opcodes.items() if name.startswith("v_"))
     else:
-        usage = on_binary("cuobjdump", kernel.asm["cubin"], "-res-usage")
-        registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-        stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+        registers, stack = resources(kernel.asm["cubin"])
         instructions = len(lines)
     return Code(instructions, configuration.embedding_dim / threads, registers, opcodes, stack, kernel.metadata.shared)
 
@@ -278,9 +264,13 @@ def main() -> None:
         if arguments.out:
             write_artefacts(configuration, arguments.out / configuration.name)
     missed = sum(not found["met"] for found in rows)
-    print(f"\n{len(rows) - missed} of {len(rows)} targets met, {missed} missed")
+    print(f"\n{len(rows) - missed} of {len(rows)} targets met, {missed} missed; each is one launch and reads and writes every row once\n")
+    rivals = inductor_code.rivals()
+    print(f"What torch.compile (torch {torch.__version__}) makes of the same on sm_90, bfloat16, d = {inductor_code.D}")
+    inductor_code.print_rows(rivals)
     if arguments.out:
-        (arguments.out / "report.json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        report = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows, "rivals": rivals}
+        (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {arguments.out}")
 
 

@@ -12,9 +12,10 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 turns the compiler off", allow_module_level=True)
 
+import torch
 import triton
 
-from bench import codegen
+from bench import codegen, disassembly, inductor_code
 from bench.codegen import CONFIGURATIONS, Configuration
 from neftune_kernels import triton_kernels
 
@@ -64,7 +65,7 @@ def test_contraction_would_be_seen():
     """The same code with fusion allowed has fewer sums: what the test above looks at does change."""
     configuration = Configuration("sm_90", "float32", 4096, "nothing", scaled=True)
     fused = codegen.compile_rows(configuration, enable_fp_fusion=True)
-    text = codegen.on_binary("nvdisasm", fused.asm["cubin"], "-c")
+    text = disassembly.sass(fused.asm["cubin"])
     sums = len(re.findall(r"\bFADD\b", text))
     assert sums < codegen.measure(configuration).opcodes["FADD"]
 
@@ -129,3 +130,13 @@ def test_cached_launches(monkeypatch):
         embed(other_ids, other_weight, **layout)
         embed(other_ids, other_weight, **layout)
         assert len(compiles) == count and len(runs) == 2 * count
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="the rivals' code is taken out of Inductor 2.13, whose internals the tool follows")
+def test_what_inductor_makes_of_the_rivals():
+    """HF's hook: zeros, their copy, the draw, the sum. The rand_like rewrite fuses, and still costs three times our instructions."""
+    hook, rewrite = inductor_code.rivals()
+    assert (hook["launches"], hook["bytes_per_element"]) == (4, 14.0) and hook["uncounted"] == ["clone", "uniform_"]
+    assert (rewrite["launches"], rewrite["bytes_per_element"]) == (2, 4.0) and not rewrite["uncounted"]
+    ours = codegen.measure(Configuration("sm_90", "bfloat16", inductor_code.D))
+    assert rewrite["instructions_per_element"] > 3 * ours.per_element

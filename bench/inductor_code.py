@@ -1,0 +1,255 @@
+"""What torch.compile makes of NEFTune for an NVIDIA GPU, without one: `python -m bench.inductor_code [--json]`.
+
+Both rivals are captured on the CPU, their ATen graphs moved to a stubbed sm_90 device, and Inductor's Triton kernels compiled offline.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils import _pytree as pytree
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench.disassembly import resources, sass, sass_instructions
+
+BATCH, LENGTH, VOCABULARY, D = 8, 512, 32000, 4096
+ALPHA = 5.0
+TARGET = GPUTarget("cuda", 90, 32)
+ITEMSIZES = {"*bf16": 2, "*fp16": 2, "*fp32": 4}
+UNIFORM_KERNELS = ("clone", "uniform_")  # what the extern call aten.uniform launches, read in ATen: a copy of its argument, then the draw
+UNIFORM_BYTES = 3 * 2  # the copy's read and write, the draw's write
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    total_memory=80 << 30,
+)
+
+
+def hook(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """transformers' neftune_post_forward_hook behind an embedding."""
+    output = torch.nn.functional.embedding(input_ids, weight)
+    dims = torch.tensor(output.size(1) * output.size(2))
+    mag_norm: Any = ALPHA / torch.sqrt(dims)
+    return output + torch.zeros_like(output).uniform_(-mag_norm, mag_norm)
+
+
+def rewrite(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    output = torch.nn.functional.embedding(input_ids, weight)
+    return output + (torch.rand_like(output) * 2 - 1) * (ALPHA / math.sqrt(output.size(1) * output.size(2)))
+
+
+RIVALS = {"HF hook, compiled": hook, "rand_like rewrite, compiled": rewrite}
+
+
+@contextlib.contextmanager
+def stubbed_device() -> Iterator[None]:
+    """torch.cuda as it would answer on an H100; nothing is ever launched."""
+    answers: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: H100,
+        "get_device_capability": lambda device=None: (9, 0),
+        "_lazy_init": lambda: None,
+    }
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime import triton_helpers
+    from torch.utils._triton import has_triton
+
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+            for holder in (CudaInterface, CudaInterface.Worker):  # they keep their own references, taken at import
+                if hasattr(holder, name):
+                    stack.enter_context(mock.patch.object(holder, name, staticmethod(answer)))
+        has_triton.cache_clear()  # the capture on the CPU asked before
+        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))  # the driver wants libcuda
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", types.SimpleNamespace(get_current_target=lambda: TARGET)))
+        yield
+
+
+class Captured(Exception):
+    pass
+
+
+def captured_graph(function: Callable[..., torch.Tensor]) -> torch.fx.GraphModule:
+    """The ATen graph that AOTAutograd and the joint-graph passes hand to Inductor's lowering; fails at a graph break."""
+    from torch._inductor.compile_fx import compile_fx
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def stop(graph: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
+        graphs.append(graph)
+        raise Captured
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        return compile_fx(graph, inputs, inner_compile=stop)  # type: ignore[arg-type]
+
+    input_ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    weight = torch.empty(VOCABULARY, D, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    with contextlib.suppress(Exception):  # Captured comes back wrapped in the compiler's own exceptions
+        torch.compile(function, backend=backend, fullgraph=True)(input_ids, weight)
+    if len(graphs) != 1:
+        raise RuntimeError(f"{len(graphs)} graphs captured instead of one")
+    return graphs[0]
+
+
+def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
+    """Moves devices and fake values from CPU to GPU in place and returns the inputs. Running the operators on fake GPU tensors
+    instead would ask for device guards that a CPU build lacks."""
+    gpu = torch.device("cuda", 0)
+    inputs: list[torch.Tensor] = []
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.device) and value.type == "cpu":
+            return gpu
+        if isinstance(value, torch._subclasses.FakeTensor):
+            with value.fake_mode:
+                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=gpu)
+        return value
+
+    for node in graph.graph.nodes:
+        node.args = torch.fx.node.map_aggregate(node.args, moved)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, moved)
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(moved, node.meta["val"])
+        if node.op == "placeholder":
+            inputs.append(node.meta["val"])
+    graph.recompile()
+    return inputs
+
+
+def wrapper_code(function: Callable[..., torch.Tensor]) -> str:
+    from torch._inductor.compile_fx import record_original_output_strides
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    graph = captured_graph(function)
+    with stubbed_device():
+        inputs = on_gpu(graph)
+        record_original_output_strides(graph)
+        fake_mode = inputs[0].fake_mode  # type: ignore[attr-defined]
+        lowering = GraphLowering(graph, example_inputs=inputs, shape_env=fake_mode.shape_env)
+        with V.set_fake_mode(fake_mode), V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
+            lowering.run(*inputs)
+            code, _ = lowering.codegen()
+    return str(code.value)
+
+
+def load(name: str, source: str, folder: pathlib.Path) -> Any:
+    """Inductor's autotuner of one kernel; Triton wants the source in a file."""
+    path = folder / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def measure(name: str, source: str) -> dict[str, Any]:
+    """Compiled with the first configuration of Inductor's heuristics; the autotuner of a GPU may settle on another."""
+    with tempfile.TemporaryDirectory() as folder, stubbed_device():
+        tuner = load(name, source, pathlib.Path(folder))
+        meta, config = tuner.triton_meta, tuner.configs[0]
+        constants = {**meta.get("constants", {}), **config.kwargs}
+        signature = {n: meta["signature"].get(n, "constexpr") for n in tuner.fn.arg_names}
+        constants = {n: value for n, value in constants.items() if n in signature}
+        signature.update(dict.fromkeys(constants, "constexpr"))
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "debug": True, "sanitize_overflow": False}
+        options["enable_fp_fusion"] = meta.get("enable_fp_fusion", True)
+        kernel: Any = triton.compile(ASTSource(tuner.fn, signature, constants, meta["configs"][0]), target=TARGET, options=options)
+    instructions = len(sass_instructions(sass(kernel.asm["cubin"])))
+    block = math.prod(value for key, value in config.kwargs.items() if key.endswith("BLOCK"))
+    accesses = re.findall(r"tl\.(?:load|store)\((\w+)", source)
+    return {
+        "per_element": instructions / (block / (config.num_warps * TARGET.warp_size)),
+        "bytes": sum(ITEMSIZES.get(str(meta["signature"].get(pointer)), 0) for pointer in accesses),
+        "registers": resources(kernel.asm["cubin"]).registers,
+        "choice": f"{block} elements and {config.num_warps} warps",
+    }
+
+
+def rival(name: str) -> dict[str, Any]:
+    code = wrapper_code(RIVALS[name])
+    sources = dict(re.findall(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'", code, re.DOTALL | re.MULTILINE))
+    body = code[code.index("def call(") :].split("def benchmark_compiled_module")[0]
+    measured = {kernel: measure(kernel, sources[kernel]) for kernel in re.findall(r"^\s+(\w+)\.run\(", body, re.MULTILINE)}
+    uniforms = body.count("torch.ops.aten.uniform.default(")
+    seeds = len(re.findall(r"aten\.randint\.\w+\(", body))
+    return {
+        "name": name,
+        "launches": len(measured) + uniforms * len(UNIFORM_KERNELS) + seeds,
+        "bytes_per_element": float(sum(found["bytes"] for found in measured.values()) + uniforms * UNIFORM_BYTES),
+        "instructions_per_element": round(sum(found["per_element"] for found in measured.values()), 2),
+        "uncounted": [*UNIFORM_KERNELS] * uniforms,  # ATen's own kernels: no code here to count
+        "registers": max(found["registers"] for found in measured.values()),
+        "kernels": [
+            *(f"{kernel} ({found['choice']})" for kernel, found in measured.items()),
+            *([*UNIFORM_KERNELS] * uniforms + ["randint"] * seeds),
+        ],
+    }
+
+
+def rivals() -> list[dict[str, Any]]:
+    """In a process of their own, so that no stub or compiler cache is left behind in this one."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "bench.inductor_code", "--json"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        about = f"bench.inductor_code failed with torch {torch.__version__}: it follows Inductor's internals"
+        raise RuntimeError(f"{about}\n{done.stderr[-2000:]}")
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    print(f"{'rival':30}{'launches':>9}{'bytes/element':>15}{'instructions/element':>22}{'regs':>6}")
+    for row in rows:
+        uncounted = f" + {' and '.join(row['uncounted'])}, not counted" if row["uncounted"] else ""
+        print(
+            f"{row['name']:30}{row['launches']:9}{row['bytes_per_element']:15}{row['instructions_per_element']:22.2f}{row['registers']:6}"
+            f"{uncounted}\n  {', '.join(row['kernels'])}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--json", action="store_true", help="only JSON on stdout")
+    parser.add_argument("--code", action="store_true", help="print Inductor's wrapper code instead")
+    arguments = parser.parse_args()
+    if arguments.code:
+        print("\n".join(map(wrapper_code, RIVALS.values())))
+        return
+    found = list(map(rival, RIVALS))
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(f"torch {torch.__version__}, triton {triton.__version__}, sm_90, bfloat16, ({BATCH}, {LENGTH}, {D}); instructions up to EXIT\n")
+    print_rows(found)
+
+
+if __name__ == "__main__":
+    main()
