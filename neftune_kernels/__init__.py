@@ -1,7 +1,7 @@
 """NEFTune noise for token embeddings, exact and fused. The specification is docs/specification.md; the paper arXiv 2310.05914."""
 
 from .functional import add_noise, neftune_noise, noisy_embedding
-from .integrations.transformers import NEFTuneHandle, apply_neftune
+from .integrations.models import NEFTuneHandle, apply_neftune
 from .modules import NEFTuneEmbedding
 from .ops import available_backends
 from .version import __version__

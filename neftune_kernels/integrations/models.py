@@ -1,0 +1,754 @@
+"""apply_neftune: noise in the input embeddings of a model that somebody else wrote, with the samples its own forward is told.
+
+The embedding keeps its object, Parameter, hooks and ties: only its class is swapped for a subclass of its own class, and undo swaps it
+back. Pre-hooks on the models around it take the attention mask, position ids or cumulative lengths as they arrive. Nothing here imports
+transformers.
+"""
+
+import inspect
+import re
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import layout as layouts
+from ..functional import (
+    NOTHING,
+    Offsets,
+    Samples,
+    alpha_tensor,
+    check_alpha,
+    check_word,
+    embed_with_noise,
+    embeds_with_noise,
+    make_layout,
+    real_tokens,
+    seed_tensor,
+)
+from ..modules import HUGGING_FACE_MARK, PLAIN_WEIGHTS, TWO_NOISES, NEFTuneEmbedding
+from ..ops import choose_backend
+from .samples import from_arguments, from_callable, parameter_names, tells_samples, trailing_padding
+
+
+class NoisyCall(NamedTuple):
+    """What it takes to compute the last call's noise again, when somebody asks for statistics."""
+
+    shape: torch.Size
+    embedding_dim: int
+    noise_alpha: float
+    samples: Samples
+    seed: Tensor
+    stream: int
+    backend: str
+
+
+class NEFTuneState:
+    """Settings and counters of one apply_neftune; shared by its embeddings and hooks, copied with them by deepcopy and pickle."""
+
+    def __init__(self) -> None:
+        self.noise_alpha = 0.0
+        self.alpha = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.has_noise = False
+        self.stream: int | None = None
+        self.noise_without_grad = False
+        self.backend: str | None = None
+        self.read: Callable[[dict[str, Any]], Any] | None = None  # the user's own reading of a forward's arguments
+        self.skipped_last: str | None = None
+        self.calls = self.calls_before = 0
+        self.depth = 0  # forwards of hooked models that are running, one inside the other
+        self.skipped: Counter[str] = Counter()
+        self.warned: set[str] = set()
+        self.handle: NEFTuneHandle | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handle": None, "depth": 0}  # a copy is not steered by our handle
+
+    def set_alpha(self, noise_alpha: float | None) -> None:
+        self.noise_alpha = check_alpha(noise_alpha)
+        self.has_noise = self.noise_alpha > 0
+        self.alpha = torch.full((), self.noise_alpha, dtype=torch.float64, device="cpu")
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    def resolve_stream(self) -> int:
+        """The data-parallel index: the rank where there is a process group, else 0."""
+        if self.stream is not None:
+            return self.stream
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank()
+        return 0
+
+    def skip_reason(self, embedding: nn.Module) -> str | None:
+        if not embedding.training:
+            return "eval mode"
+        if not self.has_noise:
+            return "noise_alpha is 0"
+        if not self.noise_without_grad and not torch.is_grad_enabled():
+            return "no grad"
+        return None
+
+
+class Running:
+    """A running forward of a model around the embedding, and what it was told."""
+
+    def __init__(self, model: nn.Module, samples: Samples, decoder: bool, pad_token_id: int | None) -> None:
+        self.model, self.samples, self.decoder, self.pad_token_id = model, samples, decoder, pad_token_id
+        self.used = False  # an embedding call has taken these samples
+        self.scale = 1.0  # what this model would multiply embeddings by, taken over by the noisy embedding
+
+
+class Site:
+    """One noisy embedding: the forwards around it that are running, the innermost last, and its last call."""
+
+    def __init__(self, state: NEFTuneState) -> None:
+        self.state = state
+        self.hooked = False  # a model around the embedding tells us its samples
+        self.running: list[Running] = []
+        self.wrappers: list[weakref.ref[nn.Module]] = []  # PEFT's layers around the embedding
+        self.scaling: tuple[weakref.ref[nn.Module], str] | None = None  # who multiplies embeddings afterwards, and its factor's name
+        self.last: NoisyCall | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "running": [], "wrappers": [], "scaling": None, "last": None}
+
+    def marked(self) -> bool:
+        return any(hasattr(wrapper(), HUGGING_FACE_MARK) for wrapper in self.wrappers)
+
+    def check_recomputation(self) -> None:
+        """Inside backward a checkpointed segment runs again: it must see what its first pass saw."""
+        if torch._C._current_graph_task_id() == -1:
+            return
+        if self.state.skipped_last == "no grad":
+            raise RuntimeError(
+                "a reentrant checkpoint recomputes the embedding inside backward with noise, but ran it without grad, and so without "
+                "noise, before: apply_neftune(..., noise_without_grad=True), use_reentrant=False, or keep the embedding out of the segment"
+            )
+        if self.hooked and not self.running:
+            raise RuntimeError(
+                "a checkpoint recomputes the embedding inside backward, outside the forward of the model that knows the samples' lengths, "
+                "so its noise would change: keep the embedding out of the checkpointed segment"
+            )
+
+    def samples(self, input: Tensor, padding_idx: int) -> Samples:
+        """Those of the innermost running forward, where they fit the ids."""
+        if not self.running:
+            if self.hooked:
+                self.state.warn_once(
+                    "the noisy embedding was called outside its model's forward, so the lengths of the samples are unknown and every token "
+                    "but padding_idx counts as real: use neftune_kernels.add_noise with an attention_mask there, or, where PEFT has "
+                    "wrapped the model (prompt tuning), call apply_neftune again after get_peft_model"
+                )
+            return real_tokens(input, padding_idx, NOTHING)
+        running = self.running[-1]
+        told = running.samples
+        if told.unknown:
+            if running.decoder and (samples := trailing_padding(input, running.pad_token_id)) is not NOTHING:
+                return samples
+            return real_tokens(input, padding_idx, NOTHING)
+        mask = told.attention_mask
+        if mask is not None and mask.shape != input.shape:
+            if mask.numel() == input.numel():
+                mask = mask.reshape(input.shape)
+            elif running.used:  # LED looks up its window's padding on its own
+                return real_tokens(input, padding_idx, NOTHING)
+            else:
+                self.state.warn_once(
+                    f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's input {tuple(input.shape)}: every token "
+                    "but padding_idx counts as real. Tell NEFTune the samples with apply_neftune(..., samples=...)"
+                )
+                return real_tokens(input, padding_idx, NOTHING)
+            told = told._replace(attention_mask=mask)
+        running.used = True
+        return told
+
+    def outer_scale(self) -> tuple[float, float]:
+        """(factor of the embedding that this call takes over, divisor of its noise) where the model scales embeddings afterwards."""
+        if self.running and self.running[-1].scale != 1:
+            return self.running[-1].scale, 1.0
+        if self.scaling is None or (model := self.scaling[0]()) is None:
+            return 1.0, 1.0
+        return 1.0, float(getattr(model, self.scaling[1]))
+
+
+class _Noisy(nn.Module):
+    """Mixed in before the embedding's own class, whose forward stays what it was."""
+
+    _neftune: Site
+    _neftune_base: type[nn.Module]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        site = self._neftune
+        state = site.state
+        reason = state.skip_reason(self)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                state.skipped[reason] += 1
+                state.skipped_last = reason
+            plain: Tensor = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+            return plain if not site.running or site.running[-1].scale == 1 else plain * site.running[-1].scale
+        if HUGGING_FACE_MARK in self.__dict__ or site.marked():
+            raise RuntimeError(TWO_NOISES)
+        if getattr(self, "_is_replica", False) and state.stream is None:
+            raise RuntimeError(
+                "nn.DataParallel runs its replicas in threads that share one mask and one seed: use DistributedDataParallel, or give every "
+                "replica a stream= of its own with NEFTuneEmbedding"
+            )
+        if not torch.compiler.is_compiling():
+            site.check_recomputation()
+        base: Any = self if isinstance(self, nn.Embedding) else _open_wrapper(self)
+        weight, padding_idx = base.weight, -1 if base.padding_idx is None else base.padding_idx
+        samples = site.samples(input, padding_idx)
+        scale, divisor = site.outer_scale()
+        alpha = state.alpha if divisor == 1 else state.alpha / divisor
+        stream = state.resolve_stream()
+        fusible = self._neftune_base is nn.Embedding and type(weight) in PLAIN_WEIGHTS
+        fusible = fusible and base.max_norm is None and not base.sparse and not base.scale_grad_by_freq
+        embedded = None if fusible else super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        if embedded is not None and scale != 1:
+            embedded = embedded * scale
+        dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
+        seed = seed_tensor(None, None, weight.device)
+        if not torch.compiler.is_compiling():
+            state.calls += 1
+            state.skipped_last = None
+            chosen = choose_backend(state.backend, weight.device, dtype)
+            site.last = NoisyCall(input.shape, base.embedding_dim, state.noise_alpha / divisor, samples, seed, stream, chosen)
+        offsets = Offsets(stream, 0, 0)
+        if embedded is None:
+            return embed_with_noise(input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
+        return embeds_with_noise(embedded, alpha, samples, seed, None, offsets, state.backend)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild_noisy, (self._neftune_base,), self.__dict__
+
+
+_noisy_classes: dict[type, Any] = {}
+
+
+def _noisy_class(base: type[nn.Module]) -> Any:
+    if base not in _noisy_classes:
+        _noisy_classes[base] = type(f"Noisy{base.__name__}", (_Noisy, base), {"_neftune_base": base, "__module__": __name__})
+    return _noisy_classes[base]
+
+
+def _rebuild_noisy(base: type[nn.Module]) -> nn.Module:
+    """Pickle and deepcopy: the class is made at run time, so it cannot be found by name."""
+    made: Any = _noisy_class(base)
+    rebuilt: nn.Module = made.__new__(made)
+    return rebuilt
+
+
+class _TakeSamples:
+    """Forward pre-hook of a model around embeddings: what it is told of its samples."""
+
+    def __init__(self, state: NEFTuneState, names: tuple[str, ...]) -> None:
+        self.state, self.names = state, names
+        self.sites: list[Site] = []
+        self.decoder = False  # of an encoder-decoder
+        self.pad_token_id: int | None = None
+        self.factor: str | None = None  # name of the number that this model multiplies embeddings by
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.state
+        steered = state.depth == 0 and state.handle is not None and not torch.compiler.is_compiling()
+        if steered and state.handle.refresh():  # type: ignore[union-attr]  # our hooks are new ones then
+            fresh = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _TakeSamples) and hook.state is state)
+            return next(fresh)(module, args, kwargs)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        has_embeds = given.get("inputs_embeds") is not None or given.get("decoder_inputs_embeds") is not None
+        if state.depth == 0:
+            if has_embeds and module.training and state.has_noise and torch.is_grad_enabled():
+                state.warn_once(
+                    "the model was given inputs_embeds, so its embedding and its NEFTune noise did not run: pass them through "
+                    "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) first"
+                )
+            if not torch.compiler.is_compiling():
+                state.calls_before = -1 if has_embeds else state.calls
+        read = state.read
+        samples = from_arguments(given, self.pad_token_id, state.warn_once) if read is None else from_callable(read, given)
+        state.depth += 1
+        running = Running(module, samples, self.decoder, self.pad_token_id)
+        for site in self.sites:
+            site.running.append(running)
+        if self.factor is not None and not has_embeds and module.training and state.skip_reason(module) is None:
+            running.scale = float(getattr(module, self.factor))
+            setattr(module, self.factor, 1.0)
+
+
+class _ForgetSamples:
+    """Forward hook, called even when the forward raised."""
+
+    def __init__(self, taken: _TakeSamples) -> None:
+        self.taken = taken
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        state = self.taken.state
+        ended = False
+        for site in self.taken.sites:
+            if site.running and site.running[-1].model is module:
+                running = site.running.pop()
+                ended = True
+                if running.scale != 1 and self.taken.factor is not None:
+                    setattr(module, self.taken.factor, running.scale)
+        if ended:
+            state.depth -= 1
+        if torch.compiler.is_compiling() or result is None or not (module.training and state.has_noise and torch.is_grad_enabled()):
+            return
+        if state.calls == state.calls_before and state.depth == 0 and state.skipped_last is None:
+            state.warn_once(
+                "a training forward of the model ended without NEFTune noise: its noisy embedding was not called. Was it bypassed or "
+                "wrapped after apply_neftune? Call apply_neftune again"
+            )
+
+
+class Found(NamedTuple):
+    """An embedding to be made noisy: the module whose output gets the noise, and the wrappers around it."""
+
+    noisy: nn.Module
+    wrappers: list[nn.Module]
+
+
+class NEFTuneHandle:
+    """What apply_neftune returns: change alpha, read statistics, undo. Also a context manager that undoes on exit."""
+
+    def __init__(self, state: NEFTuneState) -> None:
+        self._state: NEFTuneState | None = state
+        self._roots: list[tuple[weakref.ref[nn.Module], str | None]] = []  # weak: a handle keeps no model alive
+        self._noisy: list[weakref.ref[nn.Module]] = []
+        self._places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []  # (parent, name, child) when attached
+        self._hooks: list[tuple[weakref.ref[nn.Module], list[Any]]] = []
+
+    def add_root(self, model: nn.Module, path: str | None) -> None:
+        self._roots = [(root, where) for root, where in self._roots if root() not in (None, model)]
+        self._roots.append((weakref.ref(model), path))
+        self.attach()
+
+    def attach(self) -> None:
+        """Find the embeddings in the models as they are now, make them noisy, and hook the models around them."""
+        state = self._live_state()
+        found: dict[nn.Module, Found] = {}
+        listeners: dict[nn.Module, list[Site]] = {}
+        places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []
+        live = [(root, path) for reference, path in self._roots if (root := reference()) is not None]
+        for root, path in live:
+            found.update({one.noisy: one for one in find_embeddings(root, path)})
+        for module in (reference() for reference in self._noisy):
+            if isinstance(module, _Noisy) and module not in found:
+                _make_plain(module)
+        for module, one in found.items():
+            _make_noisy(module, state).wrappers = [weakref.ref(wrapper) for wrapper in one.wrappers]
+        self._noisy = [weakref.ref(module) for module in found]
+        self._unhook()
+        for root, _ in live:
+            decoders = {id(module) for module in _decoder_of(root)}
+            for name, module in list(root.named_modules(remove_duplicate=False)):
+                if isinstance(module, _Noisy) and module in found:
+                    ancestors = list(_ancestors(root, name))
+                    places += [(weakref.ref(parent), child, weakref.ref(parent._modules[child])) for parent, child in ancestors]  # type: ignore[arg-type]
+                    for parent, _ in ancestors:
+                        sites = listeners.setdefault(parent, [])
+                        if module._neftune not in sites:
+                            sites.append(module._neftune)
+            for parent, sites in listeners.items():
+                self._listen(parent, sites, id(parent) in decoders, _pad_token_id(root))
+        self._places = places
+
+    def _listen(self, model: nn.Module, sites: list[Site], decoder: bool, pad_token_id: int | None) -> None:
+        if not (tells_samples(model) or (self._live_state().read is not None)):
+            return
+        if any(isinstance(hook, _TakeSamples) and hook.state is self._state for hook in model._forward_pre_hooks.values()):
+            return
+        _forget_hooks(model)  # of a deepcopied or unpickled model
+        taken = _TakeSamples(self._live_state(), tuple(parameter_names(model)))
+        taken.sites, taken.decoder, taken.pad_token_id = sites, decoder, pad_token_id
+        taken.factor = _factor_of_embeddings(model)
+        for site in sites:
+            site.hooked = True
+            if taken.factor is not None:
+                site.scaling = (weakref.ref(model), taken.factor)
+        hooks = [
+            model.register_forward_pre_hook(taken, with_kwargs=True),
+            model.register_forward_hook(_ForgetSamples(taken), always_call=True),
+        ]
+        self._hooks.append((weakref.ref(model), hooks))
+
+    def _unhook(self) -> None:
+        for _, hooks in self._hooks:
+            for hook in hooks:
+                hook.remove()
+        self._hooks = []
+
+    def refresh(self) -> bool:
+        """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a resized or another embedding."""
+        for parent, name, child in self._places:
+            module = parent()
+            if module is not None and module._modules.get(name) is not child():
+                self.attach()
+                return True
+        return False
+
+    def _live_state(self) -> NEFTuneState:
+        if self._state is None:
+            raise RuntimeError("this NEFTuneHandle was removed: call apply_neftune again")
+        return self._state
+
+    @property
+    def noise_alpha(self) -> float:
+        return self._live_state().noise_alpha
+
+    @noise_alpha.setter
+    def noise_alpha(self, value: float | None) -> None:
+        self._live_state().set_alpha(value)
+        self.refresh()
+
+    def check_single_noise(self) -> None:
+        """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of ours."""
+        for module in (reference() for reference in self._noisy):
+            if isinstance(module, _Noisy) and (HUGGING_FACE_MARK in module.__dict__ or module._neftune.marked()):
+                raise RuntimeError(TWO_NOISES)
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was: class, forward, hooks. A second call does nothing.
+
+        Raises:
+            RuntimeError: something put on the embedding since then holds its noisy class; nothing is changed.
+        """
+        if self._state is None:
+            return
+        noisy = [module for module in (reference() for reference in self._noisy) if isinstance(module, _Noisy)]
+        for root in (reference() for reference, _ in self._roots):  # copies that PEFT made of one (modules_to_save, a further adapter)
+            noisy += [] if root is None else [module for module in root.modules() if isinstance(module, _Noisy)]
+        for module in noisy:
+            if type(module) is not _noisy_class(module._neftune_base) or "forward" in module.__dict__:
+                raise RuntimeError(
+                    "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
+                    "take that off first, then call remove()"
+                )
+        for module in dict.fromkeys(noisy):
+            _make_plain(module)
+        self._unhook()
+        self._state.handle = None
+        self._state = None
+
+    def __enter__(self) -> "NEFTuneHandle":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def stats(self) -> dict[str, Any]:
+        """What the noise was, computed now: nothing is counted or synchronised in forward but two Python integers.
+
+        Returns:
+            calls: noisy forwards of embeddings so far; skipped: those without noise by reason ("eval mode", "no grad", "noise_alpha is 0").
+            Of the last noisy forward (of encoder and decoder together), None before one: samples (with a real token), length_min,
+            length_mean, length_max (real tokens), magnitude_min, magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
+            |noise| over its sample's magnitude, below 1) and backend. Forwards inside torch.compile are not counted.
+        """
+        state = self._live_state()
+        names = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max")
+        stats: dict[str, Any] = {"calls": state.calls, "samples": None, **dict.fromkeys(names), "max_noise_ratio": None, "backend": None}
+        stats["skipped"] = dict(state.skipped)
+        modules = [module for module in (reference() for reference in self._noisy) if isinstance(module, _Noisy)]
+        lasts = [module._neftune.last for module in modules if module._neftune.last is not None]
+        if not lasts:
+            return stats
+        measured = [_measure(last) for last in lasts]
+        lengths, magnitudes = torch.cat([found[0] for found in measured]), torch.cat([found[1] for found in measured])
+        stats |= {"samples": lengths.numel(), "backend": lasts[-1].backend}
+        if lengths.numel() == 0:
+            return stats
+        values = [float(how(tensor)) for tensor in (lengths, magnitudes) for how in (torch.min, torch.mean, torch.max)]
+        stats |= dict(zip(names, values, strict=True))
+        stats["max_noise_ratio"] = max(found[2] for found in measured)
+        stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
+        return stats
+
+
+def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
+    """float64 lengths and magnitudes of the call's samples with a real token, and the largest |noise| over its magnitude."""
+    device = last.seed.device
+    layout = make_layout(last.shape, device, last.samples, last.backend)
+    sample, _, length = layouts.per_token(layout, last.shape, device)
+    real = length > 0
+    lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1].double()  # one per sample with a real token
+    if lengths.numel() == 0:
+        return lengths.cpu(), lengths.cpu(), 0.0
+    magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
+    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*last.shape, last.embedding_dim)
+    alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.stream, 0, 0)
+    noise = embeds_with_noise(zeros, alpha, last.samples, last.seed, None, offsets, last.backend)
+    bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
+    return lengths.cpu(), magnitudes.cpu(), float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max())
+
+
+def _make_noisy(module: nn.Module, state: NEFTuneState) -> Site:
+    if not isinstance(module, _Noisy):
+        module.__class__ = _noisy_class(type(module))
+    site = module.__dict__.get("_neftune")
+    if site is None or site.state is not state:  # a copy that PEFT or deepcopy made of a noisy one comes with a state of its own
+        site = Site(state)
+        module.__dict__["_neftune"] = site
+    return site
+
+
+def _make_plain(module: _Noisy) -> None:
+    module.__dict__.pop("_neftune", None)
+    module.__class__ = module._neftune_base  # type: ignore[assignment]
+
+
+def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """(ancestor, name of its child on the path) from root to the module's parent."""
+    module = root
+    for name in path.split(".") if path else []:
+        yield module, name
+        module = module._modules[name]  # type: ignore[assignment]
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _stack(model: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        found = getattr(model, getter)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
+def _decoder_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The decoder of an encoder-decoder, with all that is inside it."""
+    decoder = _stack(model, "get_decoder") if _is_encoder_decoder(model) else None
+    if decoder is not None:
+        yield from decoder.modules()
+
+
+def _pad_token_id(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    found = getattr(config, "pad_token_id", None)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+SCALED_BY_ATTRIBUTE = re.compile(r"(?:self\.\w+\(input_ids\)|\binputs_embeds)\s*\*=?\s*self\.(\w+)\b(?![.(\[])")
+SCALED_BY_EXPRESSION = re.compile(r"\binputs_embeds\s*\*=?\s*(?!\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b")
+
+
+def _source_of_forward(model: nn.Module) -> str:
+    try:
+        return inspect.getsource(type(model).forward)
+    except (OSError, TypeError):
+        return ""
+
+
+def _factor_of_embeddings(model: nn.Module) -> str | None:
+    """The attribute by which a model multiplies embeddings after looking them up (Marian's embed_scale, Granite's embedding_multiplier)."""
+    match = SCALED_BY_ATTRIBUTE.search(_source_of_forward(model))
+    if match is None or not isinstance(getattr(model, match[1], None), (int, float)) or getattr(model, match[1]) == 1:
+        return None
+    return match[1]
+
+
+def _unwrapped(module: Any) -> list[Any]:
+    """The module and what it wraps, one inside the other: PEFT's tuner layers, its trainable tokens."""
+    chain = [module]
+    while True:
+        inner = chain[-1].__dict__.get("_modules", {}) if isinstance(chain[-1], nn.Module) else {}
+        following = inner.get("base_layer", inner.get("token_adapter"))
+        if following is None:
+            return chain
+        chain.append(following)
+
+
+def _open_wrapper(module: Any) -> Any:
+    return _unwrapped(module)[-1]
+
+
+def _computes_alone(module: Any) -> bool:
+    """PEFT's trainable tokens look rows up in a weight of their own and never call the embedding that they wrap."""
+    return "token_adapter" in module._modules or hasattr(module, "trainable_tokens_delta")
+
+
+def _found(module: Any) -> Found:
+    chain = _unwrapped(module)
+    noisy = next((one for one in chain if _computes_alone(one)), chain[-1])
+    embedding = chain[-1]
+    if isinstance(embedding, NEFTuneEmbedding):
+        raise ValueError("the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in module.to_embedding()")
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"the input embedding must be an nn.Embedding, got {type(embedding).__name__}: name it with embedding=")
+    if "forward" in noisy.__dict__:
+        raise ValueError(
+            "the embedding carries a forward of its own as an instance attribute (a tensor-parallel plan or a monkey patch), which "
+            "would hide the noise: apply NEFTune before it, or remove it"
+        )
+    return Found(noisy, chain[: chain.index(noisy)])
+
+
+def _all_found(module: Any) -> list[Found]:
+    """The embedding behind a module; of modules_to_save the original and every copy."""
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        return [
+            Found(one.noisy, [module, *one.wrappers])
+            for one in (_found(inner) for inner in (module.original_module, *module.modules_to_save.values()))
+        ]
+    return [_found(module)]
+
+
+def find_embeddings(model: nn.Module, path: str | None) -> list[Found]:
+    """The embeddings to be made noisy: at the path, else the model's input embeddings, of encoder and decoder where it has both."""
+    if path is not None:
+        return _all_found(model.get_submodule(path))
+    try:
+        module = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        module = None
+    if module is None and not _is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the module with "
+            'embedding="path.to.embed" or pass the module itself'
+        )
+    if not _is_encoder_decoder(model):
+        return _all_found(module)
+    found: dict[nn.Module, Found] = {}
+    stacks = [_stack(model, "get_encoder"), _stack(model, "get_decoder")]
+    for stack in (model, *stacks):
+        try:
+            module = None if stack is None else stack.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            module = None
+        if module is not None and isinstance(_open_wrapper(getattr(module, "original_module", module)), nn.Embedding):
+            found.update({one.noisy: one for one in _all_found(module)})  # an encoder of speech or images embeds no tokens
+    if not found:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder without token embeddings: name the module with embedding=")
+    return list(found.values())
+
+
+def _path_of(model: nn.Module, embedding: str | nn.Module | None) -> str | None:
+    """embedding= as a path in the model, so that it is found again when PEFT has put a wrapper there."""
+    if embedding is None:
+        return None
+    if isinstance(embedding, str):
+        try:
+            model.get_submodule(embedding)
+        except AttributeError as error:
+            raise ValueError(f"embedding={embedding!r} names no module of {type(model).__name__}: {error}") from None
+        return embedding
+    path = next((name for name, module in model.named_modules() if module is embedding), None)
+    if path is None:
+        raise ValueError("the embedding is not a part of the model")
+    return path
+
+
+def _check_scaling(model: nn.Module, found: list[Found]) -> None:
+    """Models that multiply embeddings afterwards by something we cannot take over would multiply the noise too."""
+    targets = {one.noisy for one in found}
+    for name, module in model.named_modules():
+        if module in targets:
+            for parent, _ in _ancestors(model, name):
+                if SCALED_BY_EXPRESSION.search(_source_of_forward(parent)):
+                    warnings.warn(
+                        f"{type(parent).__name__} may multiply embeddings after looking them up, and NEFTune's noise with them: if it does, "
+                        "divide noise_alpha by the factor",
+                        stacklevel=3,
+                    )
+
+
+def apply_neftune(
+    model: nn.Module,
+    noise_alpha: float | None = 5.0,
+    *,
+    embedding: str | nn.Module | None = None,
+    samples: Callable[[dict[str, Any]], Any] | None = None,
+    stream: int | None = None,
+    noise_without_grad: bool = False,
+    backend: str | None = None,
+) -> NEFTuneHandle:
+    """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its own forward is told.
+
+    Noise is added in training mode with grad enabled; never in eval mode and never under `torch.no_grad()` (rollouts, reference models)
+    unless `noise_without_grad`. Lengths come from the arguments of the models around the embedding, positional or by keyword, the first of:
+    cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask. Without any, every token but padding_idx is real, in a
+    decoder of an encoder-decoder every token up to the last that is not padding. What cannot be read warns once.
+    Encoder and decoder of an encoder-decoder get noise each with its own mask. What takes the embedding's place later (PEFT's wrappers,
+    a resized embedding) is found at the next forward. Factors that the model applies after its lookup do not multiply the noise.
+
+    Args:
+        model: a transformers PreTrainedModel, a PEFT model, or any module with get_input_embeddings().
+        noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the same handle.
+        embedding: the embedding's path in the model or the module itself, where get_input_embeddings() does not tell.
+        samples: reads a forward's arguments (a dictionary by name) where their names say nothing; returns an attention_mask, a dictionary
+            with attention_mask, lengths, cu_seqlens or position_ids, or None for "every token is real".
+        stream: word that separates data-parallel replicas; None: the rank of the default process group, 0 without one, at each call.
+        noise_without_grad: noise also where grad is disabled.
+        backend: as in :func:`noisy_embedding`.
+
+    Returns:
+        A handle with noise_alpha, stats() and remove(); also a context manager.
+
+    Raises:
+        ValueError: no nn.Embedding can be found or noised; bad alpha, stream or backend.
+
+    Example:
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = torch.nn.Embedding(10, 4)
+        ...     def forward(self, input_ids, attention_mask=None):
+        ...         return self.embed(input_ids)
+        >>> model = Model()
+        >>> with apply_neftune(model, 5.0, embedding="embed") as handle:
+        ...     _ = model(torch.tensor([[1, 2, 3], [4, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]))
+        ...     handle.stats()["length_min"], handle.stats()["length_max"]
+        (1, 3)
+        >>> type(model.embed).__name__
+        'Embedding'
+    """
+    alpha = check_alpha(noise_alpha)
+    if stream is not None:
+        check_word("stream", stream)
+    if samples is not None and not callable(samples):
+        raise TypeError(f"samples must be callable with the forward's arguments, got {samples!r}")
+    path = _path_of(model, embedding)
+    found = find_embeddings(model, path)
+    for one in found:
+        weight = _open_wrapper(one.noisy).weight
+        quantised = type(weight) not in PLAIN_WEIGHTS  # its forward decides the dtype
+        choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
+    states = [one.noisy._neftune.state for one in found if isinstance(one.noisy, _Noisy)]
+    state = next((state for state in states if state.handle is not None), None)
+    if state is None or state.handle is None:
+        _check_scaling(model, found)
+        state = NEFTuneState()
+        state.handle = NEFTuneHandle(state)
+    state.read = samples
+    state.handle.add_root(model, path)
+    state.set_alpha(alpha)
+    state.stream, state.noise_without_grad, state.backend = stream, noise_without_grad, backend
+    if not any(one.noisy._neftune.hooked for one in found if isinstance(one.noisy, _Noisy)):
+        state.warn_once(
+            "no forward around the embedding takes an attention_mask, so every token but padding_idx counts as real: tell NEFTune the "
+            "samples with apply_neftune(..., samples=...)"
+        )
+    return state.handle
+
+
+def _forget_hooks(model: nn.Module) -> None:
+    hooks: Callable[..., Any]
+    for registered, extras in (
+        (model._forward_pre_hooks, (model._forward_pre_hooks_with_kwargs,)),
+        (model._forward_hooks, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
+    ):
+        for key, hooks in list(registered.items()):
+            if isinstance(hooks, (_TakeSamples, _ForgetSamples)):
+                for where in (registered, *extras):
+                    where.pop(key, None)  # type: ignore[attr-defined]

@@ -1,0 +1,146 @@
+"""What a model's forward is told of its samples, read from its arguments.
+
+transformers, TRL and the trainers built on them say it in six ways: cu_seq_lens_q, seq_idx, position_ids (of one, three or four axes),
+attention_mask, all of these padded, or nothing.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import NOTHING, Samples
+from ..layout import check_cu_seqlens_values
+
+OUR_NAMES = ("attention_mask", "lengths", "cu_seqlens", "position_ids")  # what a model of one's own may call them
+KNOWN_NAMES = (*OUR_NAMES, "cu_seq_lens_q", "seq_idx")
+Warn = Callable[[str], None]
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    return list(inspect.signature(type(model).forward).parameters)[1:]
+
+
+def tells_samples(model: nn.Module) -> bool:
+    return any(name in KNOWN_NAMES for name in parameter_names(model))
+
+
+def from_callable(read: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Samples:
+    """The user's own reading: a mask, or a dictionary with add_noise's keywords."""
+    told = read(given)
+    if told is None:
+        return NOTHING
+    if isinstance(told, Tensor):
+        return Samples(attention_mask=told)
+    if not isinstance(told, dict):
+        raise TypeError(f"samples= must return an attention_mask tensor, a dictionary or None, got {type(told).__name__}")
+    unknown = sorted(set(told) - set(OUR_NAMES))
+    if unknown:
+        raise ValueError(f"samples= may return {', '.join(OUR_NAMES)}, got {', '.join(unknown)}")
+    return Samples(**told)
+
+
+def from_arguments(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
+    """The first of cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask; what cannot be read warns.
+
+    A mask longer than the ids (a cache before them) counts by its last columns.
+    """
+    own = [name for name in ("lengths", "cu_seqlens") if isinstance(given.get(name), Tensor)]
+    mask, position_ids, input_ids = given.get("attention_mask"), given.get("position_ids"), given.get("input_ids")
+    if own:
+        return Samples(**{name: given[name] for name in own})
+    if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
+        return Samples(attention_mask=mask) if isinstance(mask, Tensor) else NOTHING
+    columns = input_ids.shape[-1]
+    mask = _two_axes(mask, columns, warn)
+    bounds, number = given.get("cu_seq_lens_q"), given.get("seq_idx")
+    if isinstance(bounds, Tensor):
+        return _from_bounds(bounds, input_ids, pad_token_id)
+    if isinstance(number, Tensor):
+        if number.shape == input_ids.shape:
+            return Samples(attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id))
+        warn(f"seq_idx of shape {tuple(number.shape)} does not fit input_ids {tuple(input_ids.shape)}: NEFTune does not use it")
+    if isinstance(position_ids, Tensor):
+        return _from_position_ids(position_ids, mask, input_ids, pad_token_id, warn)
+    return Samples(attention_mask=mask)
+
+
+def _two_axes(mask: Any, columns: int, warn: Warn) -> Tensor | None:
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[-1] >= columns:
+        return mask[:, mask.shape[-1] - columns :]
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    warn(
+        f"an attention_mask that is not (batch, tokens) ({shape}) does not tell NEFTune the samples' lengths: every token "
+        "but padding_idx counts as real. Pass the model a 2-D attention_mask or position_ids"
+    )
+    return None
+
+
+def _opens(number: Tensor) -> Tensor:
+    """Where a number differs from the one before it; a row's first token opens too."""
+    first = torch.ones_like(number[..., :1], dtype=torch.bool)
+    return torch.cat((first, number[..., 1:] != number[..., :-1]), dim=-1)
+
+
+def _without_tail(number: Tensor, opens: Tensor, mask: Tensor | None, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """Documents' numbers as a mask, 0 for padding; see _tail."""
+    number = number - number.amin(-1, keepdim=True) + 1
+    real = ~_tail(opens, input_ids, pad_token_id) if mask is None else mask != 0
+    return number * real
+
+
+def _tail(opens: Tensor, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """Tokens that pad_to_multiple_of appended to a batch without a mask: they look like documents of one token each, at the row's end.
+
+    So these are the trailing documents of one token that is the padding token, or the row's last token where the model names none.
+    """
+    alone = opens & torch.cat((opens[..., 1:], torch.ones_like(opens[..., :1])), dim=-1)
+    padding = input_ids[..., -1:] if pad_token_id is None else pad_token_id
+    kept = ~(alone & (input_ids == padding))
+    kept[..., :1] = True  # a row that is one token long is a sample
+    return kept.flip(-1).cumsum(-1).flip(-1) == 0
+
+
+def _from_bounds(bounds: Tensor, input_ids: Tensor, pad_token_id: int | None) -> Samples:
+    """cu_seq_lens_q over the flattened tokens; the last documents may be padding."""
+    flat = input_ids.reshape(-1)
+    if not torch.compiler.is_compiling():
+        check_cu_seqlens_values(bounds, flat.numel())
+    token = torch.arange(flat.numel(), device=flat.device)
+    number = torch.searchsorted(bounds.to(flat.device).long(), token, right=True)
+    if flat.numel() == 0:
+        return Samples(cu_seqlens=bounds)
+    outside = _tail(_opens(number), flat, pad_token_id) | (number == bounds.numel())
+    number = torch.where(outside, 0, number)
+    return Samples(attention_mask=number.view(input_ids.shape))
+
+
+def _from_position_ids(position_ids: Tensor, mask: Tensor | None, input_ids: Tensor, pad_token_id: int | None, warn: Warn) -> Samples:
+    if position_ids.dim() == input_ids.dim() + 1 and position_ids.shape[1:] == input_ids.shape and position_ids.shape[0] in (3, 4):
+        if position_ids.shape[0] == 4:  # Qwen-VL: the text's own positions come first
+            position_ids = position_ids[0]
+        else:  # temporal, height, width: all three are 0 at a document's first token alone
+            number = (position_ids == 0).all(0).cumsum(-1)
+            return Samples(attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id))
+    if position_ids.shape not in (input_ids.shape, (1, input_ids.shape[-1])):
+        warn(f"position_ids of shape {tuple(position_ids.shape)} do not tell NEFTune where samples begin and are not used")
+        return Samples(attention_mask=mask)
+    if mask is None and input_ids.numel():
+        expanded = position_ids.expand(input_ids.shape)
+        previous = torch.cat((expanded[..., :1] - 1, expanded[..., :-1]), dim=-1)
+        mask = ~_tail(expanded != previous + 1, input_ids, pad_token_id)
+    return Samples(attention_mask=mask, position_ids=position_ids)
+
+
+def trailing_padding(input_ids: Tensor, pad_token_id: int | None) -> Samples:
+    """A decoder's shifted labels without a mask: real up to the last token that is not padding, the start token always."""
+    if pad_token_id is None or input_ids.dim() == 0:
+        return NOTHING
+    kept = input_ids != pad_token_id
+    real = kept.flip(-1).cumsum(-1).flip(-1) > 0
+    first = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0
+    return Samples(attention_mask=real | first)
