@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import json
 import math
 import os
+import pathlib
 from typing import NamedTuple
 
 import pytest
@@ -147,3 +149,22 @@ def equals_oracle(out: torch.Tensor, expected) -> bool:
     """Whether (..., d) of any float dtype holds the very values of the oracle's (N, d) array, which is in float32 or float64."""
     wide = out.double() if out.dtype == torch.float64 else out.float()  # exact, sign of zero included
     return same_bits(wide.reshape(-1, out.shape[-1]), torch.from_numpy(expected))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--compatibility", metavar="FILE", help="write what tests proved of models, trainers and layouts, as JSON")
+
+
+@pytest.fixture
+def proves(request):
+    """proves(family, trainer, layout): a line of the README's compatibility table, if the test passes."""
+    return lambda *line: request.node.user_properties.append(("compatibility", line))
+
+
+def pytest_terminal_summary(terminalreporter):
+    path = terminalreporter.config.getoption("--compatibility")
+    if path is None:
+        return
+    passed = [report.user_properties for report in terminalreporter.stats.get("passed", [])]
+    lines = sorted({tuple(line) for properties in passed for name, line in properties if name == "compatibility"})
+    pathlib.Path(path).write_text(json.dumps(lines, indent=1) + "\n")

@@ -353,7 +353,7 @@ class NEFTuneHandle:
                 if isinstance(module, _Noisy) and module in found:
                     ancestors = list(_ancestors(root, name))
                     places += [(weakref.ref(parent), child, weakref.ref(parent._modules[child])) for parent, child in ancestors]  # type: ignore[arg-type]
-                    for parent, _ in ancestors:
+                    for parent in _speakers([parent for parent, _ in ancestors], state.read is not None):
                         sites = listeners.setdefault(parent, [])
                         if module._neftune not in sites:
                             sites.append(module._neftune)
@@ -362,8 +362,6 @@ class NEFTuneHandle:
         self._places = places
 
     def _listen(self, model: nn.Module, sites: list[Site], decoder: bool, pad_token_id: int | None) -> None:
-        if not (tells_samples(model) or (self._live_state().read is not None)):
-            return
         if any(isinstance(hook, _TakeSamples) and hook.state is self._state for hook in model._forward_pre_hooks.values()):
             return
         _forget_hooks(model)  # of a deepcopied or unpickled model
@@ -513,6 +511,25 @@ def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
         module = module._modules[name]  # type: ignore[assignment]
 
 
+def _speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
+    """The ancestors to be hooked: the innermost that is told of samples, and those around it that may call the embedding themselves.
+
+    transformers' outer models only pass arguments on, except those that merge images into embeddings; a hook on them would cost
+    torch.compile a second graph.
+    """
+    telling = [model for model in ancestors if all_speak or tells_samples(model)]
+    masked = [model for model in telling if all_speak or "attention_mask" in parameter_names(model)]
+    telling = masked or telling  # BertEmbeddings is told of positions alone, the model around it of masks
+    return [model for model in telling if model is telling[-1] or _may_call_embedding(model)]
+
+
+def _may_call_embedding(model: nn.Module) -> bool:
+    package = type(model).__module__.split(".")[0]
+    if package == "transformers":
+        return "get_input_embeddings()(" in _source_of_forward(model)
+    return package != "peft" or bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
@@ -540,7 +557,7 @@ def _pad_token_id(model: nn.Module) -> int | None:
 
 
 SCALED_BY_ATTRIBUTE = re.compile(r"(?:self\.\w+\(input_ids\)|\binputs_embeds)\s*\*=?\s*self\.(\w+)\b(?![.(\[])")
-SCALED_BY_EXPRESSION = re.compile(r"\binputs_embeds\s*\*=?\s*(?!\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b")
+SCALED_BY_EXPRESSION = re.compile(r"\binputs_embeds\s*\*=?\s*(?!\s|\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b")
 
 
 def _source_of_forward(model: nn.Module) -> str:
@@ -657,8 +674,8 @@ def _check_scaling(model: nn.Module, found: list[Found]) -> None:
             for parent, _ in _ancestors(model, name):
                 if SCALED_BY_EXPRESSION.search(_source_of_forward(parent)):
                     warnings.warn(
-                        f"{type(parent).__name__} may multiply embeddings after looking them up, and NEFTune's noise with them: if it does, "
-                        "divide noise_alpha by the factor",
+                        f"{type(parent).__name__} may multiply embeddings after looking them up, and with them NEFTune's noise: divide "
+                        "noise_alpha by the factor if so",
                         stacklevel=3,
                     )
 

@@ -1,0 +1,382 @@
+"""apply_neftune on every model family people fine-tune: the paper's noise, once, at the right magnitude; eval untouched."""
+
+import pytest
+import torch
+from torch import nn
+
+from neftune_kernels import NEFTuneEmbedding, apply_neftune, neftune_noise
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB, HIDDEN = 64, 32
+SMALL = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DECODERS = {
+    "Llama": ("Llama", GROUPED),
+    "Qwen2": ("Qwen2", GROUPED),
+    "Qwen3": ("Qwen3", {**GROUPED, "head_dim": 8}),
+    "Mistral": ("Mistral", GROUPED),
+    "GPT2": ("GPT2", {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 2, "n_head": 4}),
+    "GPT-NeoX": ("GPTNeoX", SMALL),
+    "OPT": (
+        "OPT",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 48,
+            "word_embed_proj_dim": HIDDEN,
+        },
+    ),
+    "Phi": ("Phi", SMALL),
+    "Gemma": ("Gemma", {**GROUPED, "head_dim": 8}),
+    "Gemma2": ("Gemma2", {**GROUPED, "head_dim": 8}),
+    "Gemma3": ("Gemma3Text", {**GROUPED, "head_dim": 8}),
+    "Mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4}),
+    "Qwen2-MoE": ("Qwen2Moe", {**GROUPED, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}),
+    "Qwen3-MoE": ("Qwen3Moe", {**GROUPED, **EXPERTS, "num_experts": 4, "head_dim": 8}),
+    "Granite": ("Granite", {**GROUPED, "embedding_multiplier": 12.0}),
+}
+ENCODERS = {
+    "BERT": ("Bert", SMALL),
+    "RoBERTa": ("Roberta", {**SMALL, "pad_token_id": 1, "max_position_embeddings": 40}),
+}
+T5_LIKE = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+BART_LIKE = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+    "scale_embedding": True,
+    "max_position_embeddings": 64,
+}
+ENCODER_DECODERS = {
+    "T5": ("T5", T5_LIKE),
+    "MT5": ("MT5", T5_LIKE),
+    "UMT5": ("UMT5", T5_LIKE),
+    "LongT5": ("LongT5", T5_LIKE),
+    "SwitchTransformers": ("SwitchTransformers", {**T5_LIKE, "num_experts": 2}),
+    "BART": ("Bart", BART_LIKE),
+    "MBart": ("MBart", BART_LIKE),
+    "Pegasus": ("Pegasus", BART_LIKE),
+    "M2M100": ("M2M100", BART_LIKE),
+    "Blenderbot": ("Blenderbot", BART_LIKE),
+    "PLBart": ("PLBart", BART_LIKE),
+    "LED": (
+        "LED",
+        {
+            **{k: v for k, v in BART_LIKE.items() if k != "scale_embedding"},
+            "attention_window": 4,
+            "max_encoder_position_embeddings": 64,
+            "max_decoder_position_embeddings": 64,
+        },
+    ),
+    "Marian": ("Marian", BART_LIKE),
+}
+
+
+def build(family, table, suffix):
+    name, options = table[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    return (
+        getattr(transformers, name.removesuffix("Text") + suffix)._from_config(config)
+        if not name.endswith("Text")
+        else transformers.AutoModelForCausalLM.from_config(config)
+    )
+
+
+def decoder_only(family):
+    return build(family, DECODERS, "LMHeadModel" if family == "GPT2" else "ForCausalLM")
+
+
+def batch(padding):
+    ids = torch.randint(3, VOCAB, (3, 8), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(3, 8, dtype=torch.int64)
+    if padding == "right":
+        mask[0, 5:], mask[1, 2:] = 0, 0
+    elif padding == "left":
+        mask[0, :3], mask[1, :6] = 0, 0
+    elif padding == "holes":
+        mask[0, 2], mask[1, ::3] = 0, 0
+    return ids, mask
+
+
+class Recorded:
+    """Outputs of the given modules during a forward, in order."""
+
+    def __init__(self, *modules):
+        self.outputs = [[] for _ in modules]
+        self.hooks = [
+            module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.detach().clone()))
+            for module, seen in zip(modules, self.outputs, strict=True)
+        ]
+
+    def __enter__(self):
+        return self.outputs
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def first_hidden(model, **inputs):
+    """What the first layer is given; `output_hidden_states` hands out the same tensor."""
+    return model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[0].detach()
+
+
+def last_seed(module):
+    return module._neftune.last.seed
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "holes", "none"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders(family, padding, proves):
+    """The first layer of a decoder gets embedding (scaled as the model scales it) + alpha/sqrt(L d) u, with its own L in every row."""
+    model = decoder_only(family).train()
+    for module in model.modules():  # dropout between embedding and first layer would hide the bits
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ids, mask = batch(padding)
+    given = {} if padding == "none" else {"attention_mask": mask}
+    clean = first_hidden(model.eval(), input_ids=ids, **given)
+    handle = apply_neftune(model, 5.0)
+    assert torch.equal(first_hidden(model, input_ids=ids, **given), clean), "eval stays what it was, bit for bit"
+    embedding = model.get_input_embeddings()
+    noisy = first_hidden(model.train(), input_ids=ids, **given)
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
+    if family in ("GPT2", "OPT"):  # they add learned positions after the embedding
+        with Recorded(embedding) as (seen,):
+            model.eval()(input_ids=ids, **given)
+            model.train()(input_ids=ids, **given)
+        clean, noisy = seen
+        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
+    assert torch.equal(noisy, clean + noise)
+    assert handle.stats()["calls"] == (2 if family in ("GPT2", "OPT") else 1)
+    handle.remove()
+    assert torch.equal(
+        first_hidden(model.eval(), input_ids=ids, **given), first_hidden(decoder_only(family).eval(), input_ids=ids, **given)
+    )
+    proves(family, "forward", f"padding: {padding}")
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders(family, proves):
+    model = build(family, ENCODERS, "ForMaskedLM").train()
+    ids, mask = batch("right")
+    embedding = model.get_input_embeddings()
+    clean = embedding(ids)
+    handle = apply_neftune(model, 5.0)
+    for given, real in (({"attention_mask": mask}, mask), ({}, torch.ones_like(mask))):
+        with Recorded(embedding) as (seen,):
+            model(input_ids=ids, **given)
+        assert torch.equal(seen[0], clean + neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(embedding)))
+    padded = ids.masked_fill(mask == 0, embedding.padding_idx)
+    with Recorded(embedding) as (seen,):
+        model(input_ids=padded)
+    expected = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
+    assert torch.equal(seen[0], torch.nn.functional.embedding(padded, embedding.weight) + expected), (
+        "padding_idx tells padding where nothing else does"
+    )
+    assert handle.stats()["calls"] == 3
+    proves(family, "forward", "padding: right")
+
+
+def encoder_decoder(family):
+    return build(family, ENCODER_DECODERS, "MTModel" if family == "Marian" else "ForConditionalGeneration").train()
+
+
+def labels_and_ids(model):
+    """Labels padded with -100 and the decoder's own shifted ids with the real tokens of each row: labels and the start token."""
+    labels = torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(3))
+    labels[0, 4:], labels[1, 1:] = -100, -100
+    real = torch.ones(3, 6, dtype=torch.int64)
+    real[0, 5:], real[1, 2:] = 0, 0
+    return labels, real
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_encoder_decoders(family, proves):
+    """Encoder and decoder tokens get noise, each once and each with its own lengths; `shared`, which transformers hooks, never runs."""
+    model = encoder_decoder(family)
+    ids, mask = batch("right")
+    labels, real = labels_and_ids(model)
+    encoder, decoder = model.get_encoder().get_input_embeddings(), model.get_decoder().get_input_embeddings()
+    scale = {
+        stack: getattr(stack, "embed_scale", 1.0) if family in ("Pegasus", "Marian") else 1.0
+        for stack in (model.get_encoder(), model.get_decoder())
+    }
+    eval_logits = model.eval()(input_ids=ids, attention_mask=mask, labels=labels).logits
+    handle = apply_neftune(model, 5.0)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask, labels=labels).logits, eval_logits)
+    model.train()
+    assert handle.stats()["calls"] == 0
+    with Recorded(encoder, decoder) as (encoded, decoded):
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+    stats = handle.stats()
+    assert (stats["length_min"], stats["length_max"], stats["samples"]) == (2, 8, 6)
+    assert stats["calls"] == 2 + (len(encoded) - 1), "LED looks up its window's padding apart"
+    seeds = [last_seed(encoder), last_seed(decoder)]
+    handle.noise_alpha = 0
+    with Recorded(encoder, decoder) as (encoded_clean, decoded_clean):
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert len(decoded) == 1
+    columns = encoded[0].shape[1]
+    padded = nn.functional.pad(mask, (0, columns - mask.shape[1]))
+    noise = neftune_noise(padded.shape, HIDDEN, 5.0, attention_mask=padded, seed=seeds[0])
+    assert torch.equal(encoded[0], encoded_clean[0] * scale[model.get_encoder()] + noise)
+    noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=seeds[1])
+    assert torch.equal(decoded[0], decoded_clean[0] * scale[model.get_decoder()] + noise)
+    assert not seeds[0].equal(seeds[1])
+    handle.noise_alpha = 5.0
+    own = torch.ones_like(real)
+    own[2, :2] = 0
+    model(input_ids=ids, attention_mask=mask, decoder_input_ids=labels.clamp(min=3), decoder_attention_mask=own)
+    assert decoder._neftune.last.samples.attention_mask.equal(own)
+    handle.remove()
+    assert torch.equal(model.eval()(input_ids=ids, attention_mask=mask, labels=labels).logits, eval_logits)
+    proves(family, "forward", "encoder and decoder")
+
+
+def test_encoder_decoder_after_resizing():
+    """resize_token_embeddings puts one module in both places: still each its own mask."""
+    model = encoder_decoder("BART")
+    handle = apply_neftune(model, 5.0)
+    model.resize_token_embeddings(VOCAB + 8)
+    ids, mask = batch("right")
+    labels, _ = labels_and_ids(model)
+    model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert handle.stats()["calls"] == 2
+    assert type(model.get_decoder().get_input_embeddings()).__name__.startswith("Noisy")
+
+
+def test_whisper(proves):
+    """Speech has no token embedding: noise on the decoder's tokens alone."""
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=16,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    model = transformers.WhisperForConditionalGeneration(config).train()
+    features = torch.randn(3, 8, 32)
+    labels, real = labels_and_ids(model)
+    decoder = model.get_decoder().embed_tokens
+    handle = apply_neftune(model, 5.0)
+    with Recorded(decoder) as (seen,):
+        model(input_features=features, labels=labels)
+    shifted = labels.clamp(min=1).where(labels >= 0, 1).roll(1, 1)
+    shifted[:, 0] = 2
+    noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(decoder))
+    assert torch.equal(seen[0], nn.functional.embedding(shifted, decoder.weight) + noise)
+    assert handle.stats()["calls"] == 1
+    proves("Whisper", "forward", "encoder and decoder")
+
+
+def llava():
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = transformers.LlamaConfig(**GROUPED)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=3, vision_feature_layer=-1, vision_feature_select_strategy="default"
+    )
+    return transformers.LlavaForConditionalGeneration(config).train()
+
+
+def test_llava(proves):
+    """Image placeholders are tokens of the sequence and count in L; their embeddings, noise and all, are replaced by the image's."""
+    model = llava()
+    ids = torch.randint(4, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
+    ids[:, 2:6] = 3  # four patches
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    embedding = model.get_input_embeddings()
+    handle = apply_neftune(model, 5.0)
+    with Recorded(embedding) as (seen,):
+        model(input_ids=ids, attention_mask=mask, pixel_values=torch.randn(2, 3, 8, 8))
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
+    assert torch.equal(seen[0], nn.functional.embedding(ids, embedding.weight) + noise)
+    stats = handle.stats()
+    assert (stats["calls"], stats["length_min"], stats["length_max"]) == (1, 8, 10)
+    handle.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    proves("Llava", "forward", "padding: right")
+
+
+def test_models_that_scale_by_an_expression_warn():
+    config = transformers.CTRLConfig(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=4, dff=48)
+    with pytest.warns(UserWarning, match=r"CTRLModel may multiply embeddings.*divide noise_alpha"):
+        apply_neftune(transformers.CTRLModel(config))
+
+
+class Own(nn.Module):
+    """Somebody's own code: other names, the embedding deep inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"embed": nn.Embedding(VOCAB, HIDDEN)})
+
+    def forward(self, tokens, keep):
+        return self.parts["embed"](tokens)
+
+
+def test_own_module_with_a_callable():
+    ids, mask = batch("right")
+    for told in (
+        lambda given: given["keep"],
+        lambda given: {"attention_mask": given["keep"]},
+        lambda given: {"lengths": given["keep"].sum(1)},
+    ):
+        model = Own()
+        handle = apply_neftune(model, 5.0, embedding="parts.embed", samples=told)
+        out = model(ids, keep=mask)
+        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(model.parts["embed"]))
+        assert torch.equal(out, nn.functional.embedding(ids, model.parts["embed"].weight) + noise)
+        handle.remove()
+        assert type(model.parts["embed"]) is nn.Embedding and not model._forward_pre_hooks
+
+
+def test_own_module_that_tells_nothing_warns_and_names_the_remedy():
+    with pytest.warns(UserWarning, match=r"takes an attention_mask.*samples="):
+        apply_neftune(Own(), embedding="parts.embed")
+    ids, mask = batch("right")
+    model = Own()
+    apply_neftune(model, embedding="parts.embed", samples=lambda given: 5)
+    with pytest.raises(TypeError, match="must return an attention_mask tensor, a dictionary or None, got int"):
+        model(ids, mask)
+    model = Own()
+    apply_neftune(model, embedding="parts.embed", samples=lambda given: {"mask": mask})
+    with pytest.raises(ValueError, match="may return attention_mask, lengths.*got mask"):
+        model(ids, mask)
+    with pytest.raises(TypeError, match="samples must be callable"):
+        apply_neftune(Own(), embedding="parts.embed", samples=mask)
+
+
+def test_own_module_by_hand():
+    """Without apply_neftune: the module itself, as the README shows it."""
+    embedding = NEFTuneEmbedding(VOCAB, HIDDEN, noise_alpha=5.0)
+    ids, mask = batch("left")
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=3)
+    assert torch.equal(embedding(ids, mask, seed=3), nn.functional.embedding(ids, embedding.weight) + noise)
