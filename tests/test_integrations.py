@@ -229,32 +229,6 @@ def test_resize_and_tie():
     assert model.get_input_embeddings().num_embeddings == VOCAB
 
 
-@pytest.mark.parametrize("order", ["before peft", "after peft"])
-@pytest.mark.parametrize("kind", ["lora", "lora on the embedding", "modules_to_save"])
-def test_peft(order, kind):
-    extra = {
-        "lora": {"target_modules": ["q_proj"]},
-        "lora on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-        "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    }[kind]
-    model = make_model()
-    weight = model.get_input_embeddings().weight.detach().clone()
-    if order == "before peft":
-        apply_neftune(model, 5.0)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **extra)).train()
-    handle = apply_neftune(model, 5.0)
-    ids, mask = ragged()
-    torch.manual_seed(7)
-    noisy = embedding_output(model, input_ids=ids, attention_mask=mask)
-    assert torch.equal(noisy, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(7)))  # a new LoRA adds zero
-    assert handle.stats()["calls"] == 1 and handle.stats()["length_min"] == 2
-    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-    assert any(parameter.grad is not None for parameter in model.parameters())
-    handle.remove()
-    assert not any(type(module).__name__.startswith("Noisy") for module in model.modules())
-    assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), F.embedding(ids, weight))
-
-
 def test_what_cannot_be_noised_is_refused():
     class NoGetter(nn.Module):
         def __init__(self, embed):
@@ -483,20 +457,6 @@ def test_checkpoint_inside_the_forward_is_refused_where_the_mask_is_gone():
     apply_neftune(model, 5.0, embedding="embed")
     with pytest.raises(RuntimeError, match="outside the forward of the model.*keep the embedding out of the checkpointed segment"):
         model(ids, mask).sum().backward()
-
-
-def test_copies_that_peft_makes_afterwards_obey_the_handle():
-    model = make_model()
-    handle = apply_neftune(model, 5.0)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
-    ids, mask = ragged()
-    clean = F.embedding(ids, model.get_input_embeddings().weight)
-    handle.noise_alpha = 0
-    assert torch.equal(embedding_output(model.train(), input_ids=ids, attention_mask=mask), clean)
-    handle.noise_alpha = 5.0
-    handle.remove()
-    assert torch.equal(embedding_output(model.train(), input_ids=ids, attention_mask=mask), clean)
-    assert not any(type(module).__name__.startswith("Noisy") for module in model.modules())
 
 
 class Int8Weight(torch.Tensor):

@@ -324,7 +324,8 @@ class NEFTuneHandle:
         self._roots: list[tuple[weakref.ref[nn.Module], str | None]] = []  # weak: a handle keeps no model alive
         self._noisy: list[weakref.ref[nn.Module]] = []
         self._places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []  # (parent, name, child) when attached
-        self._hooks: list[tuple[weakref.ref[nn.Module], list[Any]]] = []
+        self._copies: list[tuple[weakref.ref[nn.Module], int]] = []  # (PEFT's modules_to_save, how many copies it had when attached)
+        self._hooks: list[Any] = []
 
     def add_root(self, model: nn.Module, path: str | None) -> None:
         self._roots = [(root, where) for root, where in self._roots if root() not in (None, model)]
@@ -346,6 +347,8 @@ class NEFTuneHandle:
         for module, one in found.items():
             _make_noisy(module, state).wrappers = [weakref.ref(wrapper) for wrapper in one.wrappers]
         self._noisy = [weakref.ref(module) for module in found]
+        wrappers = [wrapper for one in found.values() for wrapper in one.wrappers if hasattr(wrapper, "modules_to_save")]
+        self._copies = [(weakref.ref(wrapper), len(wrapper.modules_to_save)) for wrapper in wrappers]  # type: ignore[arg-type]
         self._unhook()
         for root, _ in live:
             decoders = {id(module) for module in _decoder_of(root)}
@@ -376,21 +379,19 @@ class NEFTuneHandle:
             model.register_forward_pre_hook(taken, with_kwargs=True),
             model.register_forward_hook(_ForgetSamples(taken), always_call=True),
         ]
-        self._hooks.append((weakref.ref(model), hooks))
+        self._hooks += hooks
 
     def _unhook(self) -> None:
-        for _, hooks in self._hooks:
-            for hook in hooks:
-                hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._hooks = []
 
     def refresh(self) -> bool:
         """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a resized or another embedding."""
-        for parent, name, child in self._places:
-            module = parent()
-            if module is not None and module._modules.get(name) is not child():
-                self.attach()
-                return True
+        moved = any((module := parent()) is not None and module._modules.get(name) is not child() for parent, name, child in self._places)
+        if moved or any((wrapper := copied()) is not None and len(wrapper.modules_to_save) != n for copied, n in self._copies):  # type: ignore[arg-type]
+            self.attach()
+            return True
         return False
 
     def _live_state(self) -> NEFTuneState:
@@ -741,7 +742,7 @@ def apply_neftune(
         weight = _open_wrapper(one.noisy).weight
         quantised = type(weight) not in PLAIN_WEIGHTS  # its forward decides the dtype
         choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
-    states = [one.noisy._neftune.state for one in found if isinstance(one.noisy, _Noisy)]
+    states = [inner._neftune.state for one in found for inner in _unwrapped(one.noisy) if isinstance(inner, _Noisy)]
     state = next((state for state in states if state.handle is not None), None)
     if state is None or state.handle is None:
         _check_scaling(model, found)
