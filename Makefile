@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
 
-.PHONY: setup demo test test-triton test-long lint bench clean
+.PHONY: setup demo test test-triton test-long compatibility lint bench clean
 
 setup: $(READY)
 
@@ -38,6 +38,12 @@ test-triton: setup
 test-long: setup
 	$(BIN)/python -m pytest
 	@$(MAKE) --no-print-directory test-triton
+
+# The README's compatibility table, from what the tests really ran.
+compatibility: setup
+	$(BIN)/python -m pytest -q --compatibility build/compatibility.json tests/test_models.py tests/test_samples.py tests/test_peft.py \
+	  tests/test_trainers.py tests/test_examples.py
+	$(BIN)/python docs/compatibility.py build/compatibility.json
 
 lint: setup
 	$(BIN)/ruff check .

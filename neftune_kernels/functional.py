@@ -44,12 +44,13 @@ def check_alpha(noise_alpha: float | None) -> float:
 
 
 def check_scale(embed_scale: float) -> float:
-    if isinstance(embed_scale, (str, bytes, bool)) or not hasattr(embed_scale, "__float__"):
-        raise TypeError(f"embed_scale must be a number, got {embed_scale!r}")
-    value = float(embed_scale)
-    if not math.isfinite(value):
+    if not isinstance(embed_scale, (float, torch.SymFloat)):  # a float argument is symbolic under torch.compile(dynamic=True)
+        if isinstance(embed_scale, (str, bytes, bool)) or not hasattr(embed_scale, "__float__"):
+            raise TypeError(f"embed_scale must be a number, got {embed_scale!r}")
+        embed_scale = float(embed_scale)
+    if not -math.inf < embed_scale < math.inf:
         raise ValueError(f"embed_scale must be finite, got {embed_scale!r}")
-    return value
+    return embed_scale
 
 
 def check_integer(name: str, value: Any) -> int:

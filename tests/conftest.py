@@ -167,4 +167,5 @@ def pytest_terminal_summary(terminalreporter):
         return
     passed = [report.user_properties for report in terminalreporter.stats.get("passed", [])]
     lines = sorted({tuple(line) for properties in passed for name, line in properties if name == "compatibility"})
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(path).write_text(json.dumps(lines, indent=1) + "\n")

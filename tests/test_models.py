@@ -380,3 +380,42 @@ def test_own_module_by_hand():
     ids, mask = batch("left")
     noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=3)
     assert torch.equal(embedding(ids, mask, seed=3), nn.functional.embedding(ids, embedding.weight) + noise)
+
+
+@pytest.mark.parametrize("version", ["2", "2_5"])
+def test_qwen_vl(version, proves):
+    """Multimodal rotary positions: without them, and with the model's own three axes given."""
+    torch.manual_seed(0)
+    name = f"Qwen{version}VL"
+    sizes = {
+        "hidden_size": 32,
+        "num_heads": 2,
+        "depth": 1,
+        "patch_size": 4,
+        "spatial_merge_size": 1,
+        "temporal_patch_size": 1,
+        "in_channels": 3,
+    }
+    vision = (
+        {**sizes, "embed_dim": 32}
+        if version == "2"
+        else {**sizes, "out_hidden_size": HIDDEN, "intermediate_size": 32, "fullatt_block_indexes": [0]}
+    )
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "type": "default"}
+    text = {**GROUPED, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 10000.0}}
+    config = getattr(transformers, f"Qwen{version}VLConfig".replace("2_5", "2_5_"))(
+        text_config=text, vision_config=vision, image_token_id=3
+    )
+    model = getattr(transformers, f"{name.replace('2_5', '2_5_')}ForConditionalGeneration")(config).train()
+    ids, mask = batch("right")
+    ids = ids.clamp(min=8)
+    handle = apply_neftune(model, 5.0)
+    embedding = model.get_input_embeddings()
+    positions = torch.arange(8).expand(3, 3, 8).clone()
+    for given in ({}, {"position_ids": positions}):
+        with Recorded(embedding) as (seen,):
+            model(input_ids=ids, attention_mask=mask, **given)
+        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
+        assert torch.equal(seen[0], nn.functional.embedding(ids, embedding.weight) + noise)
+    assert handle.stats()["calls"] == 2
+    proves(f"Qwen{version.replace('_', '.')}-VL", "forward", "padding: right")
