@@ -8,6 +8,7 @@
 //     out     = cast(float32(e) + noise)                        never an FMA: compile with -ffp-contract=off / --fmad=false
 #pragma once
 
+#include <math.h>
 #include <cstdint>
 
 #include "philox.h"
@@ -48,8 +49,16 @@ NEFTUNE_INLINE auto noise_words(BlockProducts<Word> block, uint32_t position, ui
 }
 
 // x of a word's even column (low half) and odd column (high half).
-NEFTUNE_INLINE float lattice_even(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word << 16) | 0x8000u)); }
+NEFTUNE_INLINE float lattice_even(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word << 16) + 0x8000u)); }
 NEFTUNE_INLINE float lattice_odd(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word & 0xFFFF0000u) | 0x8000u)); }
+
+// x·step as one fma for a finite step: the sum h·65536·step + 32768·step, h the signed half, is x·step exactly and rounded once.
+NEFTUNE_INLINE float noise_even(uint32_t word, float step) {
+  return fmaf(static_cast<float>(static_cast<int32_t>(word << 16)), step, step * 32768.0f);
+}
+NEFTUNE_INLINE float noise_odd(uint32_t word, float step) {
+  return fmaf(static_cast<float>(static_cast<int32_t>(word & 0xFFFF0000u)), step, step * 32768.0f);
+}
 
 // float32(alpha / √(L·d)) · 2⁻³¹; 0 means no noise. The caller passes root = √(double(L)·double(d)).
 NEFTUNE_INLINE float noise_step(double noise_alpha, int64_t length, double root) {

@@ -160,7 +160,7 @@ NOTHING = Samples()
 
 
 def make_layout(shape: torch.Size, device: torch.device, samples: Samples, backend: str) -> Layout:
-    """Check what the caller says and put it as the operators take it; the Triton kernels read any strides and dtype themselves."""
+    """Check what the caller says and put it as the operators take it; GPU kernels read any strides and mask dtype themselves."""
     if samples.unknown:
         return ROWS
     attention_mask, lengths, cu_seqlens, _, padded_ids, padding_idx = samples
@@ -176,7 +176,7 @@ def make_layout(shape: torch.Size, device: torch.device, samples: Samples, backe
             position = None if position is None else position.long()
         return Layout(position=position, lengths=lengths.reshape(-1))
     mask = None if attention_mask is None else attention_mask.detach()
-    if backend != "triton":
+    if backend not in ("triton", "cuda"):
         mask = None if mask is None else mask.contiguous()
         position_ids = None if position_ids is None else position_ids.long().contiguous()
     return Layout(*getattr(torch.ops.neftune_kernels, ops.operator_name("mask_layout", backend))(mask, position_ids))

@@ -1,9 +1,9 @@
 """The contract of the operators: schemas, fakes, autograd, registration, the native library and the table of backends.
 
 `torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the
-best kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`. Native libraries
-and the Triton kernels only add implementations of what is defined here, so an install without a compiler or without triton has the same
-operators. Each has an `out` overload without autograd.
+best kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`, the family
+`cuda_...` the CUDA C++ kernels. Native libraries and the Triton kernels only add implementations of what is defined here, so an install
+without a compiler or without triton has the same operators. Each has an `out` overload without autograd.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ NOISE_ARGS = (
 )
 EMBEDDING_ARGS = f"Tensor input_ids, Tensor weight, {NOISE_ARGS}, SymInt padding_idx=-1, float embed_scale=1.0"
 ADD_ARGS = f"Tensor inputs_embeds, {NOISE_ARGS}"
-FAMILIES = ("", "reference_")
+FAMILIES = ("", "reference_", "cuda_")
 
 REFERENCE_CHUNK = 1 << 20  # elements the reference computes at once: bounds its int64 scratch
 
@@ -287,7 +287,7 @@ class AddNoise(torch.autograd.Function):
         return (None, grad, *(None,) * 9)
 
 
-# ---- the native CPU library
+# ---- the native libraries
 
 
 class NativeLibrary(NamedTuple):
@@ -295,21 +295,31 @@ class NativeLibrary(NamedTuple):
     reason: str  # "" when loaded
 
 
-def _load_native() -> NativeLibrary:
-    if os.environ.get("NEFTUNE_DISABLE_CPP") == "1":
-        return NativeLibrary(None, "switched off by NEFTUNE_DISABLE_CPP=1")
+def _load_library(name: str, switch: str, log: str, unfit: str = "") -> NativeLibrary:
+    """The library `name` beside the package, unless the environment's `switch` is 1 or this torch is `unfit` for it."""
+    if os.environ.get(switch) == "1":
+        return NativeLibrary(None, f"switched off by {switch}=1")
     folder = pathlib.Path(__file__).parent
-    paths = sorted(path for pattern in ("_C*.so", "_C*.pyd") for path in folder.glob(pattern))
+    paths = sorted(path for suffix in ("so", "pyd") for path in (*folder.glob(f"{name}.{suffix}"), *folder.glob(f"{name}.*.{suffix}")))
     if not paths:
-        log = folder / "_build_error.txt"
-        return NativeLibrary(None, f"not built: {log.read_text().strip()}" if log.exists() else "not built: no library beside the package")
+        reason = (folder / log).read_text().strip() if (folder / log).exists() else "no library beside the package"
+        return NativeLibrary(None, f"not built: {reason}")
+    if unfit:
+        return NativeLibrary(None, unfit)
     try:
         return NativeLibrary(ctypes.CDLL(str(paths[0])), "")  # its static initialisers register the kernels
     except OSError as error:
         return NativeLibrary(None, f"{paths[0].name} failed to load: {error}")
 
 
-native = _load_native()
+def _unfit_for_cuda() -> str:
+    if torch.version.cuda is not None:
+        return ""
+    return f"built, but not loaded: this torch ({torch.__version__}) has no CUDA"
+
+
+native = _load_library("_C", "NEFTUNE_DISABLE_CPP", "_build_error.txt")
+native_cuda = _load_library("_C_cuda", "NEFTUNE_DISABLE_CUDA", "_build_error_cuda.txt", _unfit_for_cuda())
 
 
 def simd_level() -> str:
@@ -337,28 +347,39 @@ def _load_triton() -> ModuleType | str:
         return f"triton failed to load: {type(error).__name__}: {error}"
 
 
-def _on_triton(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's implementation for TRITON_DEVICES: the launcher of that name where triton serves the call, else the reference."""
+def _on_gpu(name: str, otherwise: Callable[..., Any], cuda: Callable[..., Any] | None) -> Callable[..., Any]:
+    """An operator's implementation on a GPU: the Triton launcher of that name, without triton the CUDA library's, else the reference."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kernels = _load_triton()
         out = kwargs.get("out")
-        if isinstance(kernels, str) or (out is not None and out.dtype not in CPP_DTYPES):
+        if out is not None and out.dtype not in CPP_DTYPES:
+            return otherwise(*args, **kwargs)
+        if not isinstance(kernels, str):
+            serve = getattr(kernels, name)
+        elif cuda is not None:
+            serve = cuda
+        else:
             return otherwise(*args, **kwargs)
         if out is None or out.is_contiguous():
-            return getattr(kernels, name)(*args, **kwargs)
+            return serve(*args, **kwargs)
         rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
-        getattr(kernels, name)(*args, out=rounded)
+        serve(*args, out=rounded)
         out.copy_(rounded)
 
     return call
 
 
-for _key in ("CUDA", "XPU"):
-    library.impl("noisy_embedding.out", _on_triton("noisy_embedding_out", _reference_embedding_out), _key)
-    library.impl("add_noise.out", _on_triton("add_noise_out", _reference_add_out), _key)
-    library.impl("mask_layout", _on_triton("mask_layout", layouts.mask_layout), _key)
-    library.impl("padding_layout", _on_triton("padding_layout", _padding_layout("reference_")), _key)
+for _name, _overload, _launcher, _otherwise in (
+    ("noisy_embedding", "out", "noisy_embedding_out", _reference_embedding_out),
+    ("add_noise", "out", "add_noise_out", _reference_add_out),
+    ("mask_layout", "default", "mask_layout", layouts.mask_layout),
+    ("padding_layout", "default", "padding_layout", _padding_layout("reference_")),
+):
+    _schema = _name if _overload == "default" else f"{_name}.{_overload}"
+    _cuda = None if native_cuda.reason else getattr(getattr(torch.ops.neftune_kernels, f"cuda_{_name}"), _overload)
+    library.impl(_schema, _on_gpu(_launcher, _otherwise, _cuda), "CUDA")
+    library.impl(_schema, _on_gpu(_launcher, _otherwise, None), "XPU")
 
 
 def _asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -382,10 +403,20 @@ def _triton_reason(device_type: str | None) -> str:
     return ""
 
 
+# ---- the CUDA C++ kernels
+
+
+@_asked_outside_the_graph
+def _cuda_reason(device_type: str | None) -> str:
+    """Empty where the CUDA library can serve tensors of that device (None: of any), else why not."""
+    if device_type not in (None, "cuda"):
+        return f"wrong device: runs on GPUs, not on {device_type}"
+    return native_cuda.reason or ("" if torch.cuda.is_available() else "no device: torch sees no cuda")
+
+
 # ---- the table of backends
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-CUDA_REASON = "not part of this version: the CUDA C++ extension comes in a later release"
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*CPP_DTYPES, torch.float64)
 CPP_SERVES = dict.fromkeys(CPP_DTYPES, not native.reason)
@@ -409,8 +440,8 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
     cpp = native.reason or "available"
     if cpp == "available" and device_type not in (None, "cpu"):
         cpp = f"wrong device: runs on cpu, not on {device_type}"
-    cuda = f"wrong device: runs on GPUs, not on {device_type}" if device_type not in (None, "cuda") else CUDA_REASON
-    return {"reference": "available", "cpp": cpp, "triton": _triton_reason(device_type) or "available", "cuda": cuda}
+    gpu = {"triton": _triton_reason(device_type) or "available", "cuda": _cuda_reason(device_type) or "available"}
+    return {"reference": "available", "cpp": cpp, **gpu}
 
 
 _warned_devices: set[str] = set()
@@ -439,13 +470,14 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
             return "cpp" if not native.reason and dtype in CPP_DTYPES else "reference"
         if dtype not in CPP_DTYPES:
             return "reference"
-        reason = _triton_fails(device.type)
-        if not reason:
-            return "triton"
+        triton, cuda = _triton_fails(device.type), _cuda_reason(device.type)
+        if not triton or not cuda:
+            return "cuda" if triton else "triton"
         if device.type not in _warned_devices and not torch.compiler.is_compiling():
             _warned_devices.add(device.type)
             warnings.warn(
-                f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend: {reason}", stacklevel=4
+                f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend: triton: {triton}; cuda: {cuda}",
+                stacklevel=4,
             )
         return "reference"
     if backend not in BACKENDS:
@@ -461,7 +493,7 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
 
 
 def operator_name(name: str, backend: str) -> str:
-    return f"reference_{name}" if backend == "reference" else name
+    return f"{backend}_{name}" if backend in ("reference", "cuda") else name
 
 
 def _direct(name: str, backend: str) -> Callable[..., None]:

@@ -1,11 +1,4 @@
 // The CPU implementations of the operators whose schemas neftune_kernels/ops.py defines: checks, the walk over tokens, choice of kernels.
-//
-// Only torch's stable ABI is used, so one library serves every torch from 2.10 on.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -23,25 +16,15 @@
 #include <vector>
 
 #include "../noise.h"
+#include "../tensors.h"
 #include "dispatch.h"
 #include "kernels.h"
 
 namespace neftune_kernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Elements per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainElements = 32768;
-
-// std::invalid_argument becomes Python's ValueError, std::out_of_range IndexError, std::runtime_error RuntimeError.
-template <class Error, class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw Error(message.str());
-}
 
 void check_cpu(const Tensor& tensor, const char* name) {
   if (!tensor.is_cpu()) fail<std::runtime_error>(name, " must be on the CPU");
@@ -277,31 +260,6 @@ class Source {
   const char* data_;
 };
 
-// The bytes a tensor reaches: [first, second).
-std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
-  return {begin, begin + (last + 1) * tensor.element_size()};
-}
-
-void check_out(const Tensor& out, const Tensor& source, const char* source_name, bool may_be_source, const std::vector<int64_t>& shape) {
-  check_cpu(out, "out");
-  if (out.scalar_type() != source.scalar_type()) {
-    fail<std::runtime_error>("out must have the dtype of ", source_name, ", ", torch::headeronly::toString(source.scalar_type()), ", got ",
-                             torch::headeronly::toString(out.scalar_type()));
-  }
-  const auto sizes = out.sizes();
-  if (std::vector<int64_t>(sizes.begin(), sizes.end()) != shape) fail<std::runtime_error>("out must have the result's shape");
-  if (!out.is_contiguous()) fail<std::runtime_error>("out must be contiguous");
-  if (out.numel() == 0 || source.numel() == 0) return;
-  if (may_be_source && out.const_data_ptr() == source.const_data_ptr() && source.is_contiguous()) return;
-  const auto a = extent(out), b = extent(source);
-  if (a.first < b.second && b.first < a.second) {
-    fail<std::runtime_error>("out must not overlap ", source_name, may_be_source ? " unless it is the same tensor" : "");
-  }
-}
-
 struct Noise {
   Tensor seed, noise_alpha;
   std::optional<Tensor> document, position, lengths, cu_seqlens;
@@ -369,18 +327,6 @@ void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int
   });
 }
 
-std::vector<int64_t> shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-std::vector<int64_t> embedded_shape(const Tensor& input_ids, const Tensor& weight) {
-  if (weight.dim() != 2) fail<std::runtime_error>("weight must have shape (num_embeddings, embedding_dim), got ", weight.dim(), " axes");
-  std::vector<int64_t> shape = shape_of(input_ids);
-  shape.push_back(weight.size(1));
-  return shape;
-}
-
 int64_t product(const std::vector<int64_t>& sizes, size_t count) {
   int64_t result = 1;
   for (size_t i = 0; i < count; ++i) result *= sizes[i];
@@ -425,6 +371,7 @@ void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor no
                          int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale,
                          Tensor out) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
+  check_cpu(out, "out");
   check_out(out, weight, "weight", false, shape);
   embed(input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
         embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
@@ -455,6 +402,7 @@ Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::opt
 void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
                    std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
                    int64_t position_offset, Tensor out) {
+  check_cpu(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
   add_noise_into(inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
                  static_cast<char*>(out.mutable_data_ptr()));

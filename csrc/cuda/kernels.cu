@@ -1,0 +1,507 @@
+// Lookup, scale and NEFTune noise in one launch, masks and position ids numbered in one more; see noise.h for the formula.
+//
+//     out[token] = cast(e + x·step),  e = source[id] or cast(source[id]·scale)
+//
+// A warp serves a token, a thread every 32nd block of 8 columns: one Philox block, one 16-byte access of 16-bit rows or two of float32 rows.
+// Product and sum are rounded apart by __fmul_rn and __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and add.rn.f32x2 even under
+// -fmad=false.
+#include "launch.h"
+
+#include <cmath>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define NEFTUNE_GRID_COLUMNS 0x7FFFFFFF
+#define NEFTUNE_GRID_ROWS 65535
+#define NEFTUNE_DOCUMENT_BLOCKS 128
+#define NEFTUNE_DOCUMENT_THREADS 256
+#endif
+
+#define NEFTUNE_DEVICE static __device__ __forceinline__
+
+namespace neftune_kernels {
+namespace {
+
+constexpr int kLanes = 32;  // threads of one token
+constexpr int kTokensPerBlock = 4;
+constexpr int kBlocksPerMultiprocessor = 12;  // 48 warps: at most 40 registers a thread
+constexpr int kVectorsAhead = 2;              // loads under way before the first is used
+constexpr int kDocumentThreads = NEFTUNE_DOCUMENT_THREADS;
+constexpr int kTokensPerThread = 8;
+
+// ---- element types: vectors of 16 bytes, or single values
+
+struct Float32 {
+  using Storage = float;
+  static constexpr int kVectors = 2;         // of one block of 8 columns
+  static constexpr uint32_t kNaN = 0x7FC00000u;  // in every element of a word
+
+  NEFTUNE_DEVICE float wide(float value) { return value; }
+  NEFTUNE_DEVICE float narrow(float value) { return value; }
+  NEFTUNE_DEVICE uint32_t times(uint32_t word, float scale) { return __float_as_uint(__fmul_rn(__uint_as_float(word), scale)); }
+  NEFTUNE_DEVICE uint32_t plus(uint32_t word, float noise) { return __float_as_uint(__fadd_rn(__uint_as_float(word), noise)); }
+  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) { return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)}; }
+  NEFTUNE_DEVICE uint4 noisy(uint4 v, const float* noise) {
+    return {plus(v.x, noise[0]), plus(v.y, noise[1]), plus(v.z, noise[2]), plus(v.w, noise[3])};
+  }
+};
+
+// Two values to a word; Pair brings low, high and pack.
+template <class Pair>
+struct Sixteen {
+  using Storage = uint16_t;
+  static constexpr int kVectors = 1;
+  static constexpr uint32_t kNaN = Pair::kNaN;
+
+  NEFTUNE_DEVICE float wide(uint16_t value) { return Pair::low(value); }
+  NEFTUNE_DEVICE uint16_t narrow(float value) { return static_cast<uint16_t>(Pair::pack(value, 0.0f)); }
+  NEFTUNE_DEVICE uint32_t times(uint32_t word, float scale) {
+    return Pair::pack(__fmul_rn(Pair::low(word), scale), __fmul_rn(Pair::high(word), scale));
+  }
+  NEFTUNE_DEVICE uint32_t plus(uint32_t word, const float* noise) {
+    return Pair::pack(__fadd_rn(Pair::low(word), noise[0]), __fadd_rn(Pair::high(word), noise[1]));
+  }
+  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) { return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)}; }
+  NEFTUNE_DEVICE uint4 noisy(uint4 v, const float* noise) {
+    return {plus(v.x, noise), plus(v.y, noise + 2), plus(v.z, noise + 4), plus(v.w, noise + 6)};
+  }
+};
+
+struct BFloat16Pair {
+  static constexpr uint32_t kNaN = 0x7FC07FC0u;
+  NEFTUNE_DEVICE float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+  NEFTUNE_DEVICE float high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+  NEFTUNE_DEVICE uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+struct Float16Pair {
+  static constexpr uint32_t kNaN = 0x7E007E00u;
+  NEFTUNE_DEVICE float low(uint32_t pair) { return __low2float(reinterpret_cast<const __half2&>(pair)); }
+  NEFTUNE_DEVICE float high(uint32_t pair) { return __high2float(reinterpret_cast<const __half2&>(pair)); }
+  NEFTUNE_DEVICE uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+using BFloat16 = Sixteen<BFloat16Pair>;
+using Float16 = Sixteen<Float16Pair>;
+
+// ---- where a token is
+
+struct Place {
+  uint32_t sample, position;
+  float step;  // 0: no noise
+};
+
+NEFTUNE_DEVICE int64_t value_at(const Integers& values, int64_t index) {
+  index *= values.stride;
+  return values.wide ? static_cast<const int64_t*>(values.data)[index] : static_cast<const int32_t*>(values.data)[index];
+}
+
+NEFTUNE_DEVICE float step_of(const RowArguments& a, int64_t length) {
+  return noise_step(a.noise_alpha, length, std::sqrt(static_cast<double>(length) * static_cast<double>(a.embedding_dim)));
+}
+
+// The last document that starts at or before the token, by bisection; -1 or `samples` outside all of them.
+NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
+  int64_t low = 0, high = a.samples + 1;
+  while (low < high) {
+    const int64_t middle = (low + high) >> 1;
+    if (value_at(a.cu_seqlens, middle) <= token) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low - 1;
+}
+
+// layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do not hold are padding.
+NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t row, int64_t column) {
+  const int64_t token = row * a.columns + column;
+  int64_t sample = row, position = column, length = 0;
+  if (a.cu_seqlens.data) {
+    sample = document_of(a, token);
+    if (sample >= 0 && sample < a.samples) {
+      const int64_t start = value_at(a.cu_seqlens, sample);
+      position = token - start;
+      // Of bad bounds alone the difference overflows: as unsigned numbers, which may.
+      length = static_cast<int64_t>(static_cast<uint64_t>(value_at(a.cu_seqlens, sample + 1)) - static_cast<uint64_t>(start));
+    }
+  } else {
+    if (a.position.data) position = value_at(a.position, token);
+    if (a.document.data) sample = value_at(a.document, token);
+    if (!a.lengths.data) {
+      length = a.columns;
+    } else if (sample >= 0 && sample < a.samples) {
+      length = value_at(a.lengths, sample);
+      if (!a.document.data && static_cast<uint32_t>(position) + a.position_offset >= length) length = 0;
+    }
+  }
+  return {static_cast<uint32_t>(sample) + a.sample_offset, static_cast<uint32_t>(position) + a.position_offset, step_of(a, length)};
+}
+
+// Where source holds the token's row, in elements; -1 for an id out of range.
+NEFTUNE_DEVICE int64_t offset_of(const RowArguments& a, int64_t row, int64_t column) {
+  const int64_t index = row * a.index_row + column * a.index_column;
+  if (!a.input_ids) return index;
+  const int64_t id = a.wide_ids ? static_cast<const int64_t*>(a.input_ids)[index] : static_cast<const int32_t*>(a.input_ids)[index];
+  return id >= 0 && id < a.num_embeddings ? id * a.source_row : -1;
+}
+
+// ---- one row
+
+struct RowNoise {
+  uint32_t sample, position, stream;
+  PhiloxKey key;
+  float step;
+
+  __device__ __forceinline__ void words(uint32_t block, uint32_t (&word)[4]) const {
+    const auto pairs = noise_words(block_products<uint32_t>(block, stream, key), position, sample, key);
+    word[0] = low(pairs.words01);
+    word[1] = high(pairs.words01);
+    word[2] = low(pairs.words23);
+    word[3] = high(pairs.words23);
+  }
+
+  // Of columns 8·block .. 8·block + 7, for a finite step.
+  __device__ __forceinline__ void operator()(uint32_t block, float (&noise)[kColumnsPerBlock]) const {
+    uint32_t word[4];
+    words(block, word);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      noise[2 * k] = noise_even(word[k], step);
+      noise[2 * k + 1] = noise_odd(word[k], step);
+    }
+  }
+};
+
+template <class Element, bool kScaled>
+NEFTUNE_DEVICE void noisy_block(const RowNoise& noise_of, uint32_t block, float scale, uint4* values) {
+  float noise[kColumnsPerBlock];
+  noise_of(block, noise);
+#pragma unroll
+  for (int k = 0; k < Element::kVectors; ++k) {
+    if (kScaled) values[k] = Element::scaled(values[k], scale);
+    values[k] = Element::noisy(values[k], noise + 4 * k);
+  }
+}
+
+template <class Element, bool kScaled>
+NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source, uint4* out, int blocks, float scale) {
+  constexpr int kVectors = Element::kVectors, kAhead = kVectorsAhead / kVectors;
+  int block = threadIdx.x;
+  source += block * kVectors;
+  out += block * kVectors;
+#pragma unroll 1
+  for (; block + (kAhead - 1) * kLanes < blocks; block += kAhead * kLanes) {
+    uint4 values[kAhead][kVectors];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) values[i][k] = source[i * kLanes * kVectors + k];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      noisy_block<Element, kScaled>(noise_of, block + i * kLanes, scale, values[i]);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) out[i * kLanes * kVectors + k] = values[i][k];
+    }
+    source += kAhead * kLanes * kVectors;
+    out += kAhead * kLanes * kVectors;
+  }
+#pragma unroll 1
+  for (; block < blocks; block += kLanes) {
+    uint4 values[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) values[k] = source[k];
+    noisy_block<Element, kScaled>(noise_of, block, scale, values);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) out[k] = values[k];
+    source += kLanes * kVectors;
+    out += kLanes * kVectors;
+  }
+}
+
+// A row without noise; without a source a row of NaN.
+template <class Element, bool kScaled>
+NEFTUNE_DEVICE void plain_vectors(const uint4* source, uint4* out, int blocks, float scale) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < blocks * Element::kVectors; i += kLanes) {
+    uint4 values{Element::kNaN, Element::kNaN, Element::kNaN, Element::kNaN};
+    if (source) {
+      values = source[i];
+      if (kScaled) values = Element::scaled(values, scale);
+    }
+    out[i] = values;
+  }
+}
+
+// Any strides, any width, any alignment, any step; without a source a row of NaN.
+template <class Element>
+NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of, const typename Element::Storage* source,
+                            typename Element::Storage* out) {
+  for (int64_t column = threadIdx.x * kColumnsPerBlock; column < a.embedding_dim; column += kLanes * kColumnsPerBlock) {
+    uint32_t words[4];
+    noise_of.words(static_cast<uint32_t>(column / kColumnsPerBlock), words);
+#pragma unroll
+    for (int k = 0; k < kColumnsPerBlock; ++k) {
+      if (column + k >= a.embedding_dim) break;
+      typename Element::Storage value = Element::narrow(__uint_as_float(Float32::kNaN));
+      if (source) {
+        value = source[(column + k) * a.source_column];
+        if (a.scaled) value = Element::narrow(__fmul_rn(Element::wide(value), a.scale));
+        const float lattice = k % 2 ? lattice_odd(words[k / 2]) : lattice_even(words[k / 2]);
+        if (noise_of.step > 0) value = Element::narrow(__fadd_rn(Element::wide(value), __fmul_rn(lattice, noise_of.step)));
+      }
+      out[column + k] = value;
+    }
+  }
+}
+
+// ---- kernels over rows: block (32 lanes, tokens of a row)
+
+NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const Place& place) {
+  return {place.sample, place.position, a.stream, noise_key(static_cast<uint64_t>(*a.seed)), place.step};
+}
+
+NEFTUNE_DEVICE int64_t first_column() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
+NEFTUNE_DEVICE int64_t first_row() { return blockIdx.y + int64_t{blockIdx.z} * gridDim.y; }
+
+// The grid covers all tokens: loops over them would take registers from the loop over columns.
+template <class Element, bool kLayout, bool kScaled>
+__global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiprocessor) noisy_vector_rows(const RowArguments a) {
+  using Storage = typename Element::Storage;
+  const int64_t row = first_row(), column = first_column();
+  if (row >= a.rows || column >= a.columns) return;
+  const int blocks = static_cast<int>(a.embedding_dim / kColumnsPerBlock);
+  const int64_t offset = offset_of(a, row, column);
+  const uint4* source = offset < 0 ? nullptr : reinterpret_cast<const uint4*>(static_cast<const Storage*>(a.source) + offset);
+  uint4* out = reinterpret_cast<uint4*>(static_cast<Storage*>(a.out) + (row * a.columns + column) * a.embedding_dim);
+  Place place{static_cast<uint32_t>(row) + a.sample_offset, static_cast<uint32_t>(column) + a.position_offset, a.step};
+  if (kLayout) place = place_of(a, row, column);
+  if (source && place.step > 0) {
+    noisy_vectors<Element, kScaled>(noise_of_place(a, place), source, out, blocks, a.scale);
+  } else {
+    plain_vectors<Element, kScaled>(source, out, blocks, a.scale);
+  }
+}
+
+// The grid may be smaller than the tokens.
+template <class Element>
+__global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowArguments a) {
+  using Storage = typename Element::Storage;
+  for (int64_t row = first_row(); row < a.rows; row += int64_t{gridDim.y} * gridDim.z) {
+    for (int64_t column = first_column(); column < a.columns; column += int64_t{gridDim.x} * blockDim.y) {
+      const int64_t offset = offset_of(a, row, column);
+      const Storage* source = offset < 0 ? nullptr : static_cast<const Storage*>(a.source) + offset;
+      Storage* out = static_cast<Storage*>(a.out) + (row * a.columns + column) * a.embedding_dim;
+      any_row<Element>(a, noise_of_place(a, place_of(a, row, column)), source, out);
+    }
+  }
+}
+
+// ---- documents
+
+// A scan over the block's threads, in order: what stands before the thread's own value, and in `carry` what stands before the next block of
+// tokens. Associative `then`.
+template <class T>
+NEFTUNE_DEVICE T scan(T own, T& carry, T (*shared)[kDocumentThreads]) {
+  const int thread = threadIdx.x;
+  int now = 0;
+  shared[now][thread] = own;
+  __syncthreads();
+  for (int distance = 1; distance < kDocumentThreads; distance *= 2) {
+    own = shared[now][thread];
+    if (thread >= distance) own = then(shared[now][thread - distance], own);
+    now = 1 - now;
+    shared[now][thread] = own;
+    __syncthreads();
+  }
+  const T before = thread == 0 ? carry : then(carry, shared[now][thread - 1]);
+  carry = then(carry, shared[now][kDocumentThreads - 1]);
+  __syncthreads();
+  return before;
+}
+
+struct LastReal {
+  int64_t token;  // flat; -1: none
+};
+
+NEFTUNE_DEVICE LastReal then(LastReal a, LastReal b) { return b.token >= 0 ? b : a; }
+
+// Of a run of tokens.
+struct Run {
+  int64_t documents;  // that open in it
+  int64_t reals;
+  int64_t reals_before;  // of them before its last document opened; -1: none did
+  int64_t first;         // flat index of the first real token of that document, or of the one that was open before; -1: none
+};
+
+NEFTUNE_DEVICE Run then(const Run& a, const Run& b) {
+  return {a.documents + b.documents, a.reals + b.reals, b.reals_before >= 0 ? a.reals + b.reals_before : a.reals_before,
+          b.first >= 0 ? b.first : a.first};
+}
+
+NEFTUNE_DEVICE int64_t value_at(const Values& values, int64_t row, int64_t column) {
+  const int64_t index = row * values.row + column * values.column;
+  switch (values.bytes) {
+    case 1:
+      return values.is_signed ? int64_t{static_cast<const int8_t*>(values.data)[index]} : static_cast<const uint8_t*>(values.data)[index];
+    case 2:
+      return values.is_signed ? int64_t{static_cast<const int16_t*>(values.data)[index]} : static_cast<const uint16_t*>(values.data)[index];
+    case 4:
+      return values.is_signed ? int64_t{static_cast<const int32_t*>(values.data)[index]} : static_cast<const uint32_t*>(values.data)[index];
+    default:
+      return static_cast<const int64_t*>(values.data)[index];
+  }
+}
+
+// Both zeros of a floating type are zero.
+NEFTUNE_DEVICE int64_t mask_at(const Values& mask, int64_t row, int64_t column) {
+  const int64_t value = value_at(mask, row, column);
+  return mask.absolute && (value & mask.absolute) == 0 ? 0 : value;
+}
+
+NEFTUNE_DEVICE bool real_at(const DocumentArguments& a, int64_t row, int64_t column) {
+  if (!a.mask.data) return true;
+  return a.has_padding_value ? value_at(a.mask, row, column) != a.padding_value : mask_at(a.mask, row, column) != 0;
+}
+
+// Whether a real token opens a document after `previous`, the real token before it in its row.
+NEFTUNE_DEVICE bool opens_after(const DocumentArguments& a, int64_t row, int64_t column, int64_t previous) {
+  if (a.numbered) {
+    const int64_t value = mask_at(a.mask, row, column);
+    if (value != mask_at(a.mask, row, previous) || (value & a.mask.absolute) > a.mask.infinity) return true;  // NaN is unlike itself
+  }
+  if (!a.position_ids.data) return false;
+  const uint64_t id = value_at(a.position_ids, row, column), previous_id = value_at(a.position_ids, row, previous);
+  return id - previous_id != 1 && id - previous_id != static_cast<uint64_t>(column - previous);
+}
+
+struct DocumentScratch {
+  LastReal last[2][kDocumentThreads];
+  Run runs[2][kDocumentThreads];
+};
+
+// Numbers the documents of flat tokens begin .. end - 1, whole rows, from number `documents` on; returns the next number.
+NEFTUNE_DEVICE int64_t number_range(const DocumentArguments& a, int64_t begin, int64_t end, int64_t documents, bool write,
+                                    DocumentScratch& scratch) {
+  LastReal last{-1};
+  Run run{documents, 0, -1, -1};
+  for (int64_t start = begin; start < end; start += int64_t{kDocumentThreads} * kTokensPerThread) {
+    const int64_t token = start + int64_t{kTokensPerThread} * threadIdx.x;
+    const int count = static_cast<int>(token + kTokensPerThread <= end ? kTokensPerThread : token < end ? end - token : 0);
+    const int64_t first_row = token / a.columns, first_column = token - first_row * a.columns;
+
+    uint32_t reals = 0;
+    LastReal own{-1};
+    for (int64_t i = 0, row = first_row, column = first_column; i < count; ++i) {
+      if (real_at(a, row, column)) {
+        reals |= 1u << i;
+        own.token = token + i;
+      }
+      if (++column == a.columns) column = 0, ++row;
+    }
+    LastReal previous = scan(own, last, scratch.last);
+
+    uint32_t opens = 0;
+    Run mine{0, 0, -1, -1};
+    for (int64_t i = 0, row = first_row, column = first_column; i < count; ++i) {
+      const bool real = reals >> i & 1, follows = previous.token >= token + i - column;
+      const bool further = real && follows && opens_after(a, row, column, previous.token - (token + i - column));
+      if (further || column == 0) {
+        opens |= 1u << i;
+        mine.documents += 1;
+        mine.reals_before = mine.reals;
+      }
+      if (further || (real && !follows)) mine.first = token + i;
+      if (real) {
+        mine.reals += 1;
+        previous.token = token + i;
+      }
+      if (++column == a.columns) column = 0, ++row;
+    }
+    Run before = scan(mine, run, scratch.runs);
+    if (!write) continue;
+
+    for (int64_t i = 0, column = first_column; i < count; ++i) {
+      const bool real = reals >> i & 1, open = opens >> i & 1;
+      if (open) {
+        if (before.reals_before >= 0) a.lengths[before.documents - 1] = before.reals - before.reals_before;
+        before.documents += 1;
+        before.reals_before = before.reals;
+      }
+      if (real && (open || before.first < token + i - column)) before.first = token + i;
+      a.document[token + i] = real ? before.documents - 1 : -1;
+      a.position[token + i] = token + i - before.first;
+      before.reals += real;
+      if (++column == a.columns) column = 0;
+    }
+  }
+  if (write && threadIdx.x == 0 && begin < end) a.lengths[run.documents - 1] = run.reals - run.reals_before;
+  return run.documents;
+}
+
+// layout.mask_layout. A block has `rows_each` whole rows; it first counts the documents of the rows before, so none waits for another.
+__global__ void __launch_bounds__(kDocumentThreads) number_documents(const DocumentArguments a) {
+  __shared__ DocumentScratch scratch;
+  const int64_t first_row = blockIdx.x * a.rows_each, last_row = first_row + a.rows_each < a.rows ? first_row + a.rows_each : a.rows;
+  const int64_t begin = first_row * a.columns;
+  const bool further = a.numbered || a.position_ids.data;
+  const int64_t documents = further ? number_range(a, 0, begin, 0, false, scratch) : first_row;
+  number_range(a, begin, last_row * a.columns, documents, true, scratch);
+}
+
+// ---- launches
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void* stream, const Arguments& arguments) {
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
+template <class Element>
+const char* launch_rows(const RowArguments& a, void* stream) {
+  const int64_t tokens = a.columns < kTokensPerBlock ? a.columns : kTokensPerBlock;
+  const int64_t blocks = (a.columns + tokens - 1) / tokens, grid_columns = blocks < NEFTUNE_GRID_COLUMNS ? blocks : NEFTUNE_GRID_COLUMNS;
+  const int64_t grid_rows = a.rows < NEFTUNE_GRID_ROWS ? a.rows : NEFTUNE_GRID_ROWS;
+  const int64_t folds = (a.rows + grid_rows - 1) / grid_rows, grid_folds = folds < NEFTUNE_GRID_ROWS ? folds : NEFTUNE_GRID_ROWS;
+  const dim3 grid(grid_columns, grid_rows, grid_folds), block(kLanes, tokens);
+  if (!a.vectors || grid_columns < blocks || grid_folds < folds) return launch(noisy_rows<Element>, grid, block, stream, a);
+  if (a.scaled) return launch(noisy_vector_rows<Element, true, true>, grid, block, stream, a);
+  const bool layout = a.document.data || a.position.data || a.lengths.data || a.cu_seqlens.data;
+  return layout ? launch(noisy_vector_rows<Element, true, false>, grid, block, stream, a)
+                : launch(noisy_vector_rows<Element, false, false>, grid, block, stream, a);
+}
+
+}  // namespace
+
+const char* launch_noisy_rows(const RowArguments& arguments, ElementType type, void* stream) {
+  switch (type) {
+    case kBFloat16:
+      return launch_rows<BFloat16>(arguments, stream);
+    case kFloat16:
+      return launch_rows<Float16>(arguments, stream);
+    default:
+      return launch_rows<Float32>(arguments, stream);
+  }
+}
+
+const char* launch_number_documents(DocumentArguments arguments, void* stream) {
+  const int64_t blocks = arguments.rows < NEFTUNE_DOCUMENT_BLOCKS ? arguments.rows : NEFTUNE_DOCUMENT_BLOCKS;
+  arguments.rows_each = (arguments.rows + blocks - 1) / blocks;
+  return launch(number_documents, dim3((arguments.rows + arguments.rows_each - 1) / arguments.rows_each), dim3(kDocumentThreads), stream, arguments);
+}
+
+}  // namespace neftune_kernels

@@ -1,0 +1,308 @@
+// The CUDA implementations of the "cuda_" operators whose schemas neftune_kernels/ops.py defines: checks, strides, launches.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "../noise.h"
+#include "../tensors.h"
+#include "launch.h"
+#ifndef NEFTUNE_CUDA_DISPATCH_KEY  // tests that run the kernels on the CPU bring a Device of their own
+#include "device.h"
+#endif
+
+namespace neftune_kernels {
+namespace {
+
+void check_launch(const char* error) {
+  if (error) fail<std::runtime_error>("the launch of a neftune_kernels CUDA kernel failed: ", error);
+}
+
+ElementType element_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      fail<std::runtime_error>(name, " must be float32, bfloat16 or float16 for the CUDA kernel, got ",
+                               torch::headeronly::toString(tensor.scalar_type()), "; the reference backend takes float64");
+  }
+}
+
+bool is_wide(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype != ScalarType::Long && dtype != ScalarType::Int) {
+    fail<std::runtime_error>(name, " must be int32 or int64, got ", torch::headeronly::toString(dtype));
+  }
+  return dtype == ScalarType::Long;
+}
+
+// (..., T) as rows of T. What has no such view becomes its copy, which must live until the launch: on one stream, its memory may then go.
+struct Rows {
+  Rows(const Tensor& given, int64_t axes) : tensor(given) {
+    if (!merge(axes)) {
+      tensor = torch::stable::contiguous(given);
+      merge(axes);
+    }
+  }
+
+  Tensor tensor;
+  int64_t rows = 1, columns = 1;
+  int64_t row = 0, column = 0;  // strides, 0 for a size of 1
+
+ private:
+  bool merge(int64_t axes) {
+    rows = columns = 1;
+    row = column = 0;
+    if (axes == 0) return true;
+    columns = tensor.size(axes - 1);
+    if (columns > 1) column = tensor.stride(axes - 1);
+    for (int64_t axis = axes - 2; axis >= 0; --axis) {
+      const int64_t size = tensor.size(axis), stride = tensor.stride(axis);
+      if (size > 1 && rows > 1 && stride != row * rows) return false;
+      if (size > 1 && rows == 1) row = stride;
+      rows *= size;
+    }
+    return true;
+  }
+};
+
+struct Noise {
+  Tensor seed, noise_alpha;
+  std::optional<Tensor> document, position, lengths, cu_seqlens;
+  int64_t stream, sample_offset, position_offset;
+};
+
+// Values of a tensor of any shape, in row-major order.
+class Flat {
+ public:
+  Flat(const Device& device, const std::optional<Tensor>& given, const char* name, int64_t size = -1) : tensor_(given) {
+    if (!given) return;
+    device.check(*given, name);
+    if (size >= 0 && given->numel() != size) {
+      fail<std::invalid_argument>(name, " must have ", size, " elements, got ", given->numel());
+    }
+    if (given->dim() != 1) tensor_ = torch::stable::contiguous(*given);
+    values_ = {tensor_->const_data_ptr(), tensor_->dim() == 1 ? tensor_->stride(0) : 1, is_wide(*given, name)};
+  }
+
+  Integers values() const { return values_; }
+  int64_t size() const { return tensor_->numel(); }
+
+ private:
+  std::optional<Tensor> tensor_;
+  Integers values_{nullptr, 0, false};
+};
+
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// arguments bring what source and input_ids are; the rest is filled in here.
+void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType type, const Noise& noise, double embed_scale, void* out) {
+  device.check(noise.seed, "seed");
+  if (noise.seed.scalar_type() != ScalarType::Long || noise.seed.numel() != 1) fail<std::runtime_error>("seed must be a 0-dim int64 tensor");
+  const Tensor& alpha = noise.noise_alpha;
+  if (!alpha.is_cpu() || alpha.scalar_type() != ScalarType::Double || alpha.numel() != 1) {
+    fail<std::runtime_error>("noise_alpha must be a 0-dim float64 tensor on the CPU");
+  }
+  const int64_t tokens = arguments.rows * arguments.columns;
+  const Flat document(device, noise.document, "document", tokens), position(device, noise.position, "position", tokens);
+  const Flat lengths(device, noise.lengths, "lengths", noise.document ? -1 : arguments.rows), bounds(device, noise.cu_seqlens, "cu_seqlens");
+  if (noise.cu_seqlens && bounds.size() == 0) fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got no elements");
+  if (tokens == 0 || arguments.embedding_dim == 0) return;
+
+  arguments.out = out;
+  arguments.seed = static_cast<const int64_t*>(noise.seed.const_data_ptr());
+  arguments.document = document.values();
+  arguments.position = position.values();
+  arguments.lengths = lengths.values();
+  arguments.cu_seqlens = bounds.values();
+  arguments.samples = noise.cu_seqlens ? bounds.size() - 1 : noise.lengths ? lengths.size() : 0;
+  arguments.noise_alpha = *static_cast<const double*>(alpha.const_data_ptr());
+  const double elements = static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
+  arguments.step = noise_step(arguments.noise_alpha, arguments.columns, std::sqrt(elements));
+  arguments.scaled = embed_scale != 1;
+  arguments.scale = static_cast<float>(embed_scale);
+  arguments.stream = static_cast<uint32_t>(noise.stream);
+  arguments.sample_offset = static_cast<uint32_t>(noise.sample_offset);
+  arguments.position_offset = static_cast<uint32_t>(noise.position_offset);
+  // The vector kernels' noise is that of finite steps.
+  const int64_t row_stride = arguments.input_ids ? arguments.source_row : arguments.index_row | arguments.index_column;
+  arguments.vectors = aligned(out) && aligned(arguments.source) && arguments.source_column == 1 && row_stride % kColumnsPerBlock == 0 &&
+                      arguments.embedding_dim % kColumnsPerBlock == 0 && arguments.noise_alpha <= std::numeric_limits<float>::max();
+  check_launch(launch_noisy_rows(arguments, type, device.stream()));
+}
+
+void embed(const Device& device, const Tensor& input_ids, const Tensor& weight, const Noise& noise, double embed_scale, void* out) {
+  const ElementType type = element_type(weight, "weight");
+  device.check(input_ids, "input_ids");
+  const Rows ids(input_ids, input_ids.dim());
+  RowArguments arguments{};
+  arguments.source = weight.const_data_ptr();
+  arguments.input_ids = ids.tensor.const_data_ptr();
+  arguments.wide_ids = is_wide(input_ids, "input_ids");
+  arguments.index_row = ids.row;
+  arguments.index_column = ids.column;
+  arguments.rows = ids.rows;
+  arguments.columns = ids.columns;
+  arguments.num_embeddings = weight.size(0);
+  arguments.embedding_dim = weight.size(1);
+  arguments.source_row = weight.size(0) > 1 ? weight.stride(0) : 0;
+  arguments.source_column = weight.size(1) > 1 ? weight.stride(1) : 1;
+  add_noise_to_rows(device, arguments, type, noise, embed_scale, out);
+}
+
+Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
+                       std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                       int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale) {
+  const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
+  const Device device(weight);
+  Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
+  embed(device, input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+        embed_scale, out.mutable_data_ptr());
+  return out;
+}
+
+void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
+                         std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                         int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale,
+                         Tensor out) {
+  const Device device(weight);
+  device.check(out, "out");
+  check_out(out, weight, "weight", false, embedded_shape(input_ids, weight));
+  embed(device, input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+        embed_scale, out.mutable_data_ptr());
+}
+
+void add_noise_into(const Device& device, const Tensor& inputs_embeds, const Noise& noise, void* out) {
+  const ElementType type = element_type(inputs_embeds, "inputs_embeds");
+  const int64_t dim = inputs_embeds.dim();
+  if (dim == 0) fail<std::runtime_error>("inputs_embeds must have shape (..., embedding_dim), got a 0-dim tensor");
+  const Rows embeds(inputs_embeds, dim - 1);
+  RowArguments arguments{};
+  arguments.source = embeds.tensor.const_data_ptr();
+  arguments.index_row = embeds.row;
+  arguments.index_column = embeds.column;
+  arguments.rows = embeds.rows;
+  arguments.columns = embeds.columns;
+  arguments.embedding_dim = embeds.tensor.size(dim - 1);
+  arguments.source_column = arguments.embedding_dim > 1 ? embeds.tensor.stride(dim - 1) : 1;
+  add_noise_to_rows(device, arguments, type, noise, 1.0, out);
+}
+
+Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
+                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
+                 int64_t position_offset) {
+  const std::vector<int64_t> shape = shape_of(inputs_embeds);
+  const Device device(inputs_embeds);
+  Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
+  add_noise_into(device, inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+                 out.mutable_data_ptr());
+  return out;
+}
+
+void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
+                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
+                   int64_t position_offset, Tensor out) {
+  const Device device(inputs_embeds);
+  device.check(out, "out");
+  check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
+  add_noise_into(device, inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+                 out.mutable_data_ptr());
+}
+
+// ---- documents
+
+Values values_of(const Rows& rows, const char* name) {
+  const Tensor& tensor = rows.tensor;
+  Values values{tensor.const_data_ptr(), rows.row, rows.column, static_cast<int8_t>(tensor.element_size()), false, 0, 0};
+  switch (tensor.scalar_type()) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+      break;
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+      values.is_signed = true;
+      break;
+    case ScalarType::Double:
+      values.absolute = INT64_MAX;
+      values.infinity = 0x7FF0000000000000;
+      break;
+    case ScalarType::Float:
+      values.absolute = 0x7FFFFFFF;
+      values.infinity = 0x7F800000;
+      break;
+    case ScalarType::BFloat16:
+      values.absolute = 0x7FFF;
+      values.infinity = 0x7F80;
+      break;
+    case ScalarType::Half:
+      values.absolute = 0x7FFF;
+      values.infinity = 0x7C00;
+      break;
+    default:
+      fail<std::runtime_error>(name, " must be bool, integer or float, got ", torch::headeronly::toString(tensor.scalar_type()));
+  }
+  return values;
+}
+
+std::tuple<Tensor, Tensor, Tensor> number(const Tensor* mask, const Tensor* position_ids, std::optional<int64_t> padding_value) {
+  const Tensor& given = mask ? *mask : *position_ids;
+  const Device device(given);
+  const int64_t tokens[] = {given.numel()};
+  Tensor document = torch::stable::new_empty(given, {tokens, 1}, ScalarType::Long);
+  Tensor position = torch::stable::new_empty(given, {tokens, 1}, ScalarType::Long);
+  Tensor lengths = torch::stable::new_empty(given, {tokens, 1}, ScalarType::Long);
+  if (tokens[0] == 0) return {document, position, lengths};
+  const Rows rows(given, given.dim());
+  const std::optional<Rows> id_rows = position_ids ? std::optional<Rows>(Rows(*position_ids, position_ids->dim())) : std::nullopt;
+  DocumentArguments arguments{};
+  arguments.document = static_cast<int64_t*>(document.mutable_data_ptr());
+  arguments.position = static_cast<int64_t*>(position.mutable_data_ptr());
+  arguments.lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
+  if (mask) arguments.mask = values_of(rows, "attention_mask");
+  if (position_ids) {
+    device.check(*position_ids, "position_ids");
+    arguments.position_ids = values_of(*id_rows, "position_ids");
+    if (arguments.position_ids.absolute) fail<std::runtime_error>("position_ids must be an integer tensor");
+  }
+  arguments.has_padding_value = padding_value.has_value();
+  arguments.padding_value = padding_value.value_or(0);
+  arguments.numbered = mask && !padding_value && mask->scalar_type() != ScalarType::Bool;
+  arguments.rows = rows.rows;
+  arguments.columns = rows.columns;
+  check_launch(launch_number_documents(arguments, device.stream()));
+  return {document, position, lengths};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask, std::optional<Tensor> position_ids) {
+  if (!attention_mask && !position_ids) fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
+  if (attention_mask && position_ids && shape_of(*attention_mask) != shape_of(*position_ids)) {
+    fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
+  }
+  return number(attention_mask ? &*attention_mask : nullptr, position_ids ? &*position_ids : nullptr, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padding_idx) { return number(&input_ids, nullptr, padding_idx); }
+
+}  // namespace
+}  // namespace neftune_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(neftune_kernels, NEFTUNE_CUDA_DISPATCH_KEY, m) {
+  m.impl("cuda_noisy_embedding", TORCH_BOX(&neftune_kernels::noisy_embedding));
+  m.impl("cuda_noisy_embedding.out", TORCH_BOX(&neftune_kernels::noisy_embedding_out));
+  m.impl("cuda_add_noise", TORCH_BOX(&neftune_kernels::add_noise));
+  m.impl("cuda_add_noise.out", TORCH_BOX(&neftune_kernels::add_noise_out));
+  m.impl("cuda_mask_layout", TORCH_BOX(&neftune_kernels::mask_layout));
+  m.impl("cuda_padding_layout", TORCH_BOX(&neftune_kernels::padding_layout));
+}

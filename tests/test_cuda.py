@@ -1,0 +1,218 @@
+"""The CUDA C++ kernels against the reference, bit for bit: the Triton kernels' matrix, on a GPU or, without one, in this machine's memory.
+
+    pytest -m gpu                                                      on a GPU
+    NEFTUNE_CUDA_SHIM=library pytest -m gpu tests/test_cuda.py         the kernels' bodies compiled by g++ with sanitizers
+
+tests/test_cuda_build.py builds that library from csrc/cuda and tests/cuda_shim.h and runs this file in it.
+"""
+
+import ctypes
+import os
+from types import SimpleNamespace
+
+import pytest
+import test_triton
+import torch
+import torch.nn.functional as F
+from conftest import FLOAT_DTYPES, make_batch, same_bits
+from test_triton import (  # noqa: F401  run here with the fixtures below
+    agree,
+    by_kernel,
+    make_weight,
+    test_add_noise,
+    test_bad_bounds_and_lengths_reach_nothing,
+    test_compiled_on_a_gpu,
+    test_cuda_graph_replays_fresh_noise,
+    test_empty,
+    test_every_dtype_and_width,
+    test_every_mask,
+    test_every_mask_dtype_and_strides,
+    test_extremes_of_alpha,
+    test_ids_out_of_range_give_rows_of_nan,
+    test_more_than_int32_elements,
+    test_numbering_of_random_masks_and_positions,
+    test_other_devices,
+    test_padding_keeps_its_bits,
+    test_positions_lengths_and_bounds,
+    test_rows_beyond_65535,
+    test_shapes_strides_and_padding_idx,
+    test_side_stream,
+)
+
+from neftune_kernels import available_backends, functional, neftune_noise, noisy_embedding, ops
+
+SHIM = os.environ.get("NEFTUNE_CUDA_SHIM")
+shim = ctypes.CDLL(SHIM) if SHIM else None
+OPS = torch.ops.neftune_kernels
+KERNELS = SimpleNamespace(
+    noisy_embedding_out=OPS.cuda_noisy_embedding.out,
+    add_noise_out=OPS.cuda_add_noise.out,
+    mask_layout=OPS.cuda_mask_layout,
+    padding_layout=OPS.cuda_padding_layout,
+    DOCUMENT_BLOCK=None,  # of the Triton kernel alone
+    DOCUMENT_PROGRAMS=None,
+)
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Where CUDA kernels run: a GPU, or the CPU under the shim."""
+    monkeypatch.setattr(test_triton, "kernels", lambda: KERNELS)
+    if shim is not None:
+        return torch.device("cpu")
+    reason = available_backends("cuda")["cuda"]
+    if reason != "available":
+        pytest.skip(f"CUDA kernels: {reason}; tests/test_cuda_build.py runs these on the CPU")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(device, monkeypatch):
+    if shim is not None:
+        pytest.skip("needs a real GPU: streams, graphs, devices, memory")
+    monkeypatch.setattr(ops, "_triton_fails", lambda device_type: "left out by this test")
+    return device
+
+
+@pytest.fixture
+def public(device, monkeypatch):
+    """Where the public functions serve backend="cuda"."""
+    if shim is not None:
+        monkeypatch.setattr(ops, "_cuda_reason", lambda device_type: "")
+        monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
+    return device
+
+
+@pytest.fixture(params=(1, 2, 3))
+def grid_limit(request, device):
+    if shim is None:
+        pytest.skip("a GPU's grid has its own limits: test_rows_beyond_65535")
+    shim.neftune_shim_grid_limit(ctypes.c_int64(request.param))
+    yield request.param
+    shim.neftune_shim_grid_limit(ctypes.c_int64(65535))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_grids_smaller_than_the_tokens(device, grid_limit, dtype):
+    """Rows folded into z by the vector kernel while they fit there, strided over by the other."""
+    weight = make_weight(24, dtype)
+    for rows, columns in ((1, 1), (grid_limit**2, 4 * grid_limit), (grid_limit**2 + 3, 1), (2, 4 * grid_limit + 1), (11, 13)):
+        ids = torch.arange(rows * columns).reshape(rows, columns) % 11
+        agree(device, ids, weight, lengths=torch.arange(rows) % columns + 1)
+        agree(device, ids, weight, embed_scale=1.5)
+
+
+@pytest.mark.parametrize("embedding_dim", (8, 248, 256, 264, 512, 520, 768, 3584))
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_trips_of_the_loop_over_columns(device, dtype, embedding_dim):
+    """Blocks ahead and those left over, with and without a layout and a scale; and rows without noise beside them."""
+    batch, weight = make_batch("holes", rows=2, columns=5), make_weight(embedding_dim, dtype)
+    weight[:, ::3] = -0.0
+    agree(device, batch.input_ids, weight, seed=2**63 + 1, stream=2**32 - 1)
+    agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask, sample_offset=2**32 - 2)
+    agree(device, batch.input_ids.int(), weight, lengths=torch.tensor([3, 0]), embed_scale=1.7)
+
+
+def test_seeds_streams_and_offsets(device):
+    ids, weight = make_batch("full").input_ids, make_weight(32, torch.bfloat16)
+    for seed in (0, 1, 2**32, 2**63, 2**64 - 1, -1, -(2**63)):
+        for stream, sample_offset, position_offset in ((0, 0, 0), (1, 2, 3), (2**32 - 1, 2**32 - 1, 2**32 - 1)):
+            offsets = {"stream": stream, "sample_offset": sample_offset, "position_offset": position_offset}
+            agree(device, ids, weight, seed=seed, **offsets)
+            agree(device, ids, weight, seed=seed, **offsets, lengths=torch.tensor([13, 2**40, 0, 5]))
+
+
+def test_masks_of_special_values(device):
+    """Both zeros are padding; NaN is real and unlike itself, where nobody may look at it: as the reference does on a GPU."""
+    nan, inf = float("nan"), float("inf")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        mask = torch.tensor([[0.0, -0.0, 1.0, 1.0, nan, nan, 2.0, inf], [inf, inf, -0.0, inf, -inf, -inf, -1.0, 1.0]], dtype=dtype)
+        document, _, lengths = (tensor.cpu() for tensor in KERNELS.mask_layout(mask.to(device), None))
+        assert document.tolist() == [-1, -1, 0, 0, 1, 2, 3, 4, 5, 5, -1, 5, 6, 6, 7, 8]
+        assert lengths[:9].tolist() == [2, 1, 1, 1, 1, 3, 2, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", (torch.uint16, torch.uint32, torch.uint64), ids=str)
+def test_unsigned_masks(device, dtype):
+    mask = make_batch("numbered").attention_mask
+    expected = KERNELS.mask_layout(mask.to(device), None)
+    found = KERNELS.mask_layout(mask.to(dtype).to(device), None)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1][found[0] >= 0], expected[1][expected[0] >= 0])
+
+
+def test_padding_value_of_any_sign(device):
+    for dtype in (torch.int32, torch.int64):
+        ids = torch.tensor([[5, -1, 3, 2**31 - 1], [0, 5, 5, 7]], dtype=dtype)
+        for padding in (5, 3, 0, 2**31 - 1, 2**32 - 1):
+            document, _, lengths = (tensor.cpu() for tensor in KERNELS.padding_layout(ids.to(device), padding))
+            real = ids != padding
+            assert torch.equal(document.reshape(2, 4) >= 0, real) and lengths[:2].tolist() == real.sum(1).tolist()
+
+
+def test_bad_arguments_are_refused(device):
+    """What would otherwise be read as something else; values are not looked at."""
+    ids, weight = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.zeros(4, 8, device=device)
+    seed, alpha, out = torch.tensor(1, device=device), torch.tensor(5.0, dtype=torch.float64), torch.zeros(2, 3, 8, device=device)
+    call = OPS.cuda_noisy_embedding
+    for arguments, message in (
+        ((ids, weight.double(), seed, alpha), "weight must be float32, bfloat16 or float16"),
+        ((ids.short(), weight, seed, alpha), "input_ids must be int32 or int64"),
+        ((ids, weight, seed.int(), alpha), "seed must be a 0-dim int64"),
+        ((ids, weight, seed, alpha.float()), "noise_alpha must be a 0-dim float64"),
+        ((ids, weight, seed, alpha, None, None, seed.repeat(3)), "lengths must have 2 elements"),
+        ((ids, weight, seed, alpha, seed.repeat(5), None, seed.repeat(2)), "document must have 6 elements"),
+        ((ids, weight, seed, alpha, None, None, None, seed.repeat(1)[:0]), "cu_seqlens must have shape"),
+        ((ids, weight[0], seed, alpha), "weight must have shape"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            call(*arguments)
+    with pytest.raises(RuntimeError, match="out must be contiguous"):
+        call.out(ids, weight, seed, alpha, out=torch.zeros(3, 2, 8, device=device).transpose(0, 1))
+    with pytest.raises(RuntimeError, match="out must have the result's shape"):
+        call.out(ids, weight, seed, alpha, out=out[:1])
+    with pytest.raises(RuntimeError, match="out must not overlap inputs_embeds"):
+        OPS.cuda_add_noise.out(out.view(-1)[8:].view(5, 8), seed, alpha, out=out.view(-1)[:40].view(5, 8))
+
+
+def test_public_functions_serve_it(public):
+    batch, weight = make_batch("numbered"), make_weight(64, torch.bfloat16)
+    given = {"attention_mask": batch.attention_mask.to(public), "seed": 5, "backend": "cuda"}
+    expected = noisy_embedding(batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=5, backend="reference")
+    ids, table = batch.input_ids.to(public), weight.to(public)
+    assert ops.choose_backend("cuda", public, torch.bfloat16) == "cuda"
+    assert same_bits(noisy_embedding(ids, table, 5.0, **given).cpu(), expected)
+    trained = noisy_embedding(ids, table.clone().requires_grad_(), 5.0, **given)
+    assert same_bits(trained.detach().cpu(), expected)
+    (grad,) = torch.autograd.grad(trained.float().square().sum(), trained)
+    assert grad.shape == trained.shape
+    assert same_bits(functional.add_noise(F.embedding(ids, table), 5.0, **given).cpu(), expected)
+    noise = neftune_noise((4, 13), 64, 5.0, **given)
+    assert same_bits(noise.cpu(), neftune_noise((4, 13), 64, 5.0, attention_mask=batch.attention_mask, seed=5, backend="reference"))
+    with pytest.raises(ValueError, match=r"backend 'cuda' is not available: dtype torch.float64"):
+        ops.choose_backend("cuda", public, torch.float64)
+
+
+def test_it_is_chosen_where_triton_is_not(gpu):
+    assert ops.choose_backend(None, gpu, torch.bfloat16) == "cuda"
+
+
+def standard_cases():
+    """For tests/test_cuda_build.py, which sees to it that wrong kernels fail here: every kernel and every branch of a token's place."""
+    device, batch = torch.device("cpu"), make_batch("holes", rows=3, columns=5)
+    test_triton.kernels = lambda: KERNELS
+    place = torch.arange(15).reshape(3, 5) % 4
+    for width, dtype in ((264, torch.bfloat16), (264, torch.float16), (264, torch.float32), (20, torch.float16)):
+        weight = make_weight(width, dtype)
+        agree(device, batch.input_ids, weight, stream=2, sample_offset=3, position_offset=5)
+        for scale in (1.0, 1.7):
+            arguments = {"stream": 2, "sample_offset": 3, "embed_scale": scale}
+            agree(device, batch.input_ids, weight, lengths=torch.tensor([5, 2, 1]), **arguments)
+            agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask, position_ids=place, **arguments)
+            agree(device, batch.input_ids, weight, cu_seqlens=torch.tensor([0, 4, 4, 15]), **arguments)
+        out = by_kernel(device, torch.tensor([[0, 10, 11]]), weight, 5.0, seed=0, attention_mask=torch.tensor([[1, 2, 0]]))
+        assert out[0, 2].isnan().all() and not out[0, :2].isnan().any()
+
+
+if __name__ == "__main__":
+    standard_cases()
