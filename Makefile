@@ -3,7 +3,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/*)
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: setup demo test test-triton test-long compatibility lint bench clean
 
@@ -54,4 +54,4 @@ bench: setup
 	$(BIN)/python -m bench.compare
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info neftune_kernels/_C*.so neftune_kernels/_build_error.txt
+	rm -rf $(VENV) build dist *.egg-info neftune_kernels/_C*.so neftune_kernels/_build_error*.txt

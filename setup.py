@@ -1,7 +1,11 @@
-"""Builds the C++ CPU kernel as neftune_kernels/_C*.so; everything else is declared in pyproject.toml.
+"""Builds the C++ CPU kernel as neftune_kernels/_C*.so and the CUDA kernels as _C_cuda*.so; all else is declared in pyproject.toml.
 
-The package works without the library (the reference backend then serves the CPU), so a failure here never fails an install: the reason is
-printed and kept in neftune_kernels/_build_error.txt, which `python -m neftune_kernels` shows. NEFTUNE_BUILD_CPP=0 skips the build.
+The package works without the libraries, so a failure here never fails an install: the reason is printed and kept in _build_error.txt or
+_build_error_cuda.txt beside the package, which `python -m neftune_kernels` shows.
+
+    NEFTUNE_BUILD_CPP=0             skips the C++ kernel
+    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found (no GPU is asked for); never; or an error says what is missing
+    NEFTUNE_CUDA_ARCHS=80,90        fewer architectures than the usual, for a quick build
 """
 
 import os
@@ -11,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 CSRC = pathlib.Path("csrc")
+CUDA_EXTENSION = "neftune_kernels._C_cuda"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the first with everything used here in its stable ABI
 # Contracting x·step + e into an FMA would round once where the specification rounds twice.
 COMPILE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
@@ -29,6 +34,9 @@ SIMD_FLAGS = {
     "rows_avx512.cpp": AVX512_FLAGS,
     "rows_avx2.cpp": ["-mavx2", "-mf16c"],
 }
+# The CUDA kernels: machine code for each, and PTX of the first and the last for whatever lies between and beyond.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", "-Xfatbin", "-compress-all"]
 X86, ARM = ["rows_avx512bf16.cpp", "rows_avx512.cpp", "rows_avx2.cpp"], ["rows_neon.cpp"]
 SIMD_SOURCES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
@@ -75,16 +83,39 @@ class BuildKernel(build_ext):  # type: ignore[misc]
     def build_extension(self, ext: Extension) -> None:
         library = pathlib.Path(self.get_ext_fullpath(ext.name))
         reason(library).unlink(missing_ok=True)
+        cuda = ext.name == CUDA_EXTENSION
+        switch, wanted = (
+            "NEFTUNE_BUILD_CUDA" if cuda else "NEFTUNE_BUILD_CPP",
+            build_cuda() if cuda else os.environ.get("NEFTUNE_BUILD_CPP"),
+        )
         try:
-            if os.environ.get("NEFTUNE_BUILD_CPP") == "0":
-                raise RuntimeError("skipped by NEFTUNE_BUILD_CPP=0")
+            if wanted == "0":
+                raise RuntimeError(f"skipped by {switch}=0")
             self.configure(ext)
+            if cuda:
+                self.compile_cuda(ext)
             super().build_extension(ext)
         except Exception as error:
             library.unlink(missing_ok=True)
+            if cuda and wanted == "1":
+                raise RuntimeError(f"NEFTUNE_BUILD_CUDA=1, but the CUDA kernels cannot be built: {error}") from error
             library.parent.mkdir(parents=True, exist_ok=True)
             reason(library).write_text(f"{error}\n")
-            print(f"\nneftune_kernels: NO C++ KERNEL, the slow reference backend will serve the CPU. Reason: {error}\n", file=sys.stderr)
+            if cuda:
+                print(f"\nneftune_kernels: no CUDA C++ kernels. Reason: {error}\n", file=sys.stderr)
+            else:
+                print(
+                    f"\nneftune_kernels: NO C++ KERNEL, the slow reference backend will serve the CPU. Reason: {error}\n", file=sys.stderr
+                )
+
+    def compile_cuda(self, ext: Extension) -> None:
+        """kernels.cu by nvcc; the rest, with the CUDA runtime linked in, is an extension like the other."""
+        toolkit = find_toolkit()
+        target = pathlib.Path(self.build_temp, "kernels.cu.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [toolkit.nvcc, *NVCC_FLAGS, *arch_flags(toolkit), "--threads", "0", "-c", CSRC / "cuda" / "kernels.cu", "-o", target]
+        run_compiler([str(part) for part in command])
+        ext.extra_objects = [str(target), str(toolkit.runtime)]
 
     def configure(self, ext: Extension) -> None:
         compiler: Any = self.compiler
@@ -103,7 +134,55 @@ class BuildKernel(build_ext):  # type: ignore[misc]
 
 
 def reason(library: pathlib.Path) -> pathlib.Path:
-    return library.with_name("_build_error.txt")
+    return library.with_name("_build_error_cuda.txt" if library.name.startswith("_C_cuda") else "_build_error.txt")
+
+
+def build_cuda() -> str:
+    wanted = os.environ.get("NEFTUNE_BUILD_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise ValueError(f"NEFTUNE_BUILD_CUDA must be 0, 1 or auto, got {wanted!r}")
+    return wanted
+
+
+class Toolkit(NamedTuple):
+    nvcc: pathlib.Path
+    runtime: pathlib.Path  # libcudart_static.a
+
+
+def find_toolkit() -> Toolkit:
+    """The first whole CUDA toolkit: CUDA_HOME's, that of nvcc on the PATH, /usr/local/cuda, or PyPI's nvidia-cuda-nvcc and its companions."""
+    roots = [pathlib.Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if not roots:
+        if found := shutil.which("nvcc"):
+            roots.append(pathlib.Path(found).resolve().parent.parent)
+        roots.append(pathlib.Path("/usr/local/cuda"))
+        roots += [
+            folder for site in (sysconfig.get_paths()["purelib"], *sys.path) for folder in sorted(pathlib.Path(site).glob("nvidia/cu1*"))
+        ]
+    complaints = []
+    for root in dict.fromkeys(roots):
+        parts = ["bin/nvcc", "nvvm/bin/cicc", "include/cuda_runtime.h", "include/cuda_bf16.h", "include/crt/host_config.h"]
+        missing = [part for part in parts if not (root / part).exists()]
+        runtimes = [path for name in ("lib64", "lib") if (path := root / name / "libcudart_static.a").exists()]
+        if not missing and runtimes:
+            return Toolkit(root / "bin" / "nvcc", runtimes[0])
+        if root.exists():
+            complaints.append(f"{root} lacks {', '.join(missing + ([] if runtimes else ['lib64/libcudart_static.a']))}")
+    raise RuntimeError("; ".join(complaints) or "no CUDA toolkit: no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda")
+
+
+def arch_flags(toolkit: Toolkit) -> list[str]:
+    listed = subprocess.run([str(toolkit.nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    asked = os.environ.get("NEFTUNE_CUDA_ARCHS")
+    archs = [arch.strip() for arch in asked.split(",")] if asked else [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed]
+    if unknown := [arch for arch in archs if f"sm_{arch}" not in listed]:
+        raise RuntimeError(f"NEFTUNE_CUDA_ARCHS: {toolkit.nvcc} knows no {', '.join(unknown)}, but {', '.join(listed)}")
+    code = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [
+        part
+        for flags in (*code, *(f"arch=compute_{a},code=compute_{a}" for a in {archs[0]: 0, archs[-1]: 0}))
+        for part in ("-gencode", flags)
+    ]
 
 
 def kernel() -> Extension:
@@ -121,8 +200,23 @@ def kernel() -> Extension:
     )
 
 
+def cuda_kernels() -> Extension:
+    return Extension(
+        CUDA_EXTENSION,
+        [str(CSRC / "cuda" / "ops.cpp")],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        extra_compile_args=COMPILE_FLAGS,
+        libraries=["torch_cpu", "dl", "rt", "pthread"],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],  # the CUDA runtime's symbols are nobody else's
+        language="c++",
+        py_limited_api=True,
+        optional=True,
+        depends=["setup.py", *(str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*")]))],
+    )
+
+
 setup(
-    ext_modules=[kernel()],
+    ext_modules=[kernel(), *([cuda_kernels()] if sys.platform == "linux" else [])],
     cmdclass={"build_ext": BuildKernel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

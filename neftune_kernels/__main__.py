@@ -7,7 +7,7 @@ import sys
 import torch
 
 from . import __version__, available_backends
-from .ops import simd_level
+from .ops import native_cuda, simd_level
 
 
 def _version(package: str) -> str:
@@ -29,6 +29,7 @@ def report() -> str:
         lines += [f"  {name:<10} {reason}" for name, reason in available_backends(device).items()]
     lines.append("")
     lines.append(f"SIMD level of the C++ kernel: {simd_level()}")
+    lines.append(f"CUDA C++ kernels: {native_cuda.reason or 'loaded'}")
     lines.append(f"CPU threads (torch.get_num_threads()): {torch.get_num_threads()}")
     return "\n".join(lines)
 

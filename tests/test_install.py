@@ -26,7 +26,7 @@ def run(*command, folder=None, **environment):
 
 
 def source_copy(folder):
-    keep = shutil.ignore_patterns("*.so", "_build_error.txt", "__pycache__")
+    keep = shutil.ignore_patterns("*.so", "_build_error*.txt", "__pycache__")
     shutil.copytree(ROOT / "neftune_kernels", folder / "neftune_kernels", ignore=keep)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -1,0 +1,236 @@
+"""The CUDA C++ kernels without a GPU: their bodies under g++ with sanitizers, wrong kernels that must be seen, nvcc's library, its symbols.
+
+NEFTUNE_REQUIRE_CUDA_BUILD=1 makes a missing compiler a failure instead of a skip.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_install import run, source_copy
+
+ROOT = pathlib.Path(__file__).parent.parent
+TORCH = pathlib.Path(torch.__file__).parent
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SHIM_FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas", "-fno-omit-frame-pointer", *SANITIZERS),
+    *("-include", str(ROOT / "tests" / "cuda_shim.h")),
+]
+
+
+def skip_or_fail(reason):
+    if os.environ.get("NEFTUNE_REQUIRE_CUDA_BUILD") == "1":
+        pytest.fail(f"NEFTUNE_REQUIRE_CUDA_BUILD=1, but {reason}")
+    pytest.skip(reason)
+
+
+# ---- the kernels' bodies on the CPU
+
+
+def compile_for_cpu(source, target, *options):
+    run("g++", *SHIM_FLAGS, *options, "-x", "c++", "-c", source, "-o", target)
+
+
+def link_for_cpu(objects, library):
+    run("g++", "-shared", *SANITIZERS, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", library)
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory):
+    """ops.cpp compiled for the CPU."""
+    if shutil.which("g++") is None:
+        skip_or_fail("no g++ here: the CUDA kernels' bodies are not run")
+    target = tmp_path_factory.mktemp("shim") / "ops.o"
+    compile_for_cpu(ROOT / "csrc/cuda/ops.cpp", target, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", TORCH / "include")
+    return target
+
+
+@pytest.fixture(scope="module")
+def shim(operators):
+    compile_for_cpu(ROOT / "csrc/cuda/kernels.cu", operators.with_name("kernels.o"))
+    library = operators.with_name("shim.so")
+    link_for_cpu([operators, operators.with_name("kernels.o")], library)
+    return library
+
+
+def in_shim(library, *command):
+    sanitizers = [subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True) for name in ("asan", "ubsan")]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(found.stdout.strip() for found in sanitizers),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "NEFTUNE_CUDA_SHIM": str(library),
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_equality_matrix_under_sanitizers(shim):
+    done = in_shim(shim, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_cuda.py")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= 100, done.stdout[-2000:]
+
+
+MUTATIONS = {
+    "multiplier": ("philox.h", "0xD2511F53u", "0xD2511F57u"),
+    "key step": ("philox.h", "0xBB67AE85u", "0xBB67AE87u"),
+    "rounds": ("noise.h", "kPhiloxRounds = 7", "kPhiloxRounds = 6"),
+    "half a step": ("noise.h", "step, step * 32768.0f", "step, step * 0.0f"),
+    "halves swapped": ("noise.h", "(word & 0xFFFF0000u)), step", "(word << 16)), step"),
+    "lattice": ("noise.h", "(word & 0xFFFF0000u) | 0x8000u", "(word & 0xFFFF0000u)"),
+    "mask dropped": (
+        "cuda/kernels.cu",
+        "a.document[token + i] = real ? before.documents - 1 : -1",
+        "a.document[token + i] = before.documents - 1",
+    ),
+    "documents of one row": ("cuda/kernels.cu", "if (further || column == 0) {", "if (column == 0) {"),
+    "one token too many": ("cuda/kernels.cu", "+ a.position_offset >= length) length = 0", "+ a.position_offset > length) length = 0"),
+    "stream dropped": ("cuda/kernels.cu", "place.position, a.stream, noise_key", "place.position, 0u, noise_key"),
+    "sample offset dropped": ("cuda/kernels.cu", "static_cast<uint32_t>(sample) + a.sample_offset", "static_cast<uint32_t>(sample)"),
+    "position of the document": ("cuda/kernels.cu", "position = token - start;", "position = column;"),
+    "scale dropped from padding": ("cuda/kernels.cu", "if (kScaled) values = Element::scaled(values, scale);", ""),
+    "blocks left over": ("cuda/kernels.cu", "block < blocks; block += kLanes)", "block < blocks - 1; block += kLanes)"),
+}
+OUTSIDE = {
+    "tail of a row": ("cuda/kernels.cu", "if (column + k >= a.embedding_dim) break;", ""),
+    "id at the end": ("cuda/kernels.cu", "id < a.num_embeddings", "id <= a.num_embeddings"),
+    "blocks past a row": ("cuda/kernels.cu", "block < blocks; block += kLanes)", "block < blocks + 1; block += kLanes)"),
+    "tail of a mask": ("cuda/kernels.cu", "i < count; ++i) {\n      if (real_at", "i <= count; ++i) {\n      if (real_at"),
+}
+QUICK = ("multiplier", "mask dropped", "id at the end")
+
+
+def mutated(operators, folder, file, old, new):
+    """The library with one text of its sources replaced."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    path = folder / "csrc" / file
+    text = path.read_text()
+    assert old in text, f"{file} has no {old!r}"
+    path.write_text(text.replace(old, new))
+    compile_for_cpu(folder / "csrc/cuda/kernels.cu", folder / "kernels.o", "-Wno-error")
+    link_for_cpu([operators, folder / "kernels.o"], folder / "shim.so")
+    return folder / "shim.so"
+
+
+def names(mutations):
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in mutations]
+
+
+def test_standard_cases_pass(shim):
+    done = in_shim(shim, "tests/test_cuda.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", names(MUTATIONS))
+def test_wrong_kernels_are_seen(operators, tmp_path, name):
+    done = in_shim(mutated(operators, tmp_path, *MUTATIONS[name]), "tests/test_cuda.py")
+    assert done.returncode != 0 and "AssertionError" in done.stderr and "Sanitizer" not in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", names(OUTSIDE))
+def test_stray_accesses_are_seen(operators, tmp_path, name):
+    done = in_shim(mutated(operators, tmp_path, *OUTSIDE[name]), "tests/test_cuda.py")
+    assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
+    assert "kernels.cu" in done.stderr, "the report names the line"
+
+
+# ---- the library for GPUs, built against whatever torch is here
+
+
+@pytest.fixture(scope="module")
+def toolkit():
+    """setup.py's own search."""
+    program = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.find_toolkit().nvcc)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        skip_or_fail(f"there is no CUDA toolkit: {done.stderr.strip().splitlines()[-1]}")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, toolkit):
+    """A source copy with the CUDA library built in place, for one architecture."""
+    folder = tmp_path_factory.mktemp("cuda")
+    source_copy(folder)
+    arguments = ("setup.py", "-q", "build_ext", "--inplace")
+    run(sys.executable, *arguments, folder=folder, NEFTUNE_BUILD_CUDA="1", NEFTUNE_CUDA_ARCHS="90", NEFTUNE_BUILD_CPP="0")
+    (library,) = (folder / "neftune_kernels").glob("_C_cuda*.so")
+    return library
+
+
+def test_library_needs_the_stable_abi_alone(built):
+    """Undefined: torch's C functions and versioned ones of the C and C++ runtimes; defined for others: none of ours or CUDA's."""
+    undefined = [line.split() for line in run("nm", "-D", "--undefined-only", built).splitlines()]
+    others = {name for *_, kind, name in undefined if kind == "U" and not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)}
+    assert others and all(re.match(r"(aoti_)?torch_", name) for name in others), sorted(others)
+    assert "torch_library_impl" in others
+    defined = run("nm", "-D", "--defined-only", built)
+    assert not re.search(r"cuda|neftune", defined), defined
+
+
+def test_library_registers_and_is_left_alone_by_a_torch_without_cuda(built):
+    """Opened by hand it registers its kernels; the package says why it does not."""
+    program = (
+        "import ctypes, torch, neftune_kernels as n\n"
+        "print(n.available_backends()['cuda'])\n"
+        f"ctypes.CDLL({str(built)!r})\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "names = ['noisy_embedding', 'noisy_embedding.out', 'add_noise', 'add_noise.out', 'mask_layout', 'padding_layout']\n"
+        "assert all(has(f'neftune_kernels::cuda_{name}', 'CUDA') for name in names)\n"
+        "ids, weight = torch.zeros(1, 2).long(), torch.ones(3, 8)\n"
+        "assert n.noisy_embedding(ids, weight, 5.0, seed=1).ne(1).all()"
+    )
+    said = run(sys.executable, "-c", program, folder=built.parent.parent).splitlines()[0]
+    if torch.version.cuda is None:
+        assert said == f"built, but not loaded: this torch ({torch.__version__}) has no CUDA"
+    else:
+        assert said in ("available", "no device: torch sees no cuda")
+
+
+def test_switched_off_says_so(built):
+    report = run(sys.executable, "-m", "neftune_kernels", folder=built.parent.parent, NEFTUNE_DISABLE_CUDA="1")
+    assert "CUDA C++ kernels: switched off by NEFTUNE_DISABLE_CUDA=1" in report
+
+
+@pytest.mark.parametrize("switch", ("auto", "1", "0"))
+def test_build_without_a_toolkit(tmp_path, switch):
+    """1 is an error naming what is missing, auto and 0 leave the reason."""
+    source_copy(tmp_path)
+    (tmp_path / "toolkit/bin").mkdir(parents=True)
+    (tmp_path / "toolkit/bin/nvcc").touch()
+    environment = {"NEFTUNE_BUILD_CUDA": switch, "CUDA_HOME": str(tmp_path / "toolkit"), "NEFTUNE_BUILD_CPP": "0"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    missing = (
+        "toolkit lacks nvvm/bin/cicc, include/cuda_runtime.h, include/cuda_bf16.h, include/crt/host_config.h, lib64/libcudart_static.a"
+    )
+    assert not list((tmp_path / "neftune_kernels").glob("_C_cuda*.so"))
+    if switch == "1":
+        assert (
+            done.returncode != 0 and "NEFTUNE_BUILD_CUDA=1, but the CUDA kernels cannot be built" in done.stderr and missing in done.stderr
+        )
+        return
+    assert done.returncode == 0, done.stderr
+    report = run(sys.executable, "-m", "neftune_kernels", folder=tmp_path)
+    assert f"CUDA C++ kernels: not built: {'skipped by NEFTUNE_BUILD_CUDA=0' if switch == '0' else str(tmp_path)}" in report
+
+
+def test_source_is_hipify_clean(tmp_path):
+    """torch's translator leaves no CUDA name behind; what hipcc makes of the result is not tried here."""
+    from torch.utils.hipify import hipify_python
+
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    sources = [str(path) for path in (tmp_path / "csrc").glob("cuda/*") if path.suffix in (".cu", ".h")]
+    result = hipify_python.hipify(
+        project_directory=str(tmp_path), output_directory=str(tmp_path), includes=["*"], extra_files=sources, is_pytorch_extension=True
+    )
+    translated = pathlib.Path(result[str(tmp_path / "csrc/cuda/kernels.cu")].hipified_path).read_text()
+    code = re.sub(r"//.*", "", translated)
+    assert "hipLaunchKernelGGL" in code and "hip_bf16.h" in code and "hipGetLastError" in code
+    assert not re.findall(r"\bcuda[A-Z_]\w*|<cuda\w*\.h>|__nv_\w+", code)
