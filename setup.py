@@ -4,7 +4,7 @@ The package works without the libraries, so a failure here never fails an instal
 _build_error_cuda.txt beside the package, which `python -m neftune_kernels` shows.
 
     NEFTUNE_BUILD_CPP=0             skips the C++ kernel
-    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found (no GPU is asked for); never; or an error says what is missing
+    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found (no GPU is asked for), never, or with an error for what is missing
     NEFTUNE_CUDA_ARCHS=80,90        fewer architectures than the usual, for a quick build
 """
 
@@ -150,7 +150,7 @@ class Toolkit(NamedTuple):
 
 
 def find_toolkit() -> Toolkit:
-    """The first whole CUDA toolkit: CUDA_HOME's, that of nvcc on the PATH, /usr/local/cuda, or PyPI's nvidia-cuda-nvcc and its companions."""
+    """The first whole CUDA toolkit: CUDA_HOME's, that of nvcc on the PATH, /usr/local/cuda, or PyPI's nvidia-cuda-nvcc and companions."""
     roots = [pathlib.Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if not roots:
         if found := shutil.which("nvcc"):
@@ -215,8 +215,9 @@ def cuda_kernels() -> Extension:
     )
 
 
-setup(
-    ext_modules=[kernel(), *([cuda_kernels()] if sys.platform == "linux" else [])],
-    cmdclass={"build_ext": BuildKernel},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[kernel(), *([cuda_kernels()] if sys.platform == "linux" else [])],
+        cmdclass={"build_ext": BuildKernel},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -476,7 +476,8 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
         if device.type not in _warned_devices and not torch.compiler.is_compiling():
             _warned_devices.add(device.type)
             warnings.warn(
-                f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend: triton: {triton}; cuda: {cuda}",
+                f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend: "
+                f"triton: {triton}; cuda: {cuda}",
                 stacklevel=4,
             )
         return "reference"

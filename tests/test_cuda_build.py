@@ -14,6 +14,8 @@ import pytest
 import torch
 from test_install import run, source_copy
 
+from setup import find_toolkit
+
 ROOT = pathlib.Path(__file__).parent.parent
 TORCH = pathlib.Path(torch.__file__).parent
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -147,10 +149,10 @@ def test_stray_accesses_are_seen(operators, tmp_path, name):
 @pytest.fixture(scope="module")
 def toolkit():
     """setup.py's own search."""
-    program = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.find_toolkit().nvcc)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        skip_or_fail(f"there is no CUDA toolkit: {done.stderr.strip().splitlines()[-1]}")
+    try:
+        return find_toolkit()
+    except RuntimeError as error:
+        skip_or_fail(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -123,11 +123,17 @@ NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   return low - 1;
 }
 
+// Which of a layout's parts a kernel looks for: one in all that have none, and so on. kAnyLayout serves them all.
+enum LayoutKind { kNoLayout, kPerToken, kBounds, kAnyLayout };
+
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do not hold are padding.
-NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t row, int64_t column) {
+template <LayoutKind kind, class Index>
+NEFTUNE_DEVICE Place place_of(const RowArguments& a, Index row, Index column) {
   const int64_t token = row * a.columns + column;
   int64_t sample = row, position = column, length = 0;
-  if (a.cu_seqlens.data) {
+  if (kind == kNoLayout) {
+    return {static_cast<uint32_t>(row) + a.sample_offset, static_cast<uint32_t>(column) + a.position_offset, a.step};
+  } else if (kind == kBounds || (kind == kAnyLayout && a.cu_seqlens.data)) {
     sample = document_of(a, token);
     if (sample >= 0 && sample < a.samples) {
       const int64_t start = value_at(a.cu_seqlens, sample);
@@ -149,7 +155,8 @@ NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t row, int64_t column
 }
 
 // Where source holds the token's row, in elements; -1 for an id out of range.
-NEFTUNE_DEVICE int64_t offset_of(const RowArguments& a, int64_t row, int64_t column) {
+template <class Index>
+NEFTUNE_DEVICE int64_t offset_of(const RowArguments& a, Index row, Index column) {
   const int64_t index = row * a.index_row + column * a.index_column;
   if (!a.input_ids) return index;
   const int64_t id = a.wide_ids ? static_cast<const int64_t*>(a.input_ids)[index] : static_cast<const int32_t*>(a.input_ids)[index];
@@ -194,6 +201,23 @@ NEFTUNE_DEVICE void noisy_block(const RowNoise& noise_of, uint32_t block, float 
   }
 }
 
+template <class Element, int kAhead, bool kScaled>
+NEFTUNE_DEVICE void noisy_blocks(const RowNoise& noise_of, const uint4* source, uint4* out, int block, float scale) {
+  constexpr int kVectors = Element::kVectors;
+  uint4 values[kAhead][kVectors];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) values[i][k] = source[i * kLanes * kVectors + k];
+  }
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    noisy_block<Element, kScaled>(noise_of, block + i * kLanes, scale, values[i]);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) out[i * kLanes * kVectors + k] = values[i][k];
+  }
+}
+
 template <class Element, bool kScaled>
 NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source, uint4* out, int blocks, float scale) {
   constexpr int kVectors = Element::kVectors, kAhead = kVectorsAhead / kVectors;
@@ -202,41 +226,25 @@ NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source,
   out += block * kVectors;
 #pragma unroll 1
   for (; block + (kAhead - 1) * kLanes < blocks; block += kAhead * kLanes) {
-    uint4 values[kAhead][kVectors];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) values[i][k] = source[i * kLanes * kVectors + k];
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      noisy_block<Element, kScaled>(noise_of, block + i * kLanes, scale, values[i]);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) out[i * kLanes * kVectors + k] = values[i][k];
-    }
+    noisy_blocks<Element, kAhead, kScaled>(noise_of, source, out, block, scale);
     source += kAhead * kLanes * kVectors;
     out += kAhead * kLanes * kVectors;
   }
 #pragma unroll 1
   for (; block < blocks; block += kLanes) {
-    uint4 values[kVectors];
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) values[k] = source[k];
-    noisy_block<Element, kScaled>(noise_of, block, scale, values);
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) out[k] = values[k];
+    noisy_blocks<Element, 1, kScaled>(noise_of, source, out, block, scale);
     source += kLanes * kVectors;
     out += kLanes * kVectors;
   }
 }
 
-// A row without noise; without a source a row of NaN.
+// A row without noise, or of NaN.
 template <class Element, bool kScaled>
-NEFTUNE_DEVICE void plain_vectors(const uint4* source, uint4* out, int blocks, float scale) {
+NEFTUNE_DEVICE void plain_vectors(bool inside, const uint4* source, uint4* out, int blocks, float scale) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < blocks * Element::kVectors; i += kLanes) {
     uint4 values{Element::kNaN, Element::kNaN, Element::kNaN, Element::kNaN};
-    if (source) {
+    if (inside) {
       values = source[i];
       if (kScaled) values = Element::scaled(values, scale);
     }
@@ -272,25 +280,22 @@ NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const Place& place
   return {place.sample, place.position, a.stream, noise_key(static_cast<uint64_t>(*a.seed)), place.step};
 }
 
-NEFTUNE_DEVICE int64_t first_column() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
-NEFTUNE_DEVICE int64_t first_row() { return blockIdx.y + int64_t{blockIdx.z} * gridDim.y; }
-
 // The grid covers all tokens: loops over them would take registers from the loop over columns.
-template <class Element, bool kLayout, bool kScaled>
+template <class Element, LayoutKind kind, bool kScaled>
 __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiprocessor) noisy_vector_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
-  const int64_t row = first_row(), column = first_column();
+  const uint32_t row = blockIdx.y + blockIdx.z * gridDim.y, column = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= a.rows || column >= a.columns) return;
-  const int blocks = static_cast<int>(a.embedding_dim / kColumnsPerBlock);
+  const uint32_t embedding_dim = static_cast<uint32_t>(a.embedding_dim);
+  const int blocks = static_cast<int>(embedding_dim / kColumnsPerBlock);
   const int64_t offset = offset_of(a, row, column);
-  const uint4* source = offset < 0 ? nullptr : reinterpret_cast<const uint4*>(static_cast<const Storage*>(a.source) + offset);
-  uint4* out = reinterpret_cast<uint4*>(static_cast<Storage*>(a.out) + (row * a.columns + column) * a.embedding_dim);
-  Place place{static_cast<uint32_t>(row) + a.sample_offset, static_cast<uint32_t>(column) + a.position_offset, a.step};
-  if (kLayout) place = place_of(a, row, column);
-  if (source && place.step > 0) {
+  const uint4* source = reinterpret_cast<const uint4*>(static_cast<const Storage*>(a.source) + (offset < 0 ? 0 : offset));
+  uint4* out = reinterpret_cast<uint4*>(static_cast<Storage*>(a.out) + (row * a.columns + column) * embedding_dim);
+  const Place place = place_of<kind>(a, row, column);
+  if (offset >= 0 && place.step > 0) {
     noisy_vectors<Element, kScaled>(noise_of_place(a, place), source, out, blocks, a.scale);
   } else {
-    plain_vectors<Element, kScaled>(source, out, blocks, a.scale);
+    plain_vectors<Element, kScaled>(offset >= 0, source, out, blocks, a.scale);
   }
 }
 
@@ -298,12 +303,14 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiproces
 template <class Element>
 __global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
-  for (int64_t row = first_row(); row < a.rows; row += int64_t{gridDim.y} * gridDim.z) {
-    for (int64_t column = first_column(); column < a.columns; column += int64_t{gridDim.x} * blockDim.y) {
+  const int64_t first_row = blockIdx.y + int64_t{blockIdx.z} * gridDim.y;
+  const int64_t first_column = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  for (int64_t row = first_row; row < a.rows; row += int64_t{gridDim.y} * gridDim.z) {
+    for (int64_t column = first_column; column < a.columns; column += int64_t{gridDim.x} * blockDim.y) {
       const int64_t offset = offset_of(a, row, column);
       const Storage* source = offset < 0 ? nullptr : static_cast<const Storage*>(a.source) + offset;
       Storage* out = static_cast<Storage*>(a.out) + (row * a.columns + column) * a.embedding_dim;
-      any_row<Element>(a, noise_of_place(a, place_of(a, row, column)), source, out);
+      any_row<Element>(a, noise_of_place(a, place_of<kAnyLayout>(a, row, column)), source, out);
     }
   }
 }
@@ -478,11 +485,12 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   const int64_t grid_rows = a.rows < NEFTUNE_GRID_ROWS ? a.rows : NEFTUNE_GRID_ROWS;
   const int64_t folds = (a.rows + grid_rows - 1) / grid_rows, grid_folds = folds < NEFTUNE_GRID_ROWS ? folds : NEFTUNE_GRID_ROWS;
   const dim3 grid(grid_columns, grid_rows, grid_folds), block(kLanes, tokens);
-  if (!a.vectors || grid_columns < blocks || grid_folds < folds) return launch(noisy_rows<Element>, grid, block, stream, a);
-  if (a.scaled) return launch(noisy_vector_rows<Element, true, true>, grid, block, stream, a);
-  const bool layout = a.document.data || a.position.data || a.lengths.data || a.cu_seqlens.data;
-  return layout ? launch(noisy_vector_rows<Element, true, false>, grid, block, stream, a)
-                : launch(noisy_vector_rows<Element, false, false>, grid, block, stream, a);
+  const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX && a.rows <= UINT32_MAX;
+  if (!a.vectors || !covered) return launch(noisy_rows<Element>, grid, block, stream, a);
+  if (a.scaled) return launch(noisy_vector_rows<Element, kAnyLayout, true>, grid, block, stream, a);
+  if (a.cu_seqlens.data) return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
+  if (a.document.data || a.position.data || a.lengths.data) return launch(noisy_vector_rows<Element, kPerToken, false>, grid, block, stream, a);
+  return launch(noisy_vector_rows<Element, kNoLayout, false>, grid, block, stream, a);
 }
 
 }  // namespace

@@ -1,0 +1,180 @@
+"""What nvcc makes of csrc/cuda/kernels.cu, without a GPU; the rows of bench.codegen beside Triton's.
+
+The kernels take d as an argument, so their columns are a loop. Counted are the instructions that a warp issues for a row with noise, at most:
+the longest way through the code up to EXIT that enters the noisy loop, whose body counts once for each trip.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import NamedTuple
+
+from setup import CSRC, NVCC_FLAGS, find_toolkit
+
+from bench.disassembly import on_binary
+
+KERNELS = pathlib.Path(__file__).parent.parent / CSRC / "cuda" / "kernels.cu"
+LANES = 32
+ELEMENTS = {"float32": "Float32", "bfloat16": "BFloat16Pair", "float16": "Float16Pair"}
+LAYOUT_KINDS, ANY_LAYOUT = {"nothing": 0, "lengths": 1, "mask": 1, "cu_seqlens": 2}, 3  # LayoutKind
+BISECTIONS = 4  # of cu_seqlens: bounds of up to 14 documents
+
+
+class Function(NamedTuple):
+    """One kernel: a text per instruction, up to the last EXIT, and where labels point."""
+
+    name: str
+    lines: list[str]
+    labels: dict[str, int]
+
+
+class Loop(NamedTuple):
+    first: int
+    last: int
+
+    def holds(self, other: "Loop") -> bool:
+        return self != other and self.first <= other.first and other.last <= self.last
+
+
+@functools.cache
+def compile_kernels(target: str, *options: str) -> tuple[bytes, str]:
+    """(cubin, PTX) of all kernels."""
+    nvcc = str(find_toolkit().nvcc)
+    flags = [flag for flag in NVCC_FLAGS if flag not in ("-Xfatbin", "-compress-all")]
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("cubin", "ptx"):
+            command = [nvcc, *flags, f"-arch={target}", *options, f"-{kind}", str(KERNELS), "-o", f"{folder}/kernels.{kind}"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(folder, "kernels.ptx").read_text()
+
+
+@functools.cache
+def sections(target: str, *options: str) -> dict[str, str]:
+    """Each kernel's disassembly by its mangled name."""
+    parts = re.split(r"^\.text\.(\S+):$", on_binary("nvdisasm", compile_kernels(target, *options)[0], "-c"), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def kernel_name(target: str, dtype: str, layout: str, scaled: bool) -> str:
+    """Of the instance that serves such calls; a scale has one kernel for all layouts."""
+    flags = rf"LNS0_10LayoutKindE{ANY_LAYOUT if scaled else LAYOUT_KINDS[layout]}ELb{int(scaled)}E"
+    (name,) = [name for name in sections(target) if "noisy_vector_rows" in name and re.search(rf"\d{ELEMENTS[dtype]}E+{flags}", name)]
+    return name
+
+
+@functools.cache
+def function(target: str, name: str, *options: str) -> Function:
+    lines: list[str] = []
+    labels = {}
+    for line in sections(target, *options)[name].splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            lines.append(re.sub(r"/\*.*?\*/", "", line).strip(" ;\t"))
+    end = max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line)) + 1
+    return Function(name, lines[:end], labels)
+
+
+def opcode(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
+
+
+def jump(line: str, labels: dict[str, int]) -> int | None:
+    found = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+    return labels[found[1]] if found else None
+
+
+def loops(code: Function) -> list[Loop]:
+    targets = ((i, jump(line, code.labels)) for i, line in enumerate(code.lines))
+    return [Loop(target, i) for i, target in targets if target is not None and target <= i]
+
+
+def noisy_loop(code: Function) -> Loop:
+    """The one with most Philox rounds in it; further loops serve columns left over and rows without noise."""
+    found = loops(code)
+    inner = [loop for loop in found if not any(loop.holds(other) for other in found)]
+    return max(inner, key=lambda loop: sum(line.startswith("I2F") for line in code.lines[loop.first : loop.last + 1]))
+
+
+def columns_of(code: Function, loop: Loop) -> int:
+    """Columns of one trip: each is converted from an integer once."""
+    return sum(opcode(line).startswith("I2F") for line in code.lines[loop.first : loop.last + 1])
+
+
+def path_length(code: Function, embedding_dim: int) -> float:
+    """Instructions of the longest way to an EXIT through the noisy loop, for a d that leaves no columns over."""
+    main = noisy_loop(code)
+    trips = embedding_dim / LANES / columns_of(code, main)
+    assert trips == int(trips), f"{embedding_dim} columns do not fill the loop's trips"
+    weights = [1.0] * len(code.lines)
+    found = loops(code)
+    for loop in sorted(found, key=lambda loop: loop.first - loop.last):
+        if any(loop.holds(other) for other in found):
+            continue
+        rows = any(opcode(line).startswith("STG") for line in code.lines[loop.first : loop.last + 1])
+        weights[loop.first : loop.last + 1] = [
+            trips if loop == main else 0.0 if rows else float(BISECTIONS) for _ in range(loop.first, loop.last + 1)
+        ]
+    length = [-math.inf] * (len(code.lines) + 1)
+    length[0], ends = 0.0, []
+    for i, line in enumerate(code.lines):
+        if i == main.first:
+            length[i + 1 :] = [-math.inf] * (len(code.lines) - i)  # ways around the loop
+        after = length[i] + weights[i]
+        unconditional = not line.startswith("@") and re.match(r"(EXIT|BRA(\.[A-Z]+)? `)", line)
+        target = jump(line, code.labels)
+        if i > main.last and opcode(line) == "EXIT":
+            ends.append(after)
+        if target is not None and target > i:
+            length[target] = max(length[target], after)
+        if not unconditional:
+            length[i + 1] = max(length[i + 1], after)
+    return max(ends)
+
+
+class Measured(NamedTuple):
+    instructions: float
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    opcodes: Counter[str]
+
+
+@functools.cache
+def usage(target: str) -> dict[str, dict[str, int]]:
+    """cuobjdump's resources of every kernel."""
+    text = on_binary("cuobjdump", compile_kernels(target)[0], "-res-usage")
+    found = re.findall(r"Function (\S+):\s+(REG:.*)", text)
+    return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+def measure(target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool) -> Measured:
+    code = function(target, kernel_name(target, dtype, layout, scaled))
+    used = usage(target)[code.name]
+    opcodes = Counter(map(opcode, code.lines))
+    return Measured(path_length(code, embedding_dim), used["REG"], used["STACK"], used["SHARED"], opcodes)
+
+
+def write_artefacts(target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool, folder: pathlib.Path) -> None:
+    """The kernel's code and how launch_rows would launch it."""
+    name = kernel_name(target, dtype, layout, scaled)
+    cubin, ptx = compile_kernels(target)
+    launch = {
+        "target": target,
+        "kernel": name,
+        "dtype": dtype,
+        "d": embedding_dim,
+        "block": [LANES, "min(4, columns)", 1],
+        "grid": ["ceil(columns / block.y)", "min(rows, 65535)", "ceil(rows / 65535)"],
+        "parameters": [{"name": "arguments", "type": "RowArguments, csrc/cuda/launch.h"}],
+        "nvcc": NVCC_FLAGS,
+    }
+    (folder / "kernel.cubin").write_bytes(cubin)
+    (folder / "kernel.ptx").write_text(ptx)
+    (folder / "kernel.sass").write_text(sections(target)[name])
+    (folder / "launch.json").write_text(json.dumps(launch, indent=1) + "\n")
