@@ -4,7 +4,7 @@ The package works without the libraries, so a failure here never fails an instal
 _build_error_cuda.txt beside the package, which `python -m neftune_kernels` shows.
 
     NEFTUNE_BUILD_CPP=0             skips the C++ kernel
-    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found (no GPU is asked for), never, or with an error for what is missing
+    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found, never, or with an error for what is missing
     NEFTUNE_CUDA_ARCHS=80,90        fewer architectures than the usual, for a quick build
 """
 

@@ -1,7 +1,7 @@
-"""What the compilers make of the Triton kernels, without a GPU: `python -m bench.codegen [--out DIR]`.
+"""What the compilers make of the Triton and CUDA C++ kernels, without a GPU: `python -m bench.codegen [--out DIR]`.
 
-Every configuration is compiled for its target by Triton and disassembled by the tools inside the triton wheel; instructions per element,
-memory accesses and registers stand beside the targets. The same functions serve tests/test_codegen.py.
+Every configuration is compiled for its target by Triton or nvcc and disassembled by the tools inside the triton wheel; instructions per
+element, memory accesses and registers stand beside the targets. The same functions serve tests/test_codegen.py.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import inductor_code
+from bench import cuda_code, inductor_code
 from bench.disassembly import resources, sass, sass_instructions
 from neftune_kernels import triton_kernels
 
@@ -48,16 +48,18 @@ class Configuration(NamedTuple):
     embedding_dim: int
     layout: str = "nothing"
     scaled: bool = False
+    backend: str = "triton"
 
     @property
     def name(self) -> str:
-        return f"{self.target}-{self.dtype}-d{self.embedding_dim}-{self.layout}{'-scaled' if self.scaled else ''}"
+        prefix = "" if self.backend == "triton" else f"{self.backend}-"
+        return f"{prefix}{self.target}-{self.dtype}-d{self.embedding_dim}-{self.layout}{'-scaled' if self.scaled else ''}"
 
 
 class Code(NamedTuple):
-    """Counts of one compiled configuration; instructions are those of the straight line up to EXIT."""
+    """Counts of one compiled configuration; instructions are those of Triton's straight line up to EXIT, or of the way cuda_code counts."""
 
-    instructions: int
+    instructions: float
     elements_per_thread: float
     registers: int
     opcodes: Counter[str]
@@ -137,7 +139,11 @@ def opcode(line: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
 
 
+@functools.cache
 def measure(configuration: Configuration) -> Code:
+    if configuration.backend == "cuda":
+        instructions, used_registers, stack_bytes, shared_bytes, found = cuda_code.measure(*configuration[:5])
+        return Code(instructions, configuration.embedding_dim / cuda_code.LANES, used_registers, found, stack_bytes, shared_bytes)
     lines = instruction_lines(configuration)
     opcodes = Counter(map(opcode, lines))
     kernel, target = compile_rows(configuration), TARGETS[configuration.target]
@@ -160,7 +166,13 @@ class Target(NamedTuple):
 
 def target_of(configuration: Configuration) -> Target:
     """The most instructions per element that this project allows itself."""
-    target, dtype, d, layout, scaled = configuration
+    target, dtype, d, layout, scaled, backend = configuration
+    if backend == "cuda" and not scaled:
+        if layout == "nothing":
+            return Target(11.0, None) if dtype == "float32" else Target(12.0, 11.0)
+        return Target(13.0 if layout == "cu_seqlens" else 12.5, 12.0)
+    if backend == "cuda":
+        return Target(16.0, 14.0)
     if target == "gfx942":
         return Target(16.0, None)
     if target == "gfx950":
@@ -203,6 +215,10 @@ CONFIGURATIONS = [
     *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (768, 896, 1024, 1536, 2048, 3072, 5120, 8192)),
     *(Configuration(t, "bfloat16", 4096) for t in ("gfx942", "gfx950")),
 ]
+CUDA_CONFIGURATIONS = [
+    *(Configuration(t, dtype, 4096, layout, False, "cuda") for t in NVIDIA for dtype in DTYPES for layout in LAYOUT_POINTERS),
+    *(Configuration(t, dtype, 4096, "nothing", True, "cuda") for t in NVIDIA for dtype in DTYPES),
+]
 
 
 def row(configuration: Configuration) -> dict[str, Any]:
@@ -231,6 +247,9 @@ def row(configuration: Configuration) -> dict[str, Any]:
 
 def write_artefacts(configuration: Configuration, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if configuration.backend == "cuda":
+        cuda_code.write_artefacts(*configuration[:5], folder)
+        return
     kernel = compile_rows(configuration)
     (folder / "launch.json").write_text(json.dumps(launch_description(configuration), indent=1) + "\n")
     if TARGETS[configuration.target].backend == "hip":
@@ -246,17 +265,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=pathlib.Path, help="folder for report.json and each configuration's code")
     arguments = parser.parse_args()
-    print(f"triton {triton.__version__}, one program per row, product and sum separate; instructions per element up to EXIT\n")
+    try:
+        configurations, nvcc = [*CONFIGURATIONS, *CUDA_CONFIGURATIONS], cuda_code.nvcc_version()
+    except RuntimeError as error:
+        configurations, nvcc = CONFIGURATIONS, f"none, so the CUDA C++ kernels are left out: {error}"
+    print(f"triton {triton.__version__}, nvcc {nvcc}; product and sum separate; instructions per element up to EXIT\n")
     titles = ("/element", "at most", "stretch", "regs", "128-bit")
-    print(f"{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}" + "".join(f"{title:>9}" for title in titles) + "  verdict")
+    print(f"{'':7}{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}" + "".join(f"{title:>9}" for title in titles) + "  verdict")
     rows = []
-    for configuration in CONFIGURATIONS:
+    for configuration in configurations:
         found = row(configuration)
         rows.append(found)
         stretch = found["stretch"]
         verdict = "missed" if not found["met"] else "stretch" if stretch is not None and found["per_element"] <= stretch else "met"
         print(
-            f"{configuration.target:8}{configuration.dtype:10}{configuration.embedding_dim:6}  "
+            f"{configuration.backend:7}{configuration.target:8}{configuration.dtype:10}{configuration.embedding_dim:6}  "
             f"{configuration.layout:11}{'yes' if configuration.scaled else '':6}{found['per_element']:9.2f}{found['target']:9}"
             f"{stretch if stretch is not None else '-':>9}{found['registers']:9}{found['accesses_128_bit']:9}  {verdict}"
             + (f" {found['forbidden']} stack {found['stack_bytes']} shared {found['shared_bytes']}" if verdict == "missed" else "")

@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/cuda/kernels.cu, without a GPU; the rows of bench.codegen beside Triton's.
 
-The kernels take d as an argument, so their columns are a loop. Counted are the instructions that a warp issues for a row with noise, at most:
-the longest way through the code up to EXIT that enters the noisy loop, whose body counts once for each trip.
+The kernels take d as an argument, so their columns are a loop. Counted are the instructions that a warp issues for a row with noise, at
+most: the longest way through the code up to EXIT that enters the noisy loop, whose body counts once for each trip.
 """
 
 import functools
@@ -14,9 +14,8 @@ import tempfile
 from collections import Counter
 from typing import NamedTuple
 
-from setup import CSRC, NVCC_FLAGS, find_toolkit
-
 from bench.disassembly import on_binary
+from setup import CSRC, NVCC_FLAGS, find_toolkit
 
 KERNELS = pathlib.Path(__file__).parent.parent / CSRC / "cuda" / "kernels.cu"
 LANES = 32
@@ -41,37 +40,46 @@ class Loop(NamedTuple):
         return self != other and self.first <= other.first and other.last <= self.last
 
 
+def nvcc_version() -> str:
+    text = subprocess.run([str(find_toolkit().nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release [\d.]+, V([\d.]+)", text)[1]  # type: ignore[index]
+
+
 @functools.cache
-def compile_kernels(target: str, *options: str) -> tuple[bytes, str]:
+def compile_kernels(target: str, source: pathlib.Path = KERNELS, *options: str) -> tuple[bytes, str]:
     """(cubin, PTX) of all kernels."""
     nvcc = str(find_toolkit().nvcc)
     flags = [flag for flag in NVCC_FLAGS if flag not in ("-Xfatbin", "-compress-all")]
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("cubin", "ptx"):
-            command = [nvcc, *flags, f"-arch={target}", *options, f"-{kind}", str(KERNELS), "-o", f"{folder}/kernels.{kind}"]
+            command = [nvcc, *flags, f"-arch={target}", *options, f"-{kind}", str(source), "-o", f"{folder}/kernels.{kind}"]
             subprocess.run(command, check=True, capture_output=True, text=True)
         return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(folder, "kernels.ptx").read_text()
 
 
 @functools.cache
-def sections(target: str, *options: str) -> dict[str, str]:
+def sections(target: str, source: pathlib.Path = KERNELS, *options: str) -> dict[str, str]:
     """Each kernel's disassembly by its mangled name."""
-    parts = re.split(r"^\.text\.(\S+):$", on_binary("nvdisasm", compile_kernels(target, *options)[0], "-c"), flags=re.M)
+    parts = re.split(r"^\.text\.(\S+):$", on_binary("nvdisasm", compile_kernels(target, source, *options)[0], "-c"), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def kernel_name(target: str, dtype: str, layout: str, scaled: bool) -> str:
+def kernel_name(target: str, dtype: str, layout: str, scaled: bool, source: pathlib.Path = KERNELS, *options: str) -> str:
     """Of the instance that serves such calls; a scale has one kernel for all layouts."""
     flags = rf"LNS0_10LayoutKindE{ANY_LAYOUT if scaled else LAYOUT_KINDS[layout]}ELb{int(scaled)}E"
-    (name,) = [name for name in sections(target) if "noisy_vector_rows" in name and re.search(rf"\d{ELEMENTS[dtype]}E+{flags}", name)]
+    (name,) = [
+        name
+        for name in sections(target, source, *options)
+        if "noisy_vector_rows" in name and re.search(rf"\d{ELEMENTS[dtype]}E+{flags}", name)
+    ]
     return name
 
 
 @functools.cache
-def function(target: str, name: str, *options: str) -> Function:
+def function(target: str, name: str, source: pathlib.Path = KERNELS, *options: str) -> Function:
     lines: list[str] = []
     labels = {}
-    for line in sections(target, *options)[name].splitlines():
+    for line in sections(target, source, *options)[name].splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(lines)
         elif re.search(r"/\*[0-9a-f]{4,}\*/", line):

@@ -1,9 +1,11 @@
-"""The compiled Triton kernels, without a GPU: instruction targets, memory accesses, rounding. The functions of bench.codegen."""
+"""The compiled kernels of Triton and CUDA C++, without a GPU: targets, memory accesses, rounding. The functions of bench.codegen."""
 
 import importlib.util
 import json
 import os
 import re
+import shutil
+from collections import Counter
 
 import pytest
 
@@ -15,8 +17,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 
-from bench import codegen, disassembly, inductor_code
-from bench.codegen import CONFIGURATIONS, Configuration
+from bench import codegen, cuda_code, disassembly, inductor_code
+from bench.codegen import CONFIGURATIONS, CUDA_CONFIGURATIONS, Configuration
 from neftune_kernels import triton_kernels
 
 QUICK = {
@@ -29,11 +31,26 @@ QUICK = {
 }
 
 
+def needs_nvcc(configuration):
+    if configuration.backend == "cuda":
+        try:
+            cuda_code.nvcc_version()
+        except RuntimeError as error:
+            if os.environ.get("NEFTUNE_REQUIRE_CUDA_BUILD") == "1":
+                pytest.fail(f"NEFTUNE_REQUIRE_CUDA_BUILD=1, but {error}")
+            pytest.skip(f"what nvcc makes of the CUDA kernels is not checked: {error}")
+
+
 @pytest.mark.parametrize(
-    "configuration", [pytest.param(c, id=c.name, marks=() if c in QUICK else pytest.mark.long) for c in CONFIGURATIONS]
+    "configuration",
+    [
+        *(pytest.param(c, id=c.name, marks=() if c in QUICK else pytest.mark.long) for c in CONFIGURATIONS),
+        *(pytest.param(c, id=c.name) for c in CUDA_CONFIGURATIONS),
+    ],
 )
 def test_targets(configuration):
     """Instructions per element, registers, 128-bit rows, no spills, shared memory, shuffles or barriers."""
+    needs_nvcc(configuration)
     code = codegen.measure(configuration)
     assert code.per_element <= codegen.target_of(configuration).per_element
     if configuration.target in codegen.NVIDIA:
@@ -68,6 +85,67 @@ def test_contraction_would_be_seen():
     text = disassembly.sass(fused.asm["cubin"])
     sums = len(re.findall(r"\bFADD\b", text))
     assert sums < codegen.measure(configuration).opcodes["FADD"]
+
+
+@pytest.mark.parametrize("scaled", (False, True))
+@pytest.mark.parametrize("dtype", codegen.DTYPES)
+@pytest.mark.parametrize("target", codegen.NVIDIA)
+def test_cuda_product_and_sum_stay_apart(target, dtype, scaled):
+    """In the machine code, column by column: one fma, the noise's own exact sum; one add; a scale's product; nothing packed."""
+    needs_nvcc(Configuration(target, dtype, 4096, "nothing", scaled, "cuda"))
+    code = cuda_code.function(target, cuda_code.kernel_name(target, dtype, "nothing", scaled))
+    loop = cuda_code.noisy_loop(code)
+    counts = Counter(codegen.opcode(line).split(".")[0] for line in code.lines[loop.first : loop.last + 1])
+    columns = cuda_code.columns_of(code, loop)
+    assert columns in (8, 16) and counts["FFMA"] == counts["FADD"] == columns
+    assert counts["FMUL"] in ((columns, columns + 1) if scaled else (0, 1)), "one more is the half step, where it is not kept"
+    assert not [name for name in counts if re.match(r"(FFMA2|FADD2|FMUL2|HFMA2\.BF16|HADD2\.BF16|DFMA)$", name)]
+
+
+def test_cuda_contraction_would_be_seen(tmp_path):
+    """The same kernels with operators for intrinsics and -fmad=true: fewer sums than columns."""
+    needs_nvcc(Configuration("sm_90", "float32", 4096, "nothing", True, "cuda"))
+    shutil.copytree(cuda_code.KERNELS.parent.parent, tmp_path / "csrc")
+    changed = tmp_path / "csrc/cuda/kernels.cu"
+    text = re.sub(r"__fadd_rn\((.*?), (noise(?:\[\d\])?|__fmul_rn\(.*?\))\)", r"((\1) + (\2))", changed.read_text())
+    text = text.replace("__float_as_uint(__fmul_rn(__uint_as_float(word), scale))", "__float_as_uint(__uint_as_float(word) * scale)")
+    changed.write_text(text)
+    name = cuda_code.kernel_name("sm_90", "float32", "nothing", True, changed, "-fmad=true")
+    code = cuda_code.function("sm_90", name, changed, "-fmad=true")
+    loop = cuda_code.noisy_loop(code)
+    sums = sum(line.startswith("FADD") for line in code.lines[loop.first : loop.last + 1])
+    assert sums < cuda_code.columns_of(code, loop)
+
+
+def test_cuda_artefacts(tmp_path):
+    configuration = Configuration("sm_90", "bfloat16", 4096, "lengths", False, "cuda")
+    needs_nvcc(configuration)
+    codegen.write_artefacts(configuration, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kernel.ptx", "kernel.cubin", "kernel.sass", "launch.json"}
+    launch = json.loads((tmp_path / "launch.json").read_text())
+    ptx = (tmp_path / "kernel.ptx").read_text()
+    assert f".entry {launch['kernel']}(" in ptx and "EXIT" in (tmp_path / "kernel.sass").read_text() and launch["d"] == 4096
+    assert re.search(r"\.target sm_90", ptx) and "fma.rn.bf16" not in ptx
+
+
+def test_the_way_through_the_code_is_counted():
+    """cuda_code.path_length on a few lines: the loop by its trips, ways around it not at all, the longer of two branches."""
+    lines = [
+        "MOV",
+        "@P0 BRA `(.L_out)",
+        "@P1 BRA `(.L_short)",
+        "MOV",
+        "MOV",
+        "I2F",
+        "STG",
+        "@P2 BRA `(.L_loop)",
+        "EXIT",
+        "MOV",
+        "MOV",
+        "EXIT",
+    ]
+    code = cuda_code.Function("", lines, {".L_out": 9, ".L_short": 5, ".L_loop": 5})
+    assert cuda_code.path_length(code, 32 * 7) == 5 + 7 * 3 + 1
 
 
 def test_artefacts(tmp_path):

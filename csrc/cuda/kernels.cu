@@ -101,7 +101,6 @@ struct Place {
 };
 
 NEFTUNE_DEVICE int64_t value_at(const Integers& values, int64_t index) {
-  index *= values.stride;
   return values.wide ? static_cast<const int64_t*>(values.data)[index] : static_cast<const int32_t*>(values.data)[index];
 }
 
@@ -111,9 +110,9 @@ NEFTUNE_DEVICE float step_of(const RowArguments& a, int64_t length) {
 
 // The last document that starts at or before the token, by bisection; -1 or `samples` outside all of them.
 NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
-  int64_t low = 0, high = a.samples + 1;
+  int32_t low = 0, high = static_cast<int32_t>(a.samples + 1);
   while (low < high) {
-    const int64_t middle = (low + high) >> 1;
+    const int32_t middle = low + ((high - low) >> 1);
     if (value_at(a.cu_seqlens, middle) <= token) {
       low = middle + 1;
     } else {
@@ -128,8 +127,7 @@ enum LayoutKind { kNoLayout, kPerToken, kBounds, kAnyLayout };
 
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do not hold are padding.
 template <LayoutKind kind, class Index>
-NEFTUNE_DEVICE Place place_of(const RowArguments& a, Index row, Index column) {
-  const int64_t token = row * a.columns + column;
+NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t token, Index row, Index column) {
   int64_t sample = row, position = column, length = 0;
   if (kind == kNoLayout) {
     return {static_cast<uint32_t>(row) + a.sample_offset, static_cast<uint32_t>(column) + a.position_offset, a.step};
@@ -164,6 +162,9 @@ NEFTUNE_DEVICE int64_t offset_of(const RowArguments& a, Index row, Index column)
 }
 
 // ---- one row
+
+NEFTUNE_DEVICE const uint4* vectors(const void* values) { return static_cast<const uint4*>(values); }
+NEFTUNE_DEVICE uint4* vectors(void* values) { return static_cast<uint4*>(values); }
 
 struct RowNoise {
   uint32_t sample, position, stream;
@@ -238,13 +239,13 @@ NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source,
   }
 }
 
-// A row without noise, or of NaN.
+// A row without noise; without a source a row of NaN.
 template <class Element, bool kScaled>
-NEFTUNE_DEVICE void plain_vectors(bool inside, const uint4* source, uint4* out, int blocks, float scale) {
+NEFTUNE_DEVICE void plain_vectors(const uint4* source, uint4* out, int blocks, float scale) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < blocks * Element::kVectors; i += kLanes) {
     uint4 values{Element::kNaN, Element::kNaN, Element::kNaN, Element::kNaN};
-    if (inside) {
+    if (source) {
       values = source[i];
       if (kScaled) values = Element::scaled(values, scale);
     }
@@ -285,17 +286,18 @@ template <class Element, LayoutKind kind, bool kScaled>
 __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiprocessor) noisy_vector_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
   const uint32_t row = blockIdx.y + blockIdx.z * gridDim.y, column = blockIdx.x * blockDim.y + threadIdx.y;
-  if (row >= a.rows || column >= a.columns) return;
-  const uint32_t embedding_dim = static_cast<uint32_t>(a.embedding_dim);
+  const uint32_t columns = static_cast<uint32_t>(a.columns), embedding_dim = static_cast<uint32_t>(a.embedding_dim);
+  if (row >= static_cast<uint32_t>(a.rows) || column >= columns) return;
+  const int64_t token = uint64_t{row} * columns + column;
   const int blocks = static_cast<int>(embedding_dim / kColumnsPerBlock);
   const int64_t offset = offset_of(a, row, column);
-  const uint4* source = reinterpret_cast<const uint4*>(static_cast<const Storage*>(a.source) + (offset < 0 ? 0 : offset));
-  uint4* out = reinterpret_cast<uint4*>(static_cast<Storage*>(a.out) + (row * a.columns + column) * embedding_dim);
-  const Place place = place_of<kind>(a, row, column);
+  const Storage* source = static_cast<const Storage*>(a.source);
+  Storage* out = static_cast<Storage*>(a.out) + token * embedding_dim;
+  const Place place = place_of<kind>(a, token, row, column);
   if (offset >= 0 && place.step > 0) {
-    noisy_vectors<Element, kScaled>(noise_of_place(a, place), source, out, blocks, a.scale);
+    noisy_vectors<Element, kScaled>(noise_of_place(a, place), vectors(source + offset), vectors(out), blocks, a.scale);
   } else {
-    plain_vectors<Element, kScaled>(offset >= 0, source, out, blocks, a.scale);
+    plain_vectors<Element, kScaled>(offset >= 0 ? vectors(source + offset) : nullptr, vectors(out), blocks, a.scale);
   }
 }
 
@@ -309,8 +311,9 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowA
     for (int64_t column = first_column; column < a.columns; column += int64_t{gridDim.x} * blockDim.y) {
       const int64_t offset = offset_of(a, row, column);
       const Storage* source = offset < 0 ? nullptr : static_cast<const Storage*>(a.source) + offset;
-      Storage* out = static_cast<Storage*>(a.out) + (row * a.columns + column) * a.embedding_dim;
-      any_row<Element>(a, noise_of_place(a, place_of<kAnyLayout>(a, row, column)), source, out);
+      const int64_t token = row * a.columns + column;
+      Storage* out = static_cast<Storage*>(a.out) + token * a.embedding_dim;
+      any_row<Element>(a, noise_of_place(a, place_of<kAnyLayout>(a, token, row, column)), source, out);
     }
   }
 }

@@ -9,10 +9,9 @@ namespace neftune_kernels {
 
 enum ElementType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// int32 or int64 values, `stride` apart.
+// Consecutive int32 or int64 values.
 struct Integers {
   const void* data;  // nullptr: not given
-  int64_t stride;
   bool wide;
 };
 

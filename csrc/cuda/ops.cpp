@@ -88,8 +88,8 @@ class Flat {
     if (size >= 0 && given->numel() != size) {
       fail<std::invalid_argument>(name, " must have ", size, " elements, got ", given->numel());
     }
-    if (given->dim() != 1) tensor_ = torch::stable::contiguous(*given);
-    values_ = {tensor_->const_data_ptr(), tensor_->dim() == 1 ? tensor_->stride(0) : 1, is_wide(*given, name)};
+    if (!given->is_contiguous()) tensor_ = torch::stable::contiguous(*given);
+    values_ = {tensor_->const_data_ptr(), is_wide(*given, name)};
   }
 
   Integers values() const { return values_; }
@@ -97,7 +97,7 @@ class Flat {
 
  private:
   std::optional<Tensor> tensor_;
-  Integers values_{nullptr, 0, false};
+  Integers values_{nullptr, false};
 };
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -113,7 +113,9 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   const int64_t tokens = arguments.rows * arguments.columns;
   const Flat document(device, noise.document, "document", tokens), position(device, noise.position, "position", tokens);
   const Flat lengths(device, noise.lengths, "lengths", noise.document ? -1 : arguments.rows), bounds(device, noise.cu_seqlens, "cu_seqlens");
-  if (noise.cu_seqlens && bounds.size() == 0) fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got no elements");
+  if (noise.cu_seqlens && (bounds.size() == 0 || bounds.size() > INT32_MAX)) {
+    fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got ", bounds.size(), " elements");
+  }
   if (tokens == 0 || arguments.embedding_dim == 0) return;
 
   arguments.out = out;
