@@ -43,6 +43,26 @@ def with_lengths(inputs: cases.Inputs) -> Tensor:
     return noisy_embedding(inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, lengths=lengths, seed=inputs.seed)
 
 
+def by_cuda(inputs: cases.Inputs) -> Tensor:
+    return noisy_embedding(inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, seed=inputs.seed, backend="cuda")
+
+
+def by_cuda_masked(inputs: cases.Inputs) -> Tensor:
+    mask = inputs.attention_mask
+    return noisy_embedding(inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, attention_mask=mask, seed=inputs.seed, backend="cuda")
+
+
+def cuda_providers(device: torch.device) -> list[cases.Provider]:
+    """The CUDA C++ kernels' rows, equal to the default backend's bit for bit or there is nothing to time."""
+    if device.type == "cpu" or (reason := available_backends(device.type)["cuda"]) != "available":
+        print(f"no rows of the CUDA C++ kernels: {'not on a CPU' if device.type == 'cpu' else reason}")
+        return []
+    return [
+        cases.Provider("ours, CUDA C++", by_cuda, "ours"),
+        cases.Provider("ours, CUDA C++, attention_mask", by_cuda_masked, "ours"),
+    ]
+
+
 def seconds(run: Callable[[cases.Inputs], Tensor], inputs: list[cases.Inputs], device: torch.device) -> float:
     """Per call, over the whole rotation."""
     if device.type == "cpu":
@@ -65,6 +85,10 @@ def measure(case: cases.Case, device: torch.device, rounds: int) -> dict[str, li
     inputs = to_device(cases.make_inputs(case, ROTATED_BYTES if device.type != "cpu" else 0), device)
     providers = [cases.Provider("copy", copy, "plain"), *cases.make_providers()]
     providers.append(cases.Provider("ours, lengths", with_lengths, "ours"))
+    for provider in (cuda := cuda_providers(device)):
+        if not torch.equal(provider.run(inputs[0]), cases.ours(inputs[0])):
+            raise AssertionError(f"{provider.name} gives other bits than the default backend")
+    providers += cuda
     taken: dict[str, list[float]] = {provider.name: [] for provider in providers}
     for round_ in range(rounds + 1):
         for provider in providers if round_ % 2 else reversed(providers):
