@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -236,3 +237,59 @@ def test_source_is_hipify_clean(tmp_path):
     code = re.sub(r"//.*", "", translated)
     assert "hipLaunchKernelGGL" in code and "hip_bf16.h" in code and "hipGetLastError" in code
     assert not re.findall(r"\bcuda[A-Z_]\w*|<cuda\w*\.h>|__nv_\w+", code)
+
+
+# ---- wheels
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory, toolkit):
+    """The wheels with and without the CUDA part, each from the sdist, as `python -m build` makes them."""
+    folder = tmp_path_factory.mktemp("wheels")
+    source = folder / "source"
+    source.mkdir()
+    source_copy(source)
+    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder, folder=source)
+    (archive,) = folder.glob("*.tar.gz")
+    for name, environment in (("with", {"NEFTUNE_BUILD_CUDA": "1", "NEFTUNE_CUDA_ARCHS": "80"}), ("without", {"NEFTUNE_BUILD_CUDA": "0"})):
+        wheel = ("wheel", "--quiet", "--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir", folder / name, archive)
+        run(sys.executable, "-m", "pip", *wheel, **environment)
+    return {name: next((folder / name).glob("*.whl")) for name in ("with", "without")}
+
+
+def test_wheels_are_abi3(wheels):
+    for name, wheel in wheels.items():
+        libraries = {path for path in zipfile.ZipFile(wheel).namelist() if path.endswith(".so")}
+        assert "-cp310-abi3-linux_" in wheel.name
+        assert libraries == {"neftune_kernels/_C.abi3.so", *(["neftune_kernels/_C_cuda.abi3.so"] if name == "with" else [])}
+
+
+def other_pythons():
+    """This one, and those of NEFTUNE_OTHER_PYTHONS (separated by colons), with other versions of torch."""
+    others = [path for path in os.environ.get("NEFTUNE_OTHER_PYTHONS", "").split(":") if path]
+    return [sys.executable, *others] if others else [sys.executable, None]
+
+
+@pytest.mark.parametrize("python", other_pythons(), ids=lambda path: "this" if path == sys.executable else str(path))
+@pytest.mark.parametrize("name", ("with", "without"))
+def test_wheel_works(wheels, tmp_path, python, name):
+    """Both libraries open beside that torch, and the CPU's kernels give the reference's bits."""
+    if python is None:
+        pytest.skip("NEFTUNE_OTHER_PYTHONS names no Python with another torch")
+    zipfile.ZipFile(wheels[name]).extractall(tmp_path)
+    program = (
+        "import torch, neftune_kernels as n\n"
+        "ids, mask = torch.arange(12).reshape(2, 6) % 5, torch.tensor([[1, 1, 1, 1, 0, 0], [1, 2, 2, 3, 3, 0]])\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "    weight, given = torch.randn(5, 72).to(dtype), {'attention_mask': mask, 'seed': 3, 'embed_scale': 1.5}\n"
+        "    outs = [n.noisy_embedding(ids, weight, 5.0, **given, backend=name) for name in ('cpp', 'reference')]\n"
+        "    assert torch.equal(*outs)\n"
+        "print(torch.__version__, torch.version.cuda, '|', n.available_backends()['cuda'], n.ops.native_cuda.handle is not None)\n"
+    )
+    version, _, said = run(python, "-c", program, folder=tmp_path).strip().partition(" | ")
+    if name == "without":
+        assert said == "not built: skipped by NEFTUNE_BUILD_CUDA=0 False"
+    elif version.endswith(" None"):
+        assert "but not loaded: this torch" in said and said.endswith("has no CUDA False")
+    else:
+        assert said in ("available True", "no device: torch sees no cuda True")
