@@ -9,6 +9,7 @@
 #pragma once
 
 #include <math.h>
+
 #include <cstdint>
 
 #include "philox.h"

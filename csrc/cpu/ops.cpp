@@ -465,9 +465,8 @@ void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t ro
       if (masks) {
         value = mask_value(masks[mask_offset(token)]);
         if (kSignedMask<Mask> && !(value >= Value{0})) {
-          fail<std::invalid_argument>(
-              "attention_mask has negative or NaN values, such as ", printed(static_cast<double>(value)),
-              ": a token is real where it is not 0, padding where it is 0");
+          fail<std::invalid_argument>("attention_mask has negative or NaN values, such as ", printed(static_cast<double>(value)),
+                                      ": a token is real where it is not 0, padding where it is 0");
         }
       }
       const bool real = value != Value{0};

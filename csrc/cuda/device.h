@@ -18,7 +18,7 @@ namespace {
 // Kernels run on the tensor's GPU while it lives.
 class Device {
  public:
-  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+  explicit Device(const Tensor& tensor) : index_(index_of(tensor)), guard_(index_) {}
 
   void check(const Tensor& tensor, const char* name) const {
     if (!tensor.is_cuda() || tensor.get_device_index() != index_) {
@@ -43,6 +43,11 @@ class Device {
   }
 
  private:
+  static int32_t index_of(const Tensor& tensor) {
+    if (!tensor.is_cuda()) fail<std::runtime_error>("the embeddings must be on a GPU, as the other tensors are");
+    return tensor.get_device_index();
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };

@@ -2,12 +2,12 @@
 //
 //     out[token] = cast(e + x·step),  e = source[id] or cast(source[id]·scale)
 //
-// A warp serves a token, a thread every 32nd block of 8 columns: one Philox block, one 16-byte access of 16-bit rows or two of float32 rows.
-// Product and sum are rounded apart by __fmul_rn and __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and add.rn.f32x2 even under
-// -fmad=false.
-#include "launch.h"
-
+// A warp serves a token, a thread every 32nd block of 8 columns: one Philox block, one 16-byte access of 16-bit rows or two of float32
+// rows. Product and sum are rounded apart by __fmul_rn and __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and add.rn.f32x2 even
+// under -fmad=false.
 #include <cmath>
+
+#include "launch.h"
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #include <cuda_bf16.h>
@@ -36,7 +36,7 @@ constexpr int kTokensPerThread = 8;
 
 struct Float32 {
   using Storage = float;
-  static constexpr int kVectors = 2;         // of one block of 8 columns
+  static constexpr int kVectors = 2;             // of one block of 8 columns
   static constexpr uint32_t kNaN = 0x7FC00000u;  // in every element of a word
 
   NEFTUNE_DEVICE float wide(float value) { return value; }
@@ -492,7 +492,8 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   if (!a.vectors || !covered) return launch(noisy_rows<Element>, grid, block, stream, a);
   if (a.scaled) return launch(noisy_vector_rows<Element, kAnyLayout, true>, grid, block, stream, a);
   if (a.cu_seqlens.data) return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
-  if (a.document.data || a.position.data || a.lengths.data) return launch(noisy_vector_rows<Element, kPerToken, false>, grid, block, stream, a);
+  if (a.document.data || a.position.data || a.lengths.data)
+    return launch(noisy_vector_rows<Element, kPerToken, false>, grid, block, stream, a);
   return launch(noisy_vector_rows<Element, kNoLayout, false>, grid, block, stream, a);
 }
 
@@ -512,7 +513,8 @@ const char* launch_noisy_rows(const RowArguments& arguments, ElementType type, v
 const char* launch_number_documents(DocumentArguments arguments, void* stream) {
   const int64_t blocks = arguments.rows < NEFTUNE_DOCUMENT_BLOCKS ? arguments.rows : NEFTUNE_DOCUMENT_BLOCKS;
   arguments.rows_each = (arguments.rows + blocks - 1) / blocks;
-  return launch(number_documents, dim3((arguments.rows + arguments.rows_each - 1) / arguments.rows_each), dim3(kDocumentThreads), stream, arguments);
+  return launch(number_documents, dim3((arguments.rows + arguments.rows_each - 1) / arguments.rows_each), dim3(kDocumentThreads), stream,
+                arguments);
 }
 
 }  // namespace neftune_kernels

@@ -22,8 +22,8 @@ struct RowArguments {
   const void* input_ids;  // int32 or int64; nullptr: source holds the embeddings themselves
   bool wide_ids;
   bool scaled;
-  bool vectors;                      // rows may be read and written 16 bytes at a time
-  int64_t index_row, index_column;   // strides of input_ids; without them of source's rows, in elements
+  bool vectors;                     // rows may be read and written 16 bytes at a time
+  int64_t index_row, index_column;  // strides of input_ids; without them of source's rows, in elements
   int64_t source_row, source_column;
   int64_t rows, columns, embedding_dim, num_embeddings;
   int64_t samples;  // that lengths or cu_seqlens hold

@@ -105,14 +105,16 @@ bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 =
 // arguments bring what source and input_ids are; the rest is filled in here.
 void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType type, const Noise& noise, double embed_scale, void* out) {
   device.check(noise.seed, "seed");
-  if (noise.seed.scalar_type() != ScalarType::Long || noise.seed.numel() != 1) fail<std::runtime_error>("seed must be a 0-dim int64 tensor");
+  if (noise.seed.scalar_type() != ScalarType::Long || noise.seed.numel() != 1)
+    fail<std::runtime_error>("seed must be a 0-dim int64 tensor");
   const Tensor& alpha = noise.noise_alpha;
   if (!alpha.is_cpu() || alpha.scalar_type() != ScalarType::Double || alpha.numel() != 1) {
     fail<std::runtime_error>("noise_alpha must be a 0-dim float64 tensor on the CPU");
   }
   const int64_t tokens = arguments.rows * arguments.columns;
   const Flat document(device, noise.document, "document", tokens), position(device, noise.position, "position", tokens);
-  const Flat lengths(device, noise.lengths, "lengths", noise.document ? -1 : arguments.rows), bounds(device, noise.cu_seqlens, "cu_seqlens");
+  const Flat lengths(device, noise.lengths, "lengths", noise.document ? -1 : arguments.rows),
+      bounds(device, noise.cu_seqlens, "cu_seqlens");
   if (noise.cu_seqlens && (bounds.size() == 0 || bounds.size() > INT32_MAX)) {
     fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got ", bounds.size(), " elements");
   }
@@ -203,7 +205,8 @@ Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::opt
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   const Device device(inputs_embeds);
   Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
-  add_noise_into(device, inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  add_noise_into(device, inputs_embeds,
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
                  out.mutable_data_ptr());
   return out;
 }
@@ -214,7 +217,8 @@ void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::o
   const Device device(inputs_embeds);
   device.check(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
-  add_noise_into(device, inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  add_noise_into(device, inputs_embeds,
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
                  out.mutable_data_ptr());
 }
 
@@ -295,7 +299,9 @@ std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_m
   return number(attention_mask ? &*attention_mask : nullptr, position_ids ? &*position_ids : nullptr, std::nullopt);
 }
 
-std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padding_idx) { return number(&input_ids, nullptr, padding_idx); }
+std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padding_idx) {
+  return number(&input_ids, nullptr, padding_idx);
+}
 
 }  // namespace
 }  // namespace neftune_kernels
