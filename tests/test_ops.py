@@ -244,3 +244,38 @@ def test_triton_is_chosen_while_tracing(monkeypatch):
         assert chosen(torch.zeros(())) == len("triton")
     finally:
         ops._import_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "triton, cuda, expected", [("", "", "triton"), ("", "not built", "triton"), ("none", "", "cuda"), ("none", "not built", "reference")]
+)
+def test_what_serves_a_gpu_by_itself(monkeypatch, triton, cuda, expected):
+    monkeypatch.setattr(ops, "_triton_fails", lambda device_type: triton)
+    monkeypatch.setattr(ops, "_cuda_reason", lambda device_type: cuda)
+    monkeypatch.setattr(ops, "_warned_devices", set())
+    device = torch.device("cuda")
+    if expected == "reference":
+        with pytest.warns(UserWarning, match="no fused kernel for cuda .* triton: none; cuda: not built"):
+            assert ops.choose_backend(None, device, torch.bfloat16) == expected
+    else:
+        assert ops.choose_backend(None, device, torch.bfloat16) == expected
+    assert ops.choose_backend(None, device, torch.float64) == "reference"
+    if cuda:
+        with pytest.raises(ValueError, match=f"backend 'cuda' is not available: {cuda}"):
+            ops.choose_backend("cuda", device, torch.bfloat16)
+    else:
+        assert ops.choose_backend("cuda", device, torch.bfloat16) == "cuda"
+
+
+@pytest.mark.parametrize("served_by", ["triton", "cuda", "reference"])
+def test_default_operators_of_a_gpu(monkeypatch, served_by):
+    """The implementation behind the CUDA key: Triton's launcher, without triton the CUDA library's operator, else the reference."""
+
+    class Triton:
+        @staticmethod
+        def mask_layout(*args):
+            return "triton"
+
+    monkeypatch.setattr(ops, "_load_triton", lambda: Triton if served_by == "triton" else ops.NO_TRITON)
+    cuda = None if served_by == "reference" else lambda *args: "cuda"
+    assert ops._on_gpu("mask_layout", lambda *args: "reference", cuda)(torch.ones(1, 2), None) == served_by
