@@ -45,7 +45,9 @@ def usable_simd_levels() -> tuple[str, ...]:
     return levels
 
 
-KERNELS = tuple(f"cpp-{level}" for level in usable_simd_levels()) or ("cpp",)
+CUDA_SHIM = os.environ.get("NEFTUNE_CUDA_SHIM")  # the CUDA kernels' bodies for CPU tensors; see tests/test_cuda_build.py
+cuda_shim = ctypes.CDLL(CUDA_SHIM) if CUDA_SHIM else None
+KERNELS = ("cuda",) if CUDA_SHIM else tuple(f"cpp-{level}" for level in usable_simd_levels()) or ("cpp",)
 
 
 def require_native() -> None:
@@ -59,9 +61,16 @@ def require_native() -> None:
 
 @contextlib.contextmanager
 def running(name: str):
-    """The `backend=` argument of "reference" or "cpp-<SIMD level>", with the library switched to that level meanwhile."""
+    """The `backend=` argument of "reference", "cuda" or "cpp-<SIMD level>", with the library switched to that level meanwhile."""
     if name == "reference":
         yield name
+        return
+    if name == "cuda":
+        reason, ops._cuda_reason = ops._cuda_reason, lambda device_type: ""
+        try:
+            yield name
+        finally:
+            ops._cuda_reason = reason
         return
     require_native()
     chosen = ops.simd_level()

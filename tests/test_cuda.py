@@ -7,14 +7,13 @@ tests/test_cuda_build.py builds that library from csrc/cuda and tests/cuda_shim.
 """
 
 import ctypes
-import os
 from types import SimpleNamespace
 
 import pytest
 import test_triton
 import torch
 import torch.nn.functional as F
-from conftest import FLOAT_DTYPES, make_batch, same_bits
+from conftest import FLOAT_DTYPES, cuda_shim, make_batch, same_bits
 from test_triton import (  # noqa: F401  run here with the fixtures below
     agree,
     by_kernel,
@@ -41,8 +40,6 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
 
 from neftune_kernels import available_backends, functional, neftune_noise, noisy_embedding, ops
 
-SHIM = os.environ.get("NEFTUNE_CUDA_SHIM")
-shim = ctypes.CDLL(SHIM) if SHIM else None
 OPS = torch.ops.neftune_kernels
 KERNELS = SimpleNamespace(
     noisy_embedding_out=OPS.cuda_noisy_embedding.out,
@@ -59,7 +56,7 @@ pytestmark = pytest.mark.gpu
 def device(monkeypatch):
     """Where CUDA kernels run: a GPU, or the CPU under the shim."""
     monkeypatch.setattr(test_triton, "kernels", lambda: KERNELS)
-    if shim is not None:
+    if cuda_shim is not None:
         return torch.device("cpu")
     reason = available_backends("cuda")["cuda"]
     if reason != "available":
@@ -69,7 +66,7 @@ def device(monkeypatch):
 
 @pytest.fixture
 def gpu(device, monkeypatch):
-    if shim is not None:
+    if cuda_shim is not None:
         pytest.skip("needs a real GPU: streams, graphs, devices, memory")
     monkeypatch.setattr(ops, "_triton_fails", lambda device_type: "left out by this test")
     return device
@@ -78,7 +75,7 @@ def gpu(device, monkeypatch):
 @pytest.fixture
 def public(device, monkeypatch):
     """Where the public functions serve backend="cuda"."""
-    if shim is not None:
+    if cuda_shim is not None:
         monkeypatch.setattr(ops, "_cuda_reason", lambda device_type: "")
         monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
     return device
@@ -86,11 +83,11 @@ def public(device, monkeypatch):
 
 @pytest.fixture(params=(1, 2, 3))
 def grid_limit(request, device):
-    if shim is None:
+    if cuda_shim is None:
         pytest.skip("a GPU's grid has its own limits: test_rows_beyond_65535")
-    shim.neftune_shim_grid_limit(ctypes.c_int64(request.param))
+    cuda_shim.neftune_shim_grid_limit(ctypes.c_int64(request.param))
     yield request.param
-    shim.neftune_shim_grid_limit(ctypes.c_int64(65535))
+    cuda_shim.neftune_shim_grid_limit(ctypes.c_int64(65535))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
