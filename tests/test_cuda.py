@@ -147,6 +147,12 @@ def test_padding_value_of_any_sign(device):
             assert torch.equal(document.reshape(2, 4) >= 0, real) and lengths[:2].tolist() == real.sum(1).tolist()
 
 
+def test_bounds_as_far_apart_as_can_be(device):
+    ids, weight = torch.arange(6).reshape(1, 6), make_weight(16, torch.float32)
+    for bounds in ([-(2**63), 2**63 - 1], [0, -(2**63), 2**63 - 1], [2**63 - 1, -(2**63)]):
+        assert by_kernel(device, ids, weight, 5.0, seed=0, cu_seqlens=torch.tensor(bounds)).isfinite().all()
+
+
 def test_bad_arguments_are_refused(device):
     """What would otherwise be read as something else; values are not looked at."""
     ids, weight = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.zeros(4, 8, device=device)

@@ -106,7 +106,7 @@ MUTATIONS = {
     "one token too many": ("cuda/kernels.cu", "+ a.position_offset >= length) length = 0", "+ a.position_offset > length) length = 0"),
     "stream dropped": ("cuda/kernels.cu", "place.position, a.stream, noise_key", "place.position, 0u, noise_key"),
     "sample offset dropped": ("cuda/kernels.cu", "static_cast<uint32_t>(sample) + a.sample_offset", "static_cast<uint32_t>(sample)"),
-    "position of the document": ("cuda/kernels.cu", "position = token - start;", "position = column;"),
+    "position of the document": ("cuda/kernels.cu", "position = static_cast<int64_t>(token - start);", "position = column;"),
     "scale dropped from padding": ("cuda/kernels.cu", "if (kScaled) values = Element::scaled(values, scale);", ""),
     "blocks left over": ("cuda/kernels.cu", "block < blocks; block += kLanes)", "block < blocks - 1; block += kLanes)"),
 }

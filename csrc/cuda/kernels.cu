@@ -122,7 +122,7 @@ NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   return low - 1;
 }
 
-// Which of a layout's parts a kernel looks for: one in all that have none, and so on. kAnyLayout serves them all.
+// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; any of these.
 enum LayoutKind { kNoLayout, kPerToken, kBounds, kAnyLayout };
 
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do not hold are padding.
@@ -134,10 +134,9 @@ NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t token, Index row, I
   } else if (kind == kBounds || (kind == kAnyLayout && a.cu_seqlens.data)) {
     sample = document_of(a, token);
     if (sample >= 0 && sample < a.samples) {
-      const int64_t start = value_at(a.cu_seqlens, sample);
-      position = token - start;
-      // Of bad bounds alone the difference overflows: as unsigned numbers, which may.
-      length = static_cast<int64_t>(static_cast<uint64_t>(value_at(a.cu_seqlens, sample + 1)) - static_cast<uint64_t>(start));
+      const uint64_t start = value_at(a.cu_seqlens, sample);  // differences of bad bounds may overflow, as those of unsigned numbers
+      position = static_cast<int64_t>(token - start);
+      length = static_cast<int64_t>(value_at(a.cu_seqlens, sample + 1) - start);
     }
   } else {
     if (a.position.data) position = value_at(a.position, token);
