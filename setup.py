@@ -110,6 +110,8 @@ class BuildKernel(build_ext):  # type: ignore[misc]
 
     def compile_cuda(self, ext: Extension) -> None:
         """kernels.cu by nvcc; the rest, with the CUDA runtime linked in, is an extension like the other."""
+        if sys.platform != "linux":
+            raise RuntimeError(f"the CUDA kernels are built on Linux, not on {sys.platform}")
         toolkit = find_toolkit()
         target = pathlib.Path(self.build_temp, "kernels.cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +219,7 @@ def cuda_kernels() -> Extension:
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[kernel(), *([cuda_kernels()] if sys.platform == "linux" else [])],
+        ext_modules=[kernel(), cuda_kernels()],
         cmdclass={"build_ext": BuildKernel},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -153,6 +153,26 @@ def test_stray_accesses_are_seen(operators, tmp_path, name):
     assert "kernels.cu" in done.stderr, "the report names the line"
 
 
+def races(sources, program):
+    """What ThreadSanitizer says of the documents' kernel: one thread of the machine to each of the GPU's."""
+    flags = ("-std=c++20", "-O1", "-g", "-w", "-fno-strict-aliasing", "-fsanitize=thread", "-I", sources, "-I", ROOT / "tests")
+    run("g++", *flags, ROOT / "tests/cuda_races.cpp", "-o", program)
+    plain_addresses = ["setarch", "-R"] if shutil.which("setarch") else []  # some kernels place code where the sanitizer wants its own
+    return subprocess.run([*plain_addresses, str(program)], capture_output=True, text=True)
+
+
+def test_threads_of_a_block_do_not_race(tmp_path):
+    if shutil.which("g++") is None:
+        skip_or_fail("no g++ here: races are not looked for")
+    done = races(ROOT / "csrc", tmp_path / "races")
+    assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc/cuda/kernels.cu"
+    path.write_text(path.read_text().replace("__syncthreads();", "", 1))
+    done = races(tmp_path / "csrc", tmp_path / "races")
+    assert done.returncode != 0 and "ThreadSanitizer: data race" in done.stderr
+
+
 # ---- the library for GPUs, built against whatever torch is here
 
 
