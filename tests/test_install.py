@@ -54,7 +54,7 @@ def install(tmp_path, **environment):
         "--target",
         site,
         source,
-        **environment,
+        **{"NEFTUNE_BUILD_CUDA": "0", **environment},  # tests/test_cuda_build.py builds those
     )
     return log, lambda *code: run(python, *code, folder=home)  # not here: python -m would find this checkout first
 
