@@ -267,7 +267,7 @@ NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of, con
         value = source[(column + k) * a.source_column];
         if (a.scaled) value = Element::narrow(__fmul_rn(Element::wide(value), a.scale));
         const float lattice = k % 2 ? lattice_odd(words[k / 2]) : lattice_even(words[k / 2]);
-        if (noise_of.step > 0) value = Element::narrow(__fadd_rn(Element::wide(value), __fmul_rn(lattice, noise_of.step)));
+        if (noise_of.step != 0) value = Element::narrow(__fadd_rn(Element::wide(value), __fmul_rn(lattice, noise_of.step)));
       }
       out[column + k] = value;
     }
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiproces
   const Storage* source = static_cast<const Storage*>(a.source);
   Storage* out = static_cast<Storage*>(a.out) + token * embedding_dim;
   const Place place = place_of<kind>(a, token, row, column);
-  if (offset >= 0 && place.step > 0) {
+  if (offset >= 0 && place.step != 0) {
     noisy_vectors<Element, kScaled>(noise_of_place(a, place), vectors(source + offset), vectors(out), blocks, a.scale);
   } else {
     plain_vectors<Element, kScaled>(offset >= 0 ? vectors(source + offset) : nullptr, vectors(out), blocks, a.scale);

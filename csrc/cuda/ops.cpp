@@ -138,7 +138,8 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   // The vector kernels' noise is that of finite steps.
   const int64_t row_stride = arguments.input_ids ? arguments.source_row : arguments.index_row | arguments.index_column;
   arguments.vectors = aligned(out) && aligned(arguments.source) && arguments.source_column == 1 && row_stride % kColumnsPerBlock == 0 &&
-                      arguments.embedding_dim % kColumnsPerBlock == 0 && arguments.noise_alpha <= std::numeric_limits<float>::max();
+                      arguments.embedding_dim % kColumnsPerBlock == 0 &&
+                      std::abs(arguments.noise_alpha) <= std::numeric_limits<float>::max();
   check_launch(launch_noisy_rows(arguments, type, device.stream()));
 }
 
