@@ -192,19 +192,13 @@ def per_token(
     return (document + sample_offset) & UINT32, position, length
 
 
-
-def noisy_documents(
-    layout: Layout, shape: torch.Size | tuple[int, ...], device: torch.device, noise_mask: Tensor | None = None, position_offset: int = 0
-) -> Tensor:
+def noisy_documents(noise_mask: Tensor, layout: Layout, position_offset: int = 0) -> Tensor:
     """The document of every token that gets noise, (N,) int64: -1 for padding and where the (..., T) noise_mask is 0."""
-    sample, _, length = per_token(layout, shape, device, 0, position_offset)
-    noisy = length > 0
-    if noise_mask is not None:
-        check_mask_values(noise_mask, "noise_mask", NOISY_WHERE)
-        if noise_mask.dtype in UNSIGNED_DTYPES:
-            noise_mask = noise_mask.to(torch.int64)
-        noisy = noisy & (noise_mask.reshape(-1) != 0)
-    return torch.where(noisy, sample, -1)
+    check_mask_values(noise_mask, "noise_mask", NOISY_WHERE)
+    if noise_mask.dtype in UNSIGNED_DTYPES:
+        noise_mask = noise_mask.to(torch.int64)
+    document, _, length = per_token(layout, noise_mask.shape, noise_mask.device, 0, position_offset)
+    return torch.where((length > 0) & (noise_mask.reshape(-1) != 0), document, -1)
 
 
 def by_document(layout: Layout, document: Tensor, shape: torch.Size | tuple[int, ...]) -> Layout:

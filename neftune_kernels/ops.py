@@ -15,7 +15,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -160,31 +160,6 @@ def _chunks(num_rows: int, embedding_dim: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, num_rows, rows)]
 
 
-def _reference_add_variant(
-    inputs_embeds: Tensor,
-    seed: Tensor,
-    noise_alpha: Tensor,
-    document: Tensor | None = None,
-    position: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    stream: int = 0,
-    sample_offset: int = 0,
-    position_offset: int = 0,
-    distribution: str = "normal",
-    equal_variance: bool = True,
-) -> Tensor:
-    shape, embedding_dim = inputs_embeds.shape[:-1], inputs_embeds.shape[-1]
-    embeddings = inputs_embeds.reshape(shape.numel(), embedding_dim)
-    layout = layouts.Layout(document, position, lengths, cu_seqlens)
-    offsets = (stream, sample_offset, position_offset)
-    out = inputs_embeds.new_empty(inputs_embeds.shape)
-    _reference_rows_out(
-        lambda chunk: embeddings[chunk], shape, embedding_dim, seed, noise_alpha, layout, offsets, out, distribution, equal_variance
-    )
-    return out
-
-
 def _add_variant(
     inputs_embeds: Tensor,
     seed: Tensor,
@@ -198,11 +173,20 @@ def _add_variant(
     position_offset: int = 0,
     distribution: str = "normal",
     equal_variance: bool = True,
+    *,
+    by_reference: bool,
 ) -> Tensor:
-    """The draws from the device's own add_noise, as noise of step 1 on zeros; the rest as reference.py does it."""
+    """reference.py; or the same with the draws of the device's own add_noise, as noise of step 1 on zeros."""
     device, shape, embedding_dim = inputs_embeds.device, inputs_embeds.shape[:-1], inputs_embeds.shape[-1]
+    embeddings = inputs_embeds.reshape(shape.numel(), embedding_dim)
     layout = layouts.Layout(document, position, lengths, cu_seqlens)
     out = inputs_embeds.new_empty(inputs_embeds.shape)
+    if by_reference:
+        offsets = (stream, sample_offset, position_offset)
+        _reference_rows_out(
+            lambda chunk: embeddings[chunk], shape, embedding_dim, seed, noise_alpha, layout, offsets, out, distribution, equal_variance
+        )
+        return out
     sample, place, length = layouts.per_token(layout, shape, device, 0, position_offset)
     counts = cu_seqlens if lengths is None else lengths
     samples = layouts.rows_and_columns(shape)[0] if counts is None else counts.numel()
@@ -217,9 +201,9 @@ def _add_variant(
         None,
         stream,
         sample_offset,
-    ).reshape(length.numel(), embedding_dim)
-    embeddings, flat = inputs_embeds.reshape(length.numel(), embedding_dim), out.view(length.numel(), embedding_dim)
-    for chunk in _chunks(length.numel(), embedding_dim):
+    ).view_as(embeddings)
+    flat = out.view_as(embeddings)
+    for chunk in _chunks(shape.numel(), embedding_dim):
         noise = reference.scaled_draws(lattice[chunk], length[chunk], embedding_dim, noise_alpha, distribution, equal_variance)
         flat[chunk] = reference.add_noise(embeddings[chunk], noise)
     return out
@@ -233,8 +217,7 @@ def _noisy_documents(
     cu_seqlens: Tensor | None = None,
     position_offset: int = 0,
 ) -> Tensor:
-    layout = layouts.Layout(document, position, lengths, cu_seqlens)
-    return layouts.noisy_documents(layout, noise_mask.shape, noise_mask.device, noise_mask, position_offset)
+    return layouts.noisy_documents(noise_mask, layouts.Layout(document, position, lengths, cu_seqlens), position_offset)
 
 
 def _functional(out_overload: Callable[..., None], new_output: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -335,8 +318,7 @@ for _family in FAMILIES:
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}", _fake, lib=library)
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}.out", _fake_out, lib=library)
         torch.library.register_autograd(f"{NAMESPACE}::{_family}{_name}", _backward, setup_context=_setup, lib=library)
-    _variant = _reference_add_variant if _family else _add_variant
-    library.impl(f"{_family}add_variant_noise", _variant, "CompositeExplicitAutograd")
+    library.impl(f"{_family}add_variant_noise", partial(_add_variant, by_reference=_family == "reference_"), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_family}add_variant_noise", _fake_add, lib=library)
     torch.library.register_autograd(f"{NAMESPACE}::{_family}add_variant_noise", _backward_add, setup_context=_setup_add, lib=library)
     library.impl(f"{_family}mask_layout", layouts.mask_layout, "CompositeExplicitAutograd")
