@@ -38,6 +38,7 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # ⌊2³²·(φ-1)⌋, ⌊2³²·(�
 UINT32 = 0xFFFFFFFF
 SMALLEST_MAGNITUDE = 2.0**-90  # below it noise could be subnormal, so there is none
 DISTRIBUTIONS = ("uniform", "normal", "rademacher")
+UNIFORM_DEVIATION = 0.5773502691896257645  # 1/√3 to the nearest float64
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 7) -> tuple[Tensor, ...]:
@@ -92,7 +93,7 @@ def scaled_draws(
     lattice: Tensor, length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, distribution: str, equal_variance: bool
 ) -> Tensor:
     """z · magnitude for the (N, d) lattice values x of :func:`uniform_lattice`: normal or rademacher noise, 0 where L is 0."""
-    factor = 3**-0.5 if equal_variance else 1.0
+    factor = UNIFORM_DEVIATION if equal_variance else 1.0
     magnitude = noise_magnitude(length, embedding_dim, noise_alpha, factor)[:, None]
     draws = lattice.sign()
     if distribution == "normal":
