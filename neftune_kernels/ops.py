@@ -274,7 +274,8 @@ def embedding_weight_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, 
     dense = torch.ops.aten.embedding_dense_backward
     if embed_scale == 1:
         return dense(grad, input_ids, num_embeddings, padding_idx, False)
-    if type(grad) is not Tensor or grad.device.type != "cpu" or torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or type(grad) is not Tensor or grad.device.type != "cpu" or torch.is_grad_enabled():
         return dense(grad * embed_scale, input_ids, num_embeddings, padding_idx, False)
     rows, local_ids = input_ids.unique(return_inverse=True)
     local_padding = int((rows == padding_idx).nonzero()[0]) if padding_idx >= 0 and bool((rows == padding_idx).any()) else -1
