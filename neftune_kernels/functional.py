@@ -381,7 +381,7 @@ def embeds_with_noise(
     backend: str | None,
     variant: Variant = UNIFORM,
 ) -> Tensor:
-    """add_noise for alpha > 0."""
+    """add_noise for alpha > 0, in any variant."""
     check_embeds(inputs_embeds)
     device = inputs_embeds.device
     chosen = ops.choose_backend(backend, device, inputs_embeds.dtype)
@@ -438,8 +438,14 @@ def noisy_embedding(
         cu_seqlens: (documents + 1,) int32 or int64, bounds of documents over the flattened tokens, from 0 to their number.
         position_ids: (..., T) or one row of it, integers, alone or with attention_mask: a document opens where they do not go on; with
             lengths: each token's place in its sample. At most one of attention_mask, lengths and cu_seqlens.
+        noise_mask: (..., T) bool, integer or float beside any of these: tokens where it is 0 (say, the answer's) get no noise, but count in L
+            and in positions; the others' noise does not change.
         padding_idx: as in F.embedding; where nothing else tells padding, tokens equal to it are padding.
         embed_scale: factor of the embedding, not of the noise (Gemma, BART); the product is rounded to weight's dtype first.
+        sign: 1, or -1 for exactly the negated noise of the same seed (SymNoise's antithetic pairs, arXiv 2312.01523).
+        distribution: "uniform" u as above; "normal" or "rademacher" (-1 or 1) draws from the same random bits. Only uniform noise is fused:
+            the others cost a lookup and several more passes over the output, whatever the backend.
+        equal_variance: True: these two have the variance of uniform noise, so that noise_alpha means the same strength; False: unit deviation.
         seed: int in [-2⁶³, 2⁶⁴) or 0-dim int64 tensor; None: one draw from the device's default generator (`torch.manual_seed`) or from
             `generator`.
         stream: word that separates data-parallel replicas, an integer in [0, 2³²).
@@ -462,6 +468,13 @@ def noisy_embedding(
         >>> out = noisy_embedding(ids, weight, 5.0, lengths=torch.tensor([3, 1]), seed=0)
         >>> bool((out[0].abs() <= 5 / (3 * 4) ** 0.5).all()), out[1, 1:].abs().max().item()
         (True, 0.0)
+        >>> prompt = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        >>> masked = noisy_embedding(ids, weight, 5.0, lengths=torch.tensor([3, 1]), noise_mask=prompt, seed=0)
+        >>> torch.equal(masked[0, :2], out[0, :2]), masked[0, 2].tolist()
+        (True, [0.0, 0.0, 0.0, 0.0])
+        >>> signs = noisy_embedding(ids, weight, 6.0, distribution="rademacher", equal_variance=False, seed=0)
+        >>> (signs.abs() == torch.tensor(6 / 12**0.5)).all().item()
+        True
     """
     alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
     if not isinstance(weight, Tensor):
@@ -504,7 +517,7 @@ def add_noise(
 
     Args:
         inputs_embeds: (..., T, d) float32, bfloat16, float16 or float64, any strides; its gradient passes through. (d,) is one token.
-        others: as in :func:`noisy_embedding`; masks and position ids have shape (..., T).
+        others: as in :func:`noisy_embedding`; masks and position ids have shape (..., T). Normal and rademacher noise are not fused.
 
     Returns:
         (..., T, d) in its dtype; inputs_embeds itself when noise_alpha is None or 0.
@@ -517,6 +530,9 @@ def add_noise(
         >>> add_noise(embeds, 0) is embeds
         True
         >>> torch.equal(add_noise(embeds, 5.0, seed=1), noisy_embedding(torch.zeros(1, 3).long(), torch.zeros(2, 4), 5.0, seed=1))
+        True
+        >>> pair = [add_noise(embeds, 5.0, seed=1, sign=sign, distribution="normal") for sign in (1, -1)]
+        >>> torch.equal(pair[0], -pair[1])
         True
     """
     alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
@@ -556,7 +572,7 @@ def neftune_noise(
         input_shape: the tokens' shape (..., T).
         embedding_dim: d, in [0, 2³¹).
         device: None: that of the layout tensors given, else the default device.
-        others: as in :func:`noisy_embedding`.
+        others: as in :func:`noisy_embedding`. Normal and rademacher noise are not fused.
 
     Returns:
         (..., T, d) float32.
@@ -568,6 +584,8 @@ def neftune_noise(
         >>> noise = neftune_noise((2, 8), 64, 5.0, lengths=torch.tensor([8, 2]), seed=0)
         >>> bool(noise[1, :2].abs().max() <= 5 / (2 * 64) ** 0.5), noise[1, 2:].abs().max().item()
         (True, 0.0)
+        >>> torch.equal(neftune_noise((2, 8), 64, 5.0, lengths=torch.tensor([8, 2]), seed=0, sign=-1), -noise)
+        True
     """
     embedding_dim = check_integer("embedding_dim", embedding_dim)
     if not 0 <= embedding_dim < 2**31:

@@ -44,7 +44,7 @@ class NEFTuneEmbedding(nn.Embedding):
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as nn.Embedding.
         noise_alpha: the paper's alpha, finite and >= 0; None or 0: no noise. Assign `module.noise_alpha` for a schedule.
         embed_scale: factor of the embedding, in eval mode too (Gemma, BART); not of the noise.
-        distribution, equal_variance: as in :func:`noisy_embedding`; only "uniform" is fused.
+        distribution, equal_variance: as in :func:`noisy_embedding`; only "uniform" is fused with the lookup.
         stream: word that separates data-parallel replicas: pass the data-parallel rank.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
 
@@ -60,6 +60,8 @@ class NEFTuneEmbedding(nn.Embedding):
         >>> clean = embedding.eval()(ids)
         >>> ((noisy - clean).abs().amax((1, 2)) <= 5 / (torch.tensor([3, 1]) * 16) ** 0.5).tolist()
         [True, True]
+        >>> NEFTuneEmbedding(100, 16, distribution="normal")
+        NEFTuneEmbedding(100, 16, noise_alpha=5.0, distribution='normal')
     """
 
     def __init__(
@@ -131,7 +133,10 @@ class NEFTuneEmbedding(nn.Embedding):
         sample_offset: int = 0,
         position_offset: int = 0,
     ) -> Tensor:
-        """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s."""
+        """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s.
+
+        noise_mask (..., T) says which tokens get noise, sign=-1 negates it exactly.
+        """
         weight = self.weight
         variant = check_variant(self.distribution, self.equal_variance, sign)
         noisy = self.training and self._has_noise
