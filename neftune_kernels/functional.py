@@ -438,14 +438,14 @@ def noisy_embedding(
         cu_seqlens: (documents + 1,) int32 or int64, bounds of documents over the flattened tokens, from 0 to their number.
         position_ids: (..., T) or one row of it, integers, alone or with attention_mask: a document opens where they do not go on; with
             lengths: each token's place in its sample. At most one of attention_mask, lengths and cu_seqlens.
-        noise_mask: (..., T) bool, integer or float beside any of these: tokens where it is 0 (say, the answer's) get no noise, but count in L
-            and in positions; the others' noise does not change.
+        noise_mask: (..., T) bool, integer or float beside any of these: tokens where it is 0 (the answer's, say) get no noise, but count in
+            L and in positions; the others' noise does not change.
         padding_idx: as in F.embedding; where nothing else tells padding, tokens equal to it are padding.
         embed_scale: factor of the embedding, not of the noise (Gemma, BART); the product is rounded to weight's dtype first.
         sign: 1, or -1 for exactly the negated noise of the same seed (SymNoise's antithetic pairs, arXiv 2312.01523).
         distribution: "uniform" u as above; "normal" or "rademacher" (-1 or 1) draws from the same random bits. Only uniform noise is fused:
             the others cost a lookup and several more passes over the output, whatever the backend.
-        equal_variance: True: these two have the variance of uniform noise, so that noise_alpha means the same strength; False: unit deviation.
+        equal_variance: True: these two have uniform noise's variance, noise_alpha means the same strength; False: unit deviation.
         seed: int in [-2⁶³, 2⁶⁴) or 0-dim int64 tensor; None: one draw from the device's default generator (`torch.manual_seed`) or from
             `generator`.
         stream: word that separates data-parallel replicas, an integer in [0, 2³²).
