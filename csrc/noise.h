@@ -51,11 +51,11 @@ NEFTUNE_INLINE auto noise_words(BlockProducts<Word> block, uint32_t position, ui
 NEFTUNE_INLINE float lattice_even(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word << 16) | 0x8000u)); }
 NEFTUNE_INLINE float lattice_odd(uint32_t word) { return static_cast<float>(static_cast<int32_t>((word & 0xFFFF0000u) | 0x8000u)); }
 
-// float32(alpha / √(L·d)) · 2⁻³¹; 0 means no noise. The caller passes root = √(double(L)·double(d)).
+// float32(alpha / √(L·d)) · 2⁻³¹, negative for a negative alpha; 0 means no noise. The caller passes root = √(double(L)·double(d)).
 NEFTUNE_INLINE float noise_step(double noise_alpha, int64_t length, double root) {
   if (length <= 0) return 0.0f;
   const float step = static_cast<float>(noise_alpha / root) * 0x1p-31f;
-  return step >= kSmallestStep ? step : 0.0f;
+  return step >= kSmallestStep || step <= -kSmallestStep ? step : 0.0f;
 }
 
 }  // namespace neftune_kernels

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from .. import layout as layouts
 from ..functional import (
     NOTHING,
+    UNIFORM,
     Offsets,
     Samples,
+    Variant,
     alpha_tensor,
     check_alpha,
+    check_variant,
     check_word,
     embed_with_noise,
+    embed_with_variant,
     embeds_with_noise,
     make_layout,
     real_tokens,
@@ -45,6 +49,7 @@ class NoisyCall(NamedTuple):
     seed: Tensor
     stream: int
     backend: str
+    variant: Variant
 
 
 class NEFTuneState:
@@ -57,6 +62,7 @@ class NEFTuneState:
         self.stream: int | None = None
         self.noise_without_grad = False
         self.backend: str | None = None
+        self.variant = UNIFORM
         self.read: Callable[[dict[str, Any]], Any] | None = None  # the user's own reading of a forward's arguments
         self.skipped_last: str | None = None
         self.calls = self.calls_before = 0
@@ -149,10 +155,10 @@ class Site:
             return real_tokens(input, padding_idx, NOTHING)
         running = self.running[-1]
         told = running.samples
-        if told.unknown:
+        if told.untold:
             if running.decoder and (samples := trailing_padding(input, running.pad_token_id)) is not NOTHING:
-                return samples
-            return real_tokens(input, padding_idx, NOTHING)
+                return samples._replace(noise_mask=told.noise_mask)
+            return real_tokens(input, padding_idx, told)
         mask = told.attention_mask
         if mask is not None and mask.shape != input.shape:
             if mask.numel() == input.numel():
@@ -220,11 +226,14 @@ class _Noisy(nn.Module):
             state.calls += 1
             state.skipped_last = None
             chosen = choose_backend(state.backend, weight.device, dtype)
-            site.last = NoisyCall(input.shape, base.embedding_dim, state.noise_alpha / divisor, samples, seed, stream, chosen)
+            site.last = NoisyCall(
+                input.shape, base.embedding_dim, state.noise_alpha / divisor, samples, seed, stream, chosen, state.variant
+            )
         offsets = Offsets(stream, 0, 0)
-        if embedded is None:
-            return embed_with_noise(input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
-        return embeds_with_noise(embedded, alpha, samples, seed, None, offsets, state.backend)
+        if embedded is not None:
+            return embeds_with_noise(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
+        given = (input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
+        return embed_with_noise(*given) if state.variant is UNIFORM else embed_with_variant(*given, state.variant)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_noisy, (self._neftune_base,), self.__dict__
@@ -408,6 +417,16 @@ class NEFTuneHandle:
         self._live_state().set_alpha(value)
         self.refresh()
 
+    @property
+    def sign(self) -> int:
+        """1 or -1: the noise as it is or negated, for antithetic pairs of forwards from one seed (SymNoise, arXiv 2312.01523)."""
+        return self._live_state().variant.sign
+
+    @sign.setter
+    def sign(self, value: int) -> None:
+        state = self._live_state()
+        state.variant = check_variant(state.variant.distribution, state.variant.equal_variance, value)
+
     def check_single_noise(self) -> None:
         """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of ours."""
         for module in (reference() for reference in self._noisy):
@@ -450,7 +469,7 @@ class NEFTuneHandle:
             calls: noisy forwards of embeddings so far; skipped: those without noise by reason ("eval mode", "no grad", "noise_alpha is 0").
             Of the last noisy forward (of encoder and decoder together), None before one: samples (with a real token), length_min,
             length_mean, length_max (real tokens), magnitude_min, magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
-            |noise| over its sample's magnitude, below 1) and backend. Forwards inside torch.compile are not counted.
+            |noise| over its sample's magnitude, below 1 if uniform) and backend. Forwards inside torch.compile are not counted.
         """
         state = self._live_state()
         names = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max")
@@ -484,7 +503,7 @@ def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
     magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
     zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*last.shape, last.embedding_dim)
     alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.stream, 0, 0)
-    noise = embeds_with_noise(zeros, alpha, last.samples, last.seed, None, offsets, last.backend)
+    noise = embeds_with_noise(zeros, alpha, last.samples, last.seed, None, offsets, last.backend, last.variant)
     bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
     return lengths.cpu(), magnitudes.cpu(), float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max())
 
@@ -689,6 +708,8 @@ def apply_neftune(
     samples: Callable[[dict[str, Any]], Any] | None = None,
     stream: int | None = None,
     noise_without_grad: bool = False,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
     backend: str | None = None,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its own forward is told.
@@ -705,13 +726,13 @@ def apply_neftune(
         noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the same handle.
         embedding: the embedding's path in the model or the module itself, where get_input_embeddings() does not tell.
         samples: reads a forward's arguments (a dictionary by name) where their names say nothing; returns an attention_mask, a dictionary
-            with attention_mask, lengths, cu_seqlens or position_ids, or None for "every token is real".
+            with attention_mask, lengths, cu_seqlens, position_ids or noise_mask, or None for "every token is real".
         stream: word that separates data-parallel replicas; None: the rank of the default process group, 0 without one, at each call.
         noise_without_grad: noise also where grad is disabled.
-        backend: as in :func:`noisy_embedding`.
+        distribution, equal_variance, backend: as in :func:`noisy_embedding`.
 
     Returns:
-        A handle with noise_alpha, stats() and remove(); also a context manager.
+        A handle with noise_alpha, sign, stats() and remove(); also a context manager.
 
     Raises:
         ValueError: no nn.Embedding can be found or noised; bad alpha, stream or backend.
@@ -734,6 +755,7 @@ def apply_neftune(
     alpha = check_alpha(noise_alpha)
     if stream is not None:
         check_word("stream", stream)
+    variant = check_variant(distribution, equal_variance, 1)
     if samples is not None and not callable(samples):
         raise TypeError(f"samples must be callable with the forward's arguments, got {samples!r}")
     path = _path_of(model, embedding)
@@ -751,7 +773,7 @@ def apply_neftune(
     state.read = samples
     state.handle.add_root(model, path)
     state.set_alpha(alpha)
-    state.stream, state.noise_without_grad, state.backend = stream, noise_without_grad, backend
+    state.stream, state.noise_without_grad, state.backend, state.variant = stream, noise_without_grad, backend, variant
     if not any(one.noisy._neftune.hooked for one in found if isinstance(one.noisy, _Noisy)):
         state.warn_once(
             "no forward around the embedding takes an attention_mask, so every token but padding_idx counts as real: tell NEFTune the "

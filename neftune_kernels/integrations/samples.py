@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..functional import NOTHING, Samples
 from ..layout import check_cu_seqlens_values
 
-OUR_NAMES = ("attention_mask", "lengths", "cu_seqlens", "position_ids")  # what a model of one's own may call them
+OUR_NAMES = ("attention_mask", "lengths", "cu_seqlens", "position_ids", "noise_mask")  # what a model of one's own may call them
 KNOWN_NAMES = (*OUR_NAMES, "cu_seq_lens_q", "seq_idx")
 Warn = Callable[[str], None]
 
@@ -43,6 +43,13 @@ def from_callable(read: Callable[[dict[str, Any]], Any], given: dict[str, Any]) 
 
 
 def from_arguments(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
+    """What the arguments say, and the model's own noise_mask if it has one."""
+    noise_mask = given.get("noise_mask")
+    samples = _told(given, pad_token_id, warn)
+    return samples._replace(noise_mask=noise_mask) if isinstance(noise_mask, Tensor) else samples
+
+
+def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
     """The first of cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask; what cannot be read warns.
 
     A mask longer than the ids (a cache before them) counts by its last columns.
