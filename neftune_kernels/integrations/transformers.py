@@ -16,6 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import layout as layouts
+from ..distributed import (
+    class_without_noise,
+    data_parallel_index,
+    dtensor_with_noise,
+    is_dtensor,
+    is_tensor_parallel_forward,
+    replicated,
+)
 from ..functional import (
     NOTHING,
     Offsets,
@@ -96,13 +104,11 @@ class NEFTuneState:
                 "so its noise would change: keep the embedding out of the checkpointed segment"
             )
 
-    def resolve_stream(self) -> int:
-        """The data-parallel index: the rank where there is a process group, else 0."""
+    def resolve_stream(self, embedding: nn.Embedding) -> int:
         if self.stream is not None:
             return self.stream
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank()
-        return 0
+        model = None if self.handle is None else self.handle._root()
+        return data_parallel_index(embedding.weight, embedding, model)
 
     def skip_reason(self, embedding: nn.Embedding) -> str | None:
         if not embedding.training:
@@ -119,15 +125,17 @@ class _Noisy(nn.Embedding):
 
     _neftune: NEFTuneState
     _neftune_base: type[nn.Embedding]
+    _neftune_forward: Callable[..., Tensor] | None = None  # the tensor-parallel plan's, which sat on the instance
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self._neftune
+        look_up = self._neftune_forward or super().forward
         reason = state.skip_reason(self)
         if reason is not None:
             if not torch.compiler.is_compiling():
                 state.skipped[reason] += 1
                 state.skipped_last = reason
-            return super().forward(input, *args, **kwargs)
+            return look_up(input, *args, **kwargs)
         if HUGGING_FACE_MARK in self.__dict__ or state.wrapper_is_marked():
             raise RuntimeError(TWO_NOISES)
         if getattr(self, "_is_replica", False) and state.stream is None:
@@ -145,10 +153,12 @@ class _Noisy(nn.Embedding):
                 "copied the embedding (modules_to_save), call apply_neftune again after get_peft_model"
             )
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, state.running[-1] if state.running else NOTHING)
-        stream = state.resolve_stream()
-        fusible = self._neftune_base is nn.Embedding and type(weight) in PLAIN_WEIGHTS
+        if type(weight) not in PLAIN_WEIGHTS:
+            samples = replicated(samples)
+        stream = state.resolve_stream(self)
+        fusible = self._neftune_base.forward is nn.Embedding.forward and type(weight) in PLAIN_WEIGHTS
         fusible = fusible and self.max_norm is None and not self.sparse and not self.scale_grad_by_freq
-        embedded = None if fusible else super().forward(input, *args, **kwargs)
+        embedded = None if fusible else look_up(input, *args, **kwargs)
         dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
         seed = seed_tensor(None, None, weight.device)
         if not torch.compiler.is_compiling():
@@ -160,7 +170,8 @@ class _Noisy(nn.Embedding):
         if embedded is None:
             padding = -1 if self.padding_idx is None else self.padding_idx
             return embed_with_noise(input, weight, state.alpha, samples, padding, 1.0, seed, None, offsets, state.backend)
-        return embeds_with_noise(embedded, state.alpha, samples, seed, None, offsets, state.backend)
+        add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
+        return add(embedded, state.alpha, samples, seed, None, offsets, state.backend)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_noisy, (self._neftune_base,), self.__dict__
@@ -272,6 +283,8 @@ class NEFTuneHandle:
         for embedding in embeddings:
             if not isinstance(embedding, _Noisy):
                 embedding.__class__ = _noisy_class(type(embedding))
+                if "forward" in embedding.__dict__:
+                    embedding._neftune_forward = embedding.__dict__.pop("forward")  # type: ignore[assignment]
             embedding._neftune = self._live_state()  # type: ignore[assignment]
         self._embeddings = [weakref.ref(embedding) for embedding in embeddings]
 
@@ -305,18 +318,30 @@ class NEFTuneHandle:
         if self._state is None:
             return
         embeddings = [*self._copies(), *(reference() for reference in self._embeddings)]
+        bases = {}
         for embedding in embeddings:
-            if isinstance(embedding, _Noisy) and (
-                type(embedding) is not _noisy_class(embedding._neftune_base) or "forward" in embedding.__dict__
-            ):
+            if not isinstance(embedding, _Noisy):
+                continue
+            if is_tensor_parallel_forward(embedding.__dict__.get("forward")):
+                raise RuntimeError(
+                    "a tensor-parallel plan applied after apply_neftune holds the noisy forward and cannot be taken off: set noise_alpha "
+                    "to 0 instead, or apply NEFTune after the plan"
+                )
+            base: type | None = embedding._neftune_base
+            if type(embedding) is not _noisy_class(embedding._neftune_base):
+                base = class_without_noise(type(embedding), embedding._neftune_base)
+            bases[embedding] = base
+            if base is None or "forward" in embedding.__dict__:
                 raise RuntimeError(
                     "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
                     "take that off first, then call remove()"
                 )
-        for embedding in embeddings:
-            if isinstance(embedding, _Noisy):
-                del embedding._neftune
-                embedding.__class__ = embedding._neftune_base  # type: ignore[assignment]
+        for embedding, base in bases.items():
+            own_forward = embedding.__dict__.pop("_neftune_forward", None)
+            del embedding._neftune
+            embedding.__class__ = base  # type: ignore[assignment]
+            if own_forward is not None:
+                embedding.forward = own_forward  # type: ignore[method-assign]
         for hook in self._hooks:
             hook.remove()
         self._state.handle = None
@@ -409,10 +434,10 @@ def _find_embeddings(model: nn.Module, embedding: str | nn.Module | None) -> tup
             raise ValueError("the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in module.to_embedding()")
         if not isinstance(module, nn.Embedding):
             raise ValueError(f"the input embedding must be an nn.Embedding, got {type(module).__name__}: name it with embedding=")
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not is_tensor_parallel_forward(module.forward):
             raise ValueError(
-                "the embedding carries a forward of its own as an instance attribute (a tensor-parallel plan or a monkey patch), which "
-                "would hide the noise: apply NEFTune before it, or remove it"
+                "the embedding carries a forward of its own as an instance attribute (a monkey patch), which would hide the noise: apply "
+                "NEFTune before it, or remove it"
             )
     return opened, [wrapper for wrapper in wrappers if wrapper not in opened]
 
@@ -455,7 +480,7 @@ def apply_neftune(
         model: a transformers PreTrainedModel, a PEFT model, or any module with get_input_embeddings().
         noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the same handle.
         embedding: the embedding's path in the model or the module itself, where get_input_embeddings() does not tell.
-        stream: word that separates data-parallel replicas; None: the rank of the default process group, 0 without one, at each call.
+        stream: word that separates data-parallel replicas; None: `distributed.data_parallel_index`, at each call.
         noise_without_grad: noise also where grad is disabled.
         backend: as in :func:`noisy_embedding`.
 
