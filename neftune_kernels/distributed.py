@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .functional import Offsets, Samples, embeds_with_noise
-from .ops import choose_backend
+from .ops import _asked_outside_the_graph, choose_backend
 
 PASS_STREAM = "pass stream= to apply_neftune: a number that the ranks of one replica share and that no other replica has"
 
@@ -76,6 +76,7 @@ def _index_in(mesh: Any) -> int:
     return index
 
 
+@_asked_outside_the_graph  # Dynamo cannot follow the ranks, which are a tensor's values
 def _index_outside(mesh: Any) -> int:
     """This rank's place in the root mesh, flattened over the dimensions along which `mesh` has no other rank."""
     root = mesh._get_root_mesh()

@@ -375,6 +375,32 @@ def test_two_dimensional_meshes(tmp_path):
     spawn(tmp_path, 4, check_meshes)
 
 
+# ---- torch.compile
+
+
+def check_compiled(rank, folder):
+    ids, mask = batch()
+    mesh, swapped = init_device_mesh("cpu", (2,)), DeviceMesh("cpu", [1, 0])
+    pairs = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    cases = {
+        "plain": (lambda model: model, rank),
+        "fsdp": (lambda model: fully_shard(model, mesh=swapped), 1 - rank),
+        "tp": (lambda model: parallelize_module(model, mesh, {"embed": ColwiseParallel(output_layouts=Replicate())}), 0),
+        "dp x tp": (lambda model: parallelize_module(model, pairs["tp"], {"embed": ColwiseParallel()}), rank),
+    }
+    for name, (parallelise, stream) in cases.items():
+        model = Embedder()
+        apply_neftune(model, 5.0, embedding="embed")
+        parallelise(model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(run(compiled, ids, attention_mask=mask), one_process(stream=stream)[0]), name
+
+
+def test_compiled_noise_is_the_eager_one_in_one_graph(tmp_path):
+    spawn(tmp_path, 2, check_compiled)
+
+
 # ---- transformers' plan
 
 
