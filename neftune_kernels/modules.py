@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .distributed import dtensor_with_noise, is_dtensor
 from .functional import (
     NO_OFFSETS,
     NOTHING,
@@ -167,7 +168,8 @@ class NEFTuneEmbedding(nn.Embedding):
             return embedded
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
         offsets = self._offsets(stream, sample_offset, position_offset)
-        return embeds_with_noise(embedded, self._alpha, samples, seed, generator, offsets, self.backend, variant)
+        add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
+        return add(embedded, self._alpha, samples, seed, generator, offsets, self.backend, variant)
 
     def _offsets(self, stream: int | None, sample_offset: int, position_offset: int) -> Offsets:
         if stream is None:

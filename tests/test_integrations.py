@@ -543,7 +543,9 @@ def test_variants_reach_the_model():
     prompt[:, 2:7] = 1
     apply_neftune(model, 5.0, samples=lambda arguments: {"attention_mask": arguments["attention_mask"], "noise_mask": prompt})
     torch.manual_seed(7)
-    assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), noisy_embedding(ids, weight, 5.0, **given, noise_mask=prompt))
+    assert torch.equal(
+        embedding_output(model, input_ids=ids, attention_mask=mask), noisy_embedding(ids, weight, 5.0, **given, noise_mask=prompt)
+    )
 
     class Own(nn.Module):
         def __init__(self):

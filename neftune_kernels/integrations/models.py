@@ -17,6 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import layout as layouts
+from ..distributed import (
+    class_without_noise,
+    data_parallel_index,
+    dtensor_with_noise,
+    is_dtensor,
+    is_tensor_parallel_forward,
+    replicated,
+)
 from ..functional import (
     NOTHING,
     UNIFORM,
@@ -84,13 +92,10 @@ class NEFTuneState:
             self.warned.add(message)
             warnings.warn(message, stacklevel=3)
 
-    def resolve_stream(self) -> int:
-        """The data-parallel index: the rank where there is a process group, else 0."""
+    def resolve_stream(self, embedding: nn.Module) -> int:
         if self.stream is not None:
             return self.stream
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank()
-        return 0
+        return data_parallel_index(embedding.weight, embedding, None if self.handle is None else self.handle.root())  # type: ignore[arg-type]
 
     def skip_reason(self, embedding: nn.Module) -> str | None:
         if not embedding.training:
@@ -189,16 +194,20 @@ class _Noisy(nn.Module):
 
     _neftune: Site
     _neftune_base: type[nn.Module]
+    _neftune_forward: Callable[..., Tensor] | None = None  # the tensor-parallel plan's, which sat on the instance
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        site = self._neftune
+        site = self.__dict__.get("_neftune")
+        if site is None:  # a tensor-parallel plan keeps calling this method after remove()
+            return type(self).forward(self, input, *args, **kwargs)
         state = site.state
+        look_up = self._neftune_forward or super().forward
         reason = state.skip_reason(self)
         if reason is not None:
             if not torch.compiler.is_compiling():
                 state.skipped[reason] += 1
                 state.skipped_last = reason
-            plain: Tensor = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+            plain = look_up(input, *args, **kwargs)
             return plain if not site.running or site.running[-1].scale == 1 else plain * site.running[-1].scale
         if HUGGING_FACE_MARK in self.__dict__ or site.marked():
             raise RuntimeError(TWO_NOISES)
@@ -214,10 +223,12 @@ class _Noisy(nn.Module):
         samples = site.samples(input, padding_idx)
         scale, divisor = site.outer_scale()
         alpha = state.alpha if divisor == 1 else state.alpha / divisor
-        stream = state.resolve_stream()
-        fusible = self._neftune_base is nn.Embedding and type(weight) in PLAIN_WEIGHTS
+        if type(weight) not in PLAIN_WEIGHTS:
+            samples = replicated(samples)
+        stream = state.resolve_stream(base)
+        fusible = self._neftune_base.forward is nn.Embedding.forward and type(weight) in PLAIN_WEIGHTS
         fusible = fusible and base.max_norm is None and not base.sparse and not base.scale_grad_by_freq
-        embedded = None if fusible else super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        embedded = None if fusible else look_up(input, *args, **kwargs)
         if embedded is not None and scale != 1:
             embedded = embedded * scale
         dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
@@ -231,7 +242,8 @@ class _Noisy(nn.Module):
             )
         offsets = Offsets(stream, 0, 0)
         if embedded is not None:
-            return embeds_with_noise(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
+            add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
+            return add(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
         given = (input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
         return embed_with_noise(*given) if state.variant is UNIFORM else embed_with_variant(*given, state.variant)
 
@@ -335,6 +347,10 @@ class NEFTuneHandle:
         self._places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []  # (parent, name, child) when attached
         self._copies: list[tuple[weakref.ref[nn.Module], int]] = []  # (PEFT's modules_to_save, how many copies it had when attached)
         self._hooks: list[Any] = []
+
+    def root(self) -> nn.Module | None:
+        """The model applied to last, if it is alive."""
+        return self._roots[-1][0]() if self._roots else None
 
     def add_root(self, model: nn.Module, path: str | None) -> None:
         self._roots = [(root, where) for root, where in self._roots if root() not in (None, model)]
@@ -444,13 +460,13 @@ class NEFTuneHandle:
         noisy = [module for module in (reference() for reference in self._noisy) if isinstance(module, _Noisy)]
         for root in (reference() for reference, _ in self._roots):  # copies that PEFT made of one (modules_to_save, a further adapter)
             noisy += [] if root is None else [module for module in root.modules() if isinstance(module, _Noisy)]
-        for module in noisy:
-            if type(module) is not _noisy_class(module._neftune_base) or "forward" in module.__dict__:
-                raise RuntimeError(
-                    "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
-                    "take that off first, then call remove()"
-                )
-        for module in dict.fromkeys(noisy):
+        bases = {module: _class_to_restore(module) for module in noisy}
+        if any(base is None for base in bases.values()):
+            raise RuntimeError(
+                "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
+                "take that off first, then call remove()"
+            )
+        for module in bases:
             _make_plain(module)
         self._unhook()
         self._state.handle = None
@@ -511,16 +527,31 @@ def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
 def _make_noisy(module: nn.Module, state: NEFTuneState) -> Site:
     if not isinstance(module, _Noisy):
         module.__class__ = _noisy_class(type(module))
-    site = module.__dict__.get("_neftune")
+        if "forward" in module.__dict__:
+            module.__dict__["_neftune_forward"] = module.__dict__.pop("forward")
+    site: Site | None = module.__dict__.get("_neftune")
     if site is None or site.state is not state:  # a copy that PEFT or deepcopy made of a noisy one comes with a state of its own
         site = Site(state)
         module.__dict__["_neftune"] = site
     return site
 
 
+def _class_to_restore(module: _Noisy) -> type | None:
+    """None where something else has put its hands on the module since."""
+    if "forward" in module.__dict__ and not is_tensor_parallel_forward(module.__dict__["forward"]):
+        return None
+    if type(module) is _noisy_class(module._neftune_base):
+        return module._neftune_base
+    return class_without_noise(type(module), module._neftune_base)
+
+
 def _make_plain(module: _Noisy) -> None:
+    base = _class_to_restore(module) or module._neftune_base
+    own_forward = module.__dict__.pop("_neftune_forward", None)
     module.__dict__.pop("_neftune", None)
-    module.__class__ = module._neftune_base  # type: ignore[assignment]
+    module.__class__ = base  # type: ignore[assignment]
+    if own_forward is not None:
+        module.__dict__["forward"] = own_forward
 
 
 def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
@@ -623,10 +654,10 @@ def _found(module: Any) -> Found:
         raise ValueError("the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in module.to_embedding()")
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"the input embedding must be an nn.Embedding, got {type(embedding).__name__}: name it with embedding=")
-    if "forward" in noisy.__dict__:
+    if "forward" in noisy.__dict__ and not is_tensor_parallel_forward(noisy.__dict__["forward"]):
         raise ValueError(
-            "the embedding carries a forward of its own as an instance attribute (a tensor-parallel plan or a monkey patch), which "
-            "would hide the noise: apply NEFTune before it, or remove it"
+            "the embedding carries a forward of its own as an instance attribute (a monkey patch), which would hide the noise: apply "
+            "NEFTune before it, or remove it"
         )
     return Found(noisy, chain[: chain.index(noisy)])
 
@@ -727,7 +758,7 @@ def apply_neftune(
         embedding: the embedding's path in the model or the module itself, where get_input_embeddings() does not tell.
         samples: reads a forward's arguments (a dictionary by name) where their names say nothing; returns an attention_mask, a dictionary
             with attention_mask, lengths, cu_seqlens, position_ids or noise_mask, or None for "every token is real".
-        stream: word that separates data-parallel replicas; None: the rank of the default process group, 0 without one, at each call.
+        stream: word that separates data-parallel replicas; None: `distributed.data_parallel_index`, at each call.
         noise_without_grad: noise also where grad is disabled.
         distribution, equal_variance, backend: as in :func:`noisy_embedding`.
 
