@@ -91,7 +91,7 @@ def check_offsets(stream: int, sample_offset: int, position_offset: int) -> Offs
 
 def check_variant(distribution: str, equal_variance: bool, sign: int) -> Variant:
     """UNIFORM itself wherever the variant is what the fused operators do without being asked."""
-    if distribution == "uniform" and equal_variance is True and type(sign) is int and sign == 1:
+    if type(sign) is int and sign == 1 and distribution == "uniform" and equal_variance is True:
         return UNIFORM
     if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))}, got {distribution!r}")
@@ -178,18 +178,19 @@ class Samples(NamedTuple):
 
     @property
     def unknown(self) -> bool:
-        return self.noise_mask is None and self.untold
-
-    @property
-    def untold(self) -> bool:
-        """Whether nothing says which tokens are real."""
         return (
             self.attention_mask is None
             and self.lengths is None
             and self.cu_seqlens is None
             and self.position_ids is None
             and self.padded_ids is None
+            and self.noise_mask is None
         )
+
+    @property
+    def untold(self) -> bool:
+        """Whether nothing says which tokens are real."""
+        return self.unknown or (self.noise_mask is not None and self._replace(noise_mask=None).unknown)
 
 
 NOTHING = Samples()
@@ -201,17 +202,15 @@ def make_layout(shape: torch.Size, device: torch.device, samples: Samples, backe
         return ROWS
     noise_mask = samples.noise_mask
     position_ids = check_layout(shape, device, *samples[:4], noise_mask)
-    layout = _told_layout(samples, position_ids, backend)
     if noise_mask is None:
-        return layout
+        return _told_layout(samples, position_ids, backend)
+    layout = ROWS if samples.untold else _told_layout(samples, position_ids, backend)
     document = torch.ops.neftune_kernels.noisy_documents(noise_mask.detach(), *layout, position_offset)
     return by_document(layout, document, shape)
 
 
 def _told_layout(samples: Samples, position_ids: Tensor | None, backend: str) -> Layout:
     """make_layout but for the noise mask; the Triton kernels read any strides and dtype themselves."""
-    if samples.untold:
-        return ROWS
     attention_mask, lengths, cu_seqlens, _, padded_ids, padding_idx, _ = samples
     if padded_ids is not None:
         return Layout(*getattr(torch.ops.neftune_kernels, ops.operator_name("padding_layout", backend))(padded_ids, padding_idx))
@@ -484,15 +483,17 @@ def noisy_embedding(
         raise ValueError(f"weight must have shape (num_embeddings, embedding_dim), got {tuple(weight.shape)}")
     offsets = check_offsets(stream, sample_offset, position_offset)
     padding = check_padding_idx(padding_idx, weight.shape[0])
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask=noise_mask)
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     if alpha == 0:
         check_ids(input_ids)
         check_unused(input_ids.shape, weight, samples, seed, generator, backend)
         embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
-    args = (input_ids, weight, alpha_tensor(alpha), samples, padding, embed_scale, seed, generator, offsets, backend)
-    return embed_with_noise(*args) if variant is UNIFORM else embed_with_variant(*args, variant)
+    if variant is not UNIFORM:
+        args = (input_ids, weight, alpha_tensor(alpha), samples, padding, embed_scale, seed, generator, offsets, backend)
+        return embed_with_variant(*args, variant)
+    return embed_with_noise(input_ids, weight, alpha_tensor(alpha), samples, padding, embed_scale, seed, generator, offsets, backend)
 
 
 def add_noise(
@@ -537,7 +538,7 @@ def add_noise(
         True
     """
     alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask=noise_mask)
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     if alpha == 0:
         check_embeds(inputs_embeds)
@@ -598,7 +599,7 @@ def neftune_noise(
     if device is None and tensors:
         device = tensors[0].device
     alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask=noise_mask)
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*input_shape, embedding_dim)  # no memory, no traffic
     if alpha == 0:

@@ -149,7 +149,7 @@ class NEFTuneEmbedding(nn.Embedding):
                 input,
                 weight,
                 self._alpha,
-                NOTHING if nothing else Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask=noise_mask),
+                NOTHING if nothing else Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask),
                 -1 if self.padding_idx is None else self.padding_idx,
                 self.embed_scale,
                 seed,
@@ -161,7 +161,7 @@ class NEFTuneEmbedding(nn.Embedding):
         embedded = F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
         if self.embed_scale != 1:
             embedded = embedded * self.embed_scale
-        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask=noise_mask)
+        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
         if not noisy:
             if not samples.unknown:  # what would be refused with noise is refused all the same
                 check_layout(input.shape, input.device, *samples[:4], noise_mask)

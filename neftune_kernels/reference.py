@@ -59,7 +59,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 
 def noise_magnitude(length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, factor: float = 1.0) -> Tensor:
     """float32(alpha·factor / √(L·d)) for lengths L of any shape; 0 where L is 0 or its absolute value is below 2⁻⁹⁰."""
-    alpha = torch.as_tensor(noise_alpha, dtype=torch.float64).to(length.device)
+    alpha = torch.as_tensor(noise_alpha, dtype=torch.float64)  # stays on the CPU, whose 0-dim tensors go with any device's
     magnitude = (alpha * factor / (length.clamp(min=1).double() * float(embedding_dim)).sqrt()).float()
     return torch.where((length > 0) & (magnitude.abs() >= SMALLEST_MAGNITUDE), magnitude, 0.0)
 
