@@ -44,7 +44,7 @@ def make_data(rows: int, seed: int) -> list[dict[str, Tensor]]:
         start, length = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((0, VOCABULARY), (4, LONGEST + 1)))
         column = torch.arange(LONGEST)
         mask = (column < length).long()
-        ids = (start + column) % VOCABULARY * mask
+        ids = (1 + (start + column) % (VOCABULARY - 1)) * mask  # 0 is padding
         data.append({"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, ids, -100)})
     return data
 

@@ -64,10 +64,10 @@ class NEFTuneCallback(Callback):  # type: ignore[misc]
         if self.handle is None:
             return
         state = self.handle._live_state()
-        missed = {reason: count for reason, count in state.skipped.items() if reason != "noise_alpha is 0"}
+        missed = ", ".join(reason for reason in state.skipped if reason != "noise_alpha is 0")
         if state.calls == 0 and state.has_noise and missed:
             state.warn_once(
-                f"a training batch ended without one noisy forward although noise_alpha is {state.noise_alpha}; without noise: "
+                f"a training batch ended without one noisy forward although noise_alpha is {state.noise_alpha}; skipped: "
                 f"{missed}. Lightning leaves a model that is in eval mode (from_pretrained) in eval mode: call its train() before fit"
             )
         if trainer.global_step % trainer.log_every_n_steps == 0:
