@@ -125,5 +125,6 @@ def test_readme_examples():
 
 def test_import_is_quiet_and_light():
     """No printing, no warnings, no transformers at import."""
-    code = "import sys, neftune_kernels; assert not {'transformers', 'peft', 'trl', 'triton', 'lightning_utilities'} & set(sys.modules), 'heavy import'"
+    heavy = "{'transformers', 'peft', 'trl', 'triton', 'lightning_utilities'}"
+    code = f"import sys, neftune_kernels; assert not {heavy} & set(sys.modules), 'heavy import'"
     assert run(sys.executable, "-W", "error", "-c", code) == ""
