@@ -5,6 +5,7 @@ import copy
 import functools
 import math
 import pickle
+import tempfile
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from neftune_kernels.integrations.transformers import NEFTuneCallback, patch_tra
 VOCAB, HIDDEN, STEPS, ALPHA = 64, 32, 3, 5.0
 TRAINED = ("lora", "full")
 CHECKPOINTING = {"reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}, "none": None}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Tiny models: threads would only wait for each other."""
+    threads(1)
 
 
 def make_model(trained, layers=2):
@@ -101,28 +108,29 @@ def train_with_trainer(attempt, trained, checkpointing, bf16):
     options = {} if checkpointing is None else {"activation_checkpointing": True, "activation_checkpointing_kwargs": checkpointing}
     if attempt == "neftune_noise_alpha":
         options["neftune_noise_alpha"] = ALPHA
-    arguments = transformers.TrainingArguments(
-        "unused",
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        bf16=bf16,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
-    callbacks = [recorder, *([NEFTuneCallback(ALPHA)] if attempt == "NEFTuneCallback" else [])]
-    trainer = RecordingTrainer(model, arguments, train_dataset=make_rows(), callbacks=callbacks)
-    trainer.by_hand, trainer.masks, trainer.needed_grad = attempt == "compute_loss", [], []
-    handle = apply_neftune(model, ALPHA) if attempt == "apply_neftune" else None
-    undo = patch_trainer() if attempt == "neftune_noise_alpha" else lambda: None
-    try:
-        trainer.train()
-    finally:
-        undo()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            bf16=bf16,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
+        callbacks = [recorder, *([NEFTuneCallback(ALPHA)] if attempt == "NEFTuneCallback" else [])]
+        trainer = RecordingTrainer(model, arguments, train_dataset=make_rows(), callbacks=callbacks)
+        trainer.by_hand, trainer.masks, trainer.needed_grad = attempt == "compute_loss", [], []
+        handle = apply_neftune(model, ALPHA) if attempt == "apply_neftune" else None
+        undo = patch_trainer() if attempt == "neftune_noise_alpha" else lambda: None
+        try:
+            trainer.train()
+        finally:
+            undo()
     if handle is not None:
         assert handle.stats()["calls"] == STEPS  # a recomputation does not look the embedding up again
         handle.remove()

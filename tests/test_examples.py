@@ -21,6 +21,12 @@ HIDDEN = 48
 
 
 @pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Tiny models: threads would only wait for each other."""
+    threads(1)
+
+
+@pytest.fixture(autouse=True)
 def own_accelerate_state():
     """accelerate remembers device and precision for the whole process."""
     yield

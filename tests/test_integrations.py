@@ -268,7 +268,7 @@ def test_what_cannot_be_noised_is_refused():
         apply_neftune(NoGetter(nn.Embedding(5, 4)))
     with pytest.raises(ValueError, match="embedding='nowhere' names no module of NoGetter"):
         apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding="nowhere")
-    with pytest.raises(ValueError, match="must be an nn.Embedding, got Linear"):
+    with pytest.raises(ValueError, match="must be an nn.Embedding, got torch.nn.modules.linear.Linear"):
         apply_neftune(NoGetter(nn.Linear(5, 4)), embedding="embed")
     with pytest.raises(ValueError, match="is a NEFTuneEmbedding and adds noise itself"):
         apply_neftune(NoGetter(NEFTuneEmbedding(5, 4)), embedding="embed")

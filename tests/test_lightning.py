@@ -17,6 +17,12 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 VOCAB, HIDDEN = 64, 32
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Tiny models: threads would only wait for each other."""
+    threads(1)
+
+
 class Module(pl.LightningModule):
     def __init__(self, fails_with=None):
         super().__init__()

@@ -14,6 +14,12 @@ VOCAB, HIDDEN, ALPHA = 64, 64, 5.0
 PLAIN = ("StableEmbedding", "Embedding")  # of bitsandbytes: for its optimizers, in full precision
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Tiny models: threads would only wait for each other."""
+    threads(1)
+
+
 def make_model(dtype=torch.float32, tied=False):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -51,7 +57,8 @@ def bitsandbytes_embedding(name):
         quantised = name not in PLAIN  # the two others mistake dtype= for a device
         made = getattr(bnb.nn, name)(VOCAB, HIDDEN, **({"dtype": plain.weight.dtype} if quantised else {}))
         made.load_state_dict({"weight": plain.weight.detach().clone()}, strict=False)
-        model.set_input_embeddings(made.to(*(["cpu"] if quantised else ["cpu", plain.weight.dtype])).train())  # .to quantises
+        made.weight.data = made.weight.data.to(plain.weight.dtype)  # StableEmbedding's norm stays in float32
+        model.set_input_embeddings(made.to("cpu").train())  # which quantises
 
     return quantise
 
@@ -202,3 +209,54 @@ def test_lora_on_a_quantised_model(quantised, order, use_reentrant):
     assert handle.stats()["calls"] == 3
     handle.remove()
     assert torch.equal(embedding_output(model, **inputs)[0], own)
+
+
+def test_lora_on_the_quantised_embedding_itself():
+    """PEFT wraps the embedding; the noise goes to the base layer's output, once. (PEFT 0.21 takes torchao's embedding for a linear layer.)"""
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    bitsandbytes_embedding("Embedding4bit")(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["embed_tokens"])).train()
+    ids, mask = ragged()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    own = embedding_output(model, **inputs)[0]
+    handle = apply_neftune(model, ALPHA)
+    noise = neftune_noise(ids.shape, HIDDEN, ALPHA, attention_mask=mask, seed=drawn_after(3))
+    torch.manual_seed(3)
+    assert torch.equal(embedding_output(model, **inputs)[0], own + noise)  # lora_B is zero yet
+    model(**inputs, labels=ids).loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert any(gradient.any() for name, gradient in gradients.items() if "lora_embedding_B" in name)
+    handle.remove()
+    assert torch.equal(embedding_output(model, **inputs)[0], own)
+
+
+def test_quantisation_aware_training():
+    """torchao's fake-quantised embedding is an nn.Embedding, and keeps its forward."""
+    qat = pytest.importorskip("torchao.quantization.qat")
+    model = make_model()
+    config = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
+    made = qat.FakeQuantizedEmbedding.from_embedding(model.get_input_embeddings(), config)
+    model.set_input_embeddings(made.train())
+    ids, mask = ragged()
+    own = made(ids).detach().clone()
+    handle = apply_neftune(model, ALPHA)
+    noise = neftune_noise(ids.shape, HIDDEN, ALPHA, attention_mask=mask, seed=drawn_after(3))
+    torch.manual_seed(3)
+    noisy, output = embedding_output(model, input_ids=ids, attention_mask=mask)
+    assert torch.equal(noisy, own + noise)
+    output.logits.sum().backward()
+    assert made.weight.grad.isfinite().all() and made.weight.grad.any()
+    handle.remove()
+    assert type(made) is qat.FakeQuantizedEmbedding
+
+
+def test_what_is_no_embedding_is_refused_by_name():
+    """torch.ao's converted Embedding is called so too, without being one."""
+    model = make_model()
+    model.set_input_embeddings(torch.ao.nn.quantized.Embedding(VOCAB, HIDDEN))
+    message = r"must be an nn.Embedding, got torch.ao.nn.quantized.modules.embedding_ops.Embedding: .*neftune_kernels.add_noise"
+    with pytest.raises(ValueError, match=message):
+        apply_neftune(model, ALPHA)
+    with pytest.raises(ValueError, match=r"got torch.nn.modules.linear.Linear: name the embedding with embedding="):
+        apply_neftune(make_model(), ALPHA, embedding="lm_head")
