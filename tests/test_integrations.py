@@ -242,7 +242,7 @@ def test_what_cannot_be_noised_is_refused():
         apply_neftune(NoGetter(nn.Embedding(5, 4)))
     with pytest.raises(ValueError, match="embedding='nowhere' names no module of NoGetter"):
         apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding="nowhere")
-    with pytest.raises(ValueError, match="must be an nn.Embedding, got Linear"):
+    with pytest.raises(ValueError, match="must be an nn.Embedding, got torch.nn.modules.linear.Linear"):
         apply_neftune(NoGetter(nn.Linear(5, 4)), embedding="embed")
     with pytest.raises(ValueError, match="is a NEFTuneEmbedding and adds noise itself"):
         apply_neftune(NoGetter(NEFTuneEmbedding(5, 4)), embedding="embed")
@@ -536,7 +536,7 @@ def test_variants_reach_the_model():
     handle.sign = -1
     torch.manual_seed(7)
     assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), noisy_embedding(ids, weight, 5.0, **given, sign=-1))
-    with pytest.raises(ValueError, match="sign must be the integer 1 or -1, got 0"):
+    with pytest.raises(ValueError, match="sign must be.* 1 or -1, got 0"):
         handle.sign = 0
     handle.remove()
     prompt = torch.zeros_like(mask)

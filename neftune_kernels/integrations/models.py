@@ -653,7 +653,10 @@ def _found(module: Any) -> Found:
     if isinstance(embedding, NEFTuneEmbedding):
         raise ValueError("the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in module.to_embedding()")
     if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"the input embedding must be an nn.Embedding, got {type(embedding).__name__}: name it with embedding=")
+        raise ValueError(
+            f"the input embedding must be an nn.Embedding, got {type(embedding).__module__}.{type(embedding).__qualname__}: name the "
+            "embedding with embedding=, or pass this one's output through neftune_kernels.add_noise(...)"
+        )
     if "forward" in noisy.__dict__ and not is_tensor_parallel_forward(noisy.__dict__["forward"]):
         raise ValueError(
             "the embedding carries a forward of its own as an instance attribute (a monkey patch), which would hide the noise: apply "
