@@ -557,3 +557,107 @@ def test_micro_batches_with_sample_offset_equal_the_batch(dtype):
             parts.append(accumulated(ids[rows], attention_mask=mask[rows], seed=5, sample_offset=start))
             assert start == 0 or not torch.equal(accumulated(ids[rows][:1], attention_mask=torch.ones_like(mask[:1]), seed=5), whole[start])
         assert torch.equal(torch.cat(parts), whole), size
+
+
+# ---- trainers under torchrun
+
+
+class Rows(torch.utils.data.Dataset):
+    """Eight samples of unlike lengths."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = torch.randint(1, VOCAB, (3 + index % 5,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def padded(rows):
+    ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+
+
+def recorded_noise(embedding, seen):
+    """Of every call of the embedding: ids, its output and the weight it came from."""
+
+    def record(module, args, output):
+        seen.append((args[0], output.detach().clone(), module.weight.detach().clone(), module._neftune.last))
+
+    return embedding.register_forward_hook(record)
+
+
+def assert_own_noise(seen, rank):
+    """The rank's stream, one seed on all ranks, and so unlike noise."""
+    assert seen
+    for ids, out, weight, last in seen:
+        expected = noisy_embedding(ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=rank)
+        assert torch.equal(out, expected)
+        other = noisy_embedding(ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=1 - rank)
+        assert not torch.equal(out, other)
+    first, second = gathered(seen[0][3].seed)
+    assert torch.equal(first, second), "trainers seed all ranks alike: only the stream tells them apart"
+
+
+def check_trainer(rank, folder):
+    import transformers
+
+    from neftune_kernels.integrations.transformers import NEFTuneCallback
+
+    model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/llama")
+    arguments = transformers.TrainingArguments(
+        output_dir=f"{folder}/out", use_cpu=True, ddp_backend="gloo", per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_steps=2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=Rows(), data_collator=padded, callbacks=[NEFTuneCallback(5.0)]
+    )
+    seen = []
+    hook = recorded_noise(model.get_input_embeddings(), seen)
+    trainer.train()
+    hook.remove()
+    assert dist.get_world_size() == 2 and len(seen) == 4
+    assert_own_noise(seen, rank)
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.save((losses, model.state_dict()), f"{folder}/result{os.environ['RUN']}-{rank}")
+
+
+def check_accelerate(rank, folder):
+    import accelerate
+    import transformers
+
+    accelerate.utils.set_seed(7)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/llama").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=2, collate_fn=padded)
+    embedding = model.get_input_embeddings()
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    handle = apply_neftune(accelerator.unwrap_model(model), 5.0)
+    seen = []
+    hook = recorded_noise(embedding, seen)
+    for inputs in loader:
+        accelerator.backward(model(**inputs).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    hook.remove()
+    assert isinstance(model, nn.parallel.DistributedDataParallel) and len(seen) == 2
+    assert_own_noise(seen, rank)
+    handle.remove()
+    torch.save(([], accelerator.unwrap_model(model).state_dict()), f"{folder}/result{os.environ['RUN']}-{rank}")
+
+
+@pytest.mark.parametrize("check", [check_trainer, check_accelerate])
+def test_trainers_under_torchrun(tmp_path, check):
+    """Two launches with the same seed end in the same losses and weights, to the bit."""
+    pytest.importorskip("transformers")
+    make_llama().save_pretrained(tmp_path / "llama")
+    for run in (0, 1):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        spawn(tmp_path, 2, check, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RUN=str(run))
+    for rank in (0, 1):
+        (losses, weights), (again, same) = (torch.load(tmp_path / f"result{run}-{rank}") for run in (0, 1))
+        assert losses == again and all(torch.equal(value, same[name]) for name, value in weights.items())
