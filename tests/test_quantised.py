@@ -212,7 +212,11 @@ def test_lora_on_a_quantised_model(quantised, order, use_reentrant):
 
 
 def test_lora_on_the_quantised_embedding_itself():
+<<<<<<< HEAD
     """PEFT wraps the embedding; the noise goes to the base layer's output, once. (PEFT 0.21 takes torchao's for a linear layer.)"""
+=======
+    """PEFT wraps the embedding; the noise goes to the base layer's output, once. PEFT 0.21 takes torchao's for a linear layer."""
+>>>>>>> examples
     peft = pytest.importorskip("peft")
     model = make_model()
     bitsandbytes_embedding("Embedding4bit")(model)
@@ -223,10 +227,10 @@ def test_lora_on_the_quantised_embedding_itself():
     handle = apply_neftune(model, ALPHA)
     noise = neftune_noise(ids.shape, HIDDEN, ALPHA, attention_mask=mask, seed=drawn_after(3))
     torch.manual_seed(3)
-    assert torch.equal(embedding_output(model, **inputs)[0], own + noise)  # lora_B is zero yet
+    assert torch.equal(embedding_output(model, **inputs)[0], own + noise)  # lora_A is zero yet
     model(**inputs, labels=ids).loss.backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
-    assert any(gradient.any() for name, gradient in gradients.items() if "lora_embedding_B" in name)
+    assert any(gradient.any() for name, gradient in gradients.items() if "lora_embedding_A" in name)
     handle.remove()
     assert torch.equal(embedding_output(model, **inputs)[0], own)
 
