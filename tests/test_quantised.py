@@ -212,11 +212,7 @@ def test_lora_on_a_quantised_model(quantised, order, use_reentrant):
 
 
 def test_lora_on_the_quantised_embedding_itself():
-<<<<<<< HEAD
-    """PEFT wraps the embedding; the noise goes to the base layer's output, once. (PEFT 0.21 takes torchao's for a linear layer.)"""
-=======
     """PEFT wraps the embedding; the noise goes to the base layer's output, once. PEFT 0.21 takes torchao's for a linear layer."""
->>>>>>> examples
     peft = pytest.importorskip("peft")
     model = make_model()
     bitsandbytes_embedding("Embedding4bit")(model)
