@@ -48,6 +48,19 @@ def llama():
     return transformers.LlamaForCausalLM(config)
 
 
+def family(name):
+    torch.manual_seed(0)
+    tokens = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
+    config = {
+        "Qwen2": lambda: transformers.Qwen2Config(**tokens, **sizes),
+        "Mistral": lambda: transformers.MistralConfig(**tokens, **sizes),
+        "Gemma3": lambda: transformers.Gemma3TextConfig(**tokens, **sizes, head_dim=8),
+        "GPT2": lambda: transformers.GPT2Config(**tokens, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=64),
+    }[name]()
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def documents():
     return datasets.Dataset.from_list([{"input_ids": [4 + i] * length} for i, length in enumerate(DOCUMENTS)])
 
@@ -74,7 +87,7 @@ class Watch:
         self.hook = self.embedding.register_forward_hook(self.record)
 
     def record(self, module, args, output):
-        clean = torch.nn.functional.embedding(args[0], module.weight).detach()
+        clean = getattr(type(module), "_neftune_base", type(module)).forward(module, args[0]).detach()
         site = getattr(module, "_neftune", None)
         seed = site.last.seed if site is not None and site.last is not None else None
         self.calls.append(
@@ -124,6 +137,18 @@ def test_sft_batches(layout, tmp_path, proves):
     wear_no_more_than_paper_noise(watch.calls)
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
     proves("Llama", "TRL SFTTrainer", layout)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["padded", "packing=True (bfd)", "padding_free"])
+@pytest.mark.parametrize("name", ["Qwen2", "Mistral", "Gemma3", "GPT2"])
+def test_sft_batches_of_other_families(name, layout, tmp_path, proves):
+    model = family(name)
+    watch = Watch(model)
+    sft(model, tmp_path, [NEFTuneCallback(5.0)], **LAYOUTS[layout]).train()
+    assert len(watch.calls) == 2
+    wear_paper_noise(watch.calls)
+    proves(name, "TRL SFTTrainer", layout)
 
 
 @pytest.mark.filterwarnings("ignore")
