@@ -395,6 +395,9 @@ def test_two_noises_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="two noises.*neftune_noise_alpha=None"):
         plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0).train()
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    config = transformers.T5Config(vocab_size=WORDS, d_model=HIDDEN, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(RuntimeError, match="two noises"):  # of which transformers' would never run: said before any step all the same
+        plain_trainer(transformers.T5ForConditionalGeneration(config), tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0).train()
 
 
 def losses(trainer):

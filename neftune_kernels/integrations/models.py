@@ -126,6 +126,7 @@ class Site:
         self.wrappers: list[weakref.ref[nn.Module]] = []  # PEFT's layers around the embedding
         self.scaling: tuple[weakref.ref[nn.Module], str] | None = None  # who multiplies embeddings afterwards, and its factor's name
         self.last: NoisyCall | None = None
+        self.follows = False  # the running call looks up something besides its forward's tokens: LED's padding of its window
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "running": [], "wrappers": [], "scaling": None, "last": None}
@@ -150,6 +151,7 @@ class Site:
 
     def samples(self, input: Tensor, padding_idx: int) -> Samples:
         """Those of the innermost running forward, where they fit the ids."""
+        self.follows = False
         if not self.running:
             if self.hooked:
                 self.state.warn_once(
@@ -168,7 +170,8 @@ class Site:
         if mask is not None and mask.shape != input.shape:
             if mask.numel() == input.numel():
                 mask = mask.reshape(input.shape)
-            elif running.used:  # LED looks up its window's padding on its own
+            elif running.used:
+                self.follows = True
                 return real_tokens(input, padding_idx, NOTHING)
             else:
                 self.state.warn_once(
@@ -233,7 +236,7 @@ class _Noisy(nn.Module):
             embedded = embedded * scale
         dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
         seed = seed_tensor(None, None, weight.device)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not site.follows:
             state.calls += 1
             state.skipped_last = None
             chosen = choose_backend(state.backend, weight.device, dtype)
