@@ -246,6 +246,25 @@ def test_encoder_decoders(family, proves):
     proves(family, "forward", "encoder and decoder")
 
 
+def test_fsmt(proves):
+    """Its decoder is a plain module whose mask has a name and sense of its own: its ids up to the last that is not padding are real."""
+    torch.manual_seed(0)
+    options = {k: v for k, v in BART_LIKE.items() if k != "vocab_size"}
+    config = transformers.FSMTConfig(langs=["en", "de"], src_vocab_size=VOCAB, tgt_vocab_size=VOCAB, **options)
+    model = transformers.FSMTForConditionalGeneration(config).train()
+    ids, mask = batch("right")
+    decoder_ids = ids.masked_fill(mask == 0, 1).flip(0)
+    encoder, decoder = model.model.encoder.embed_tokens, model.model.decoder.embed_tokens
+    handle = apply_neftune(model, 5.0)
+    with Recorded(encoder, decoder) as outputs:
+        model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids)
+    for output, module, tokens, real in zip(outputs, (encoder, decoder), (ids, decoder_ids), (mask, mask.flip(0)), strict=True):
+        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(module))
+        assert torch.equal(output[0], nn.functional.embedding(tokens, module.weight) * HIDDEN**0.5 + noise)
+    assert handle.stats()["calls"] == 2
+    proves("FSMT", "forward", "encoder and decoder")
+
+
 def test_encoder_decoder_after_resizing():
     """resize_token_embeddings puts one module in both places: still each its own mask."""
     model = encoder_decoder("BART")
@@ -419,3 +438,114 @@ def test_qwen_vl(version, proves):
         assert torch.equal(seen[0], nn.functional.embedding(ids, embedding.weight) + noise)
     assert handle.stats()["calls"] == 2
     proves(f"Qwen{version.replace('_', '.')}-VL", "forward", "padding: right")
+
+
+@pytest.mark.parametrize("kind", ["EncoderModel", "ForTokenClassification"])
+def test_encoder_of_t5_alone(kind, proves):
+    """`shared` never runs here either, but the encoder's embedding is tied to it."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"T5{kind}")(transformers.T5Config(**T5_LIKE)).train()
+    ids, mask = batch("right")
+    handle = apply_neftune(model, 5.0)
+    model(input_ids=ids, attention_mask=mask)
+    stats = handle.stats()
+    assert (stats["calls"], stats["length_min"], stats["length_max"]) == (1, 2, 8)
+    handle.remove()
+    assert not any(type(module).__name__.startswith("Noisy") for module in model.modules())
+    proves("T5 encoder", "forward", "padding: right")
+
+
+def test_a_mask_that_the_outer_model_keeps_to_itself():
+    """RwkvForCausalLM takes an attention_mask and does not hand it on."""
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, attention_hidden_size=HIDDEN, intermediate_size=32
+    )
+    model = transformers.RwkvForCausalLM(config).train()
+    ids, mask = batch("right")
+    handle = apply_neftune(model, 5.0)
+    model(input_ids=ids, attention_mask=mask)
+    assert (handle.stats()["length_min"], handle.stats()["length_max"]) == (2, 8)
+
+
+def test_models_that_look_up_time_first_are_refused():
+    config = transformers.XLNetConfig(vocab_size=VOCAB, d_model=HIDDEN, n_layer=1, n_head=2, d_inner=32)
+    with pytest.raises(ValueError, match=r"XLNetModel looks tokens up time first.*add_noise.*as inputs_embeds"):
+        apply_neftune(transformers.XLNetModel(config))
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.embed(input_ids.permute(1, 0))
+
+    ids, mask = batch("right")
+    model = TimeFirst()
+    apply_neftune(model, embedding="embed")
+    with pytest.warns(UserWarning, match=r"attention_mask of shape \(3, 8\) does not fit the embedding's input \(8, 3\).*samples="):
+        model(ids, mask)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.embed(input_ids) * 12.0
+
+
+class ScaledByConfig(Scaled):
+    def forward(self, input_ids, attention_mask=None):
+        hidden_states = self.embed(input_ids)
+        return hidden_states * (self.config.hidden_size**0.5)
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledByConfig])
+def test_factors_that_cannot_be_taken_over_warn(kind):
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} may multiply embeddings.*divide noise_alpha by the factor"):
+        apply_neftune(kind(), embedding="embed")
+
+
+@pytest.mark.parametrize("then", ["remove", "forward", "wrap"])
+def test_an_interrupted_forward_leaves_nothing_behind(then):
+    """KeyboardInterrupt runs no forward hooks: the model's own factor comes back all the same, and so does the noise."""
+    peft = pytest.importorskip("peft")
+    model = decoder_only("Granite").train()
+    ids, mask = batch("right")
+    logits = model.eval()(input_ids=ids, attention_mask=mask).logits
+    handle = apply_neftune(model.train(), 5.0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=ids, attention_mask=mask)
+    hook.remove()
+    if then == "remove":
+        handle.remove()
+        assert model.model.embedding_multiplier == 12.0
+    elif then == "forward":
+        noisy = first_hidden(model, input_ids=ids, attention_mask=mask)
+        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(model.get_input_embeddings()))
+        assert torch.equal(noisy, first_hidden(model.eval(), input_ids=ids, attention_mask=mask) + noise)
+        assert not handle._live_state().running and model.model.embedding_multiplier == 12.0
+    else:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}))
+        calls = handle.stats()["calls"]
+        wrapped.train()(input_ids=ids, attention_mask=mask)
+        assert handle.stats()["calls"] == calls + 1
+        return
+    assert torch.equal(model.eval()(input_ids=ids, attention_mask=mask).logits, logits)
+
+
+def test_remove_inside_a_forward():
+    model = decoder_only("Granite").train()
+    handle = apply_neftune(model, 5.0)
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: handle.remove())
+    model(input_ids=batch("right")[0])
+    hook.remove()
+    assert model.model.embedding_multiplier == 12.0

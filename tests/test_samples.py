@@ -98,7 +98,7 @@ def test_precedence():
     told = from_arguments(given, None, warned.append)
     assert told.position_ids.equal(others) and told.attention_mask.equal(torch.ones_like(IDS))
     given["seq_idx"] = NUMBERS
-    assert from_arguments(given, None, warned.append).attention_mask.equal(NUMBERS)
+    assert from_arguments(given, None, warned.append).attention_mask.unique(return_inverse=True)[1].equal(NUMBERS - 1)
     given["cu_seq_lens_q"] = torch.tensor([0, 1, 12])
     assert from_arguments(given, None, warned.append).attention_mask.equal(torch.tensor([[1] + [2] * 11]))
     assert not warned
@@ -139,6 +139,22 @@ def test_shifted_labels_of_a_decoder():
     ids = torch.tensor([[0, 5, 6, 7], [0, 5, 0, 0], [0, 5, 0, 6], [0, 0, 0, 0]])
     assert trailing_padding(ids, 0).attention_mask.long().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     assert trailing_padding(ids, None).unknown
+
+
+@pytest.mark.parametrize("given", [{"position_ids": torch.arange(12).expand(3, 1, 12)}, {"seq_idx": torch.zeros(1, 12, dtype=torch.int32)}])
+def test_numbered_masks_count_beside_what_does_not_restart(given):
+    told = from_arguments({"input_ids": IDS, "attention_mask": NUMBERS, **given}, None, pytest.fail)
+    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        noisy_embedding(IDS, weight, 5.0, attention_mask=told.attention_mask, seed=0),
+        noisy_embedding(IDS, weight, 5.0, attention_mask=NUMBERS, seed=0),
+    )
+
+
+def test_holes_split_no_document_of_3_axes():
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0]])
+    told = from_arguments({"input_ids": IDS, "attention_mask": mask, "position_ids": torch.arange(12).expand(3, 1, 12)}, None, pytest.fail)
+    assert told.attention_mask.unique().numel() == 2 and torch.equal(told.attention_mask != 0, mask != 0)
 
 
 def test_rows_of_packs():

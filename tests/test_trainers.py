@@ -508,6 +508,34 @@ def test_a_run_without_noise_warns(tmp_path):
         trainer.train()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_applied_before_goes_on_after_the_callback(tmp_path):
+    model = llama()
+    handle = apply_neftune(model, 3.0, stream=7)
+    watch = Watch(model)
+    plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)]).train()
+    assert len(watch.calls) == 2 and handle.noise_alpha == 3.0 and handle.settings()["stream"] == 7
+    handle.remove()
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_callbacks_and_nested_trainings(tmp_path):
+    model = llama()
+    plain_trainer(model, tmp_path, [NEFTuneCallback(5.0), NEFTuneCallback(1.0)]).train()
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    shared = NEFTuneCallback(5.0)
+
+    class Nested(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            plain_trainer(llama(), tmp_path, [shared]).train()
+
+    with pytest.raises(RuntimeError, match="in use by another training.*one of its own"):
+        plain_trainer(model, tmp_path, [shared, Nested()]).train()
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    plain_trainer(llama(), tmp_path, [shared]).train()
+
+
 def test_bad_arguments_of_the_callback():
     with pytest.raises(ValueError, match="finite and >= 0, got -1.0"):
         NEFTuneCallback(-1.0)

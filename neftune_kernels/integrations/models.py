@@ -5,6 +5,7 @@ back. Pre-hooks on the models around it take the attention mask, position ids or
 transformers.
 """
 
+import dis
 import inspect
 import re
 import warnings
@@ -74,13 +75,13 @@ class NEFTuneState:
         self.read: Callable[[dict[str, Any]], Any] | None = None  # the user's own reading of a forward's arguments
         self.skipped_last: str | None = None
         self.calls = self.calls_before = 0
-        self.depth = 0  # forwards of hooked models that are running, one inside the other
+        self.running: list[Running] = []  # forwards of hooked models that are running, one inside the other
         self.skipped: Counter[str] = Counter()
         self.warned: set[str] = set()
         self.handle: NEFTuneHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handle": None, "depth": 0}  # a copy is not steered by our handle
+        return {**self.__dict__, "handle": None, "running": []}  # a copy is not steered by our handle
 
     def set_alpha(self, noise_alpha: float | None) -> None:
         self.noise_alpha = check_alpha(noise_alpha)
@@ -161,6 +162,8 @@ class Site:
                 )
             return real_tokens(input, padding_idx, NOTHING)
         running = self.running[-1]
+        if not running.decoder:  # an outer model may be told what it does not pass on (Rwkv)
+            running = next((outer for outer in reversed(self.running) if not outer.samples.untold), running)
         told = running.samples
         if told.untold:
             if running.decoder and (samples := trailing_padding(input, running.pad_token_id)) is not NOTHING:
@@ -168,8 +171,8 @@ class Site:
             return real_tokens(input, padding_idx, told)
         mask = told.attention_mask
         if mask is not None and mask.shape != input.shape:
-            if mask.numel() == input.numel():
-                mask = mask.reshape(input.shape)
+            if mask.numel() == input.numel() and (mask.shape[-1] == input.shape[-1] or 1 in (mask.dim(), input.dim(), input.shape[0])):
+                mask = mask.reshape(input.shape)  # flattened or not, never transposed
             elif running.used:
                 self.follows = True
                 return real_tokens(input, padding_idx, NOTHING)
@@ -279,16 +282,19 @@ class _TakeSamples:
         self.decoder = False  # of an encoder-decoder
         self.pad_token_id: int | None = None
         self.factor: str | None = None  # name of the number that this model multiplies embeddings by
+        self.true_factor = 1.0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
-        steered = state.depth == 0 and state.handle is not None and not torch.compiler.is_compiling()
+        if state.running and not torch.compiler.is_compiling():
+            _forget_interrupted(state, module)
+        steered = not state.running and state.handle is not None and not torch.compiler.is_compiling()
         if steered and state.handle.refresh():  # type: ignore[union-attr]  # our hooks are new ones then
             fresh = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _TakeSamples) and hook.state is state)
             return next(fresh)(module, args, kwargs)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         has_embeds = given.get("inputs_embeds") is not None or given.get("decoder_inputs_embeds") is not None
-        if state.depth == 0:
+        if not state.running:
             if has_embeds and module.training and state.has_noise and torch.is_grad_enabled():
                 state.warn_once(
                     "the model was given inputs_embeds, so its embedding and its NEFTune noise did not run: pass them through "
@@ -298,13 +304,44 @@ class _TakeSamples:
                 state.calls_before = -1 if has_embeds else state.calls
         read = state.read
         samples = from_arguments(given, self.pad_token_id, state.warn_once) if read is None else from_callable(read, given)
-        state.depth += 1
         running = Running(module, samples, self.decoder, self.pad_token_id)
+        state.running.append(running)
         for site in self.sites:
             site.running.append(running)
-        if self.factor is not None and not has_embeds and module.training and state.skip_reason(module) is None:
-            running.scale = float(getattr(module, self.factor))
-            setattr(module, self.factor, 1.0)
+        if self.factor is None:
+            return
+        if getattr(module, self.factor) != 1:
+            self.true_factor = float(getattr(module, self.factor))
+        noisy = not has_embeds and module.training and state.skip_reason(module) is None
+        if noisy:
+            running.scale = self.true_factor
+        setattr(module, self.factor, 1.0 if noisy else self.true_factor)
+
+    def end(self, module: nn.Module) -> None:
+        """The forward is over: its samples are forgotten, and it multiplies embeddings by its own factor again."""
+        for entered in (self.state.running, *(site.running for site in self.sites)):
+            if entered and entered[-1].model is module:
+                entered.pop()
+        if self.factor is not None:
+            setattr(module, self.factor, self.true_factor)
+
+
+def _forget_interrupted(state: NEFTuneState, module: nn.Module) -> None:
+    """KeyboardInterrupt runs no hook: what is entered as running, but lies on no call's path, is over. `module` is about to run."""
+    calls: Counter[int] = Counter({id(module): -1})
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            calls[id(frame.f_locals["self"])] += 1
+        frame = frame.f_back
+    while state.running and sum(running.model is state.running[-1].model for running in state.running) > calls[id(state.running[-1].model)]:
+        interrupted = state.running[-1].model
+        for hook in interrupted._forward_pre_hooks.values():
+            if isinstance(hook, _TakeSamples) and hook.state is state:
+                hook.end(interrupted)
+                break
+        else:  # no hook of ours is left on it
+            state.running.pop()
 
 
 class _ForgetSamples:
@@ -315,21 +352,13 @@ class _ForgetSamples:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         state = self.taken.state
-        ended = False
-        for site in self.taken.sites:
-            if site.running and site.running[-1].model is module:
-                running = site.running.pop()
-                ended = True
-                if running.scale != 1 and self.taken.factor is not None:
-                    setattr(module, self.taken.factor, running.scale)
-        if ended:
-            state.depth -= 1
+        self.taken.end(module)
         if torch.compiler.is_compiling() or result is None or not (module.training and state.has_noise and torch.is_grad_enabled()):
             return
-        if state.calls == state.calls_before and state.depth == 0 and state.skipped_last is None:
+        if state.calls == state.calls_before and not state.running and state.skipped_last is None:
             state.warn_once(
                 "a training forward of the model ended without NEFTune noise: its noisy embedding was not called. Was it bypassed or "
-                "wrapped after apply_neftune? Call apply_neftune again"
+                "wrapped after apply_neftune? Call apply_neftune again, or name the embedding that runs with embedding="
             )
 
 
@@ -349,7 +378,7 @@ class NEFTuneHandle:
         self._noisy: list[weakref.ref[nn.Module]] = []
         self._places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []  # (parent, name, child) when attached
         self._copies: list[tuple[weakref.ref[nn.Module], int]] = []  # (PEFT's modules_to_save, how many copies it had when attached)
-        self._hooks: list[Any] = []
+        self._hooks: list[tuple[weakref.ref[nn.Module], _TakeSamples, list[Any]]] = []
 
     def root(self) -> nn.Module | None:
         """The model applied to last, if it is alive."""
@@ -384,7 +413,9 @@ class NEFTuneHandle:
                 if isinstance(module, _Noisy) and module in found:
                     ancestors = list(_ancestors(root, name))
                     places += [(weakref.ref(parent), child, weakref.ref(parent._modules[child])) for parent, child in ancestors]  # type: ignore[arg-type]
-                    for parent in _speakers([parent for parent, _ in ancestors], state.read is not None):
+                    around = [parent for parent, _ in ancestors]
+                    inside = [parent for parent in around if id(parent) in decoders]  # what is around is told the encoder's mask
+                    for parent in _speakers(inside or around, state.read is not None) or inside[:1]:
                         sites = listeners.setdefault(parent, [])
                         if module._neftune not in sites:
                             sites.append(module._neftune)
@@ -399,6 +430,8 @@ class NEFTuneHandle:
         taken = _TakeSamples(self._live_state(), tuple(parameter_names(model)))
         taken.sites, taken.decoder, taken.pad_token_id = sites, decoder, pad_token_id
         taken.factor = _factor_of_embeddings(model)
+        if taken.factor is not None:
+            taken.true_factor = float(getattr(model, taken.factor))
         for site in sites:
             site.hooked = True
             if taken.factor is not None:
@@ -407,11 +440,15 @@ class NEFTuneHandle:
             model.register_forward_pre_hook(taken, with_kwargs=True),
             model.register_forward_hook(_ForgetSamples(taken), always_call=True),
         ]
-        self._hooks += hooks
+        self._hooks.append((weakref.ref(model), taken, hooks))
 
     def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for reference, taken, hooks in self._hooks:
+            for hook in hooks:
+                hook.remove()
+            model = reference()
+            if model is not None and taken.factor is not None:  # called inside a forward, or after one that was interrupted
+                setattr(model, taken.factor, taken.true_factor)
         self._hooks = []
 
     def refresh(self) -> bool:
@@ -445,6 +482,22 @@ class NEFTuneHandle:
     def sign(self, value: int) -> None:
         state = self._live_state()
         state.variant = check_variant(state.variant.distribution, state.variant.equal_variance, value)
+
+    @property
+    def removed(self) -> bool:
+        return self._state is None
+
+    def settings(self) -> dict[str, Any]:
+        """What apply_neftune was told, for :meth:`restore` by whoever borrows the handle."""
+        state = self._live_state()
+        return {name: getattr(state, name) for name in ("noise_alpha", "stream", "noise_without_grad", "backend", "read", "variant")}
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        state = self._live_state()
+        state.set_alpha(settings["noise_alpha"])
+        for name, value in settings.items():
+            if name != "noise_alpha":
+                setattr(state, name, value)
 
     def check_single_noise(self) -> None:
         """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of ours."""
@@ -580,8 +633,21 @@ def _speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
 def _may_call_embedding(model: nn.Module) -> bool:
     package = type(model).__module__.split(".")[0]
     if package == "transformers":
-        return "get_input_embeddings()(" in _source_of_forward(model)
+        return LOOKS_UP_INSIDE.search(_source_of_forward(model)) is not None or not _passes_on_its_mask(model)
     return package != "peft" or bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+LOOKS_UP_INSIDE = re.compile(r"get_input_embeddings\(\)\(|self\.\w+(\.\w+)*\.(embed_tokens|word_embeddings)\(")
+
+
+def _passes_on_its_mask(model: nn.Module) -> bool:
+    forward = inspect.unwrap(type(model).forward)
+    names = {step.argval for step in dis.get_instructions(forward) if step.opname.startswith("LOAD")}
+    return "attention_mask" not in inspect.signature(forward).parameters or "attention_mask" in {n for name in names for n in _flat(name)}
+
+
+def _flat(name: Any) -> tuple[Any, ...]:
+    return name if isinstance(name, tuple) else (name,)  # Python 3.12 and later load two names at once
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -611,7 +677,13 @@ def _pad_token_id(model: nn.Module) -> int | None:
 
 
 SCALED_BY_ATTRIBUTE = re.compile(r"(?:self\.\w+\(input_ids\)|\binputs_embeds)\s*\*=?\s*self\.(\w+)\b(?![.(\[])")
-SCALED_BY_EXPRESSION = re.compile(r"\binputs_embeds\s*\*=?\s*(?!\s|\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b")
+SCALED_BY_EXPRESSION = re.compile(
+    r"self\.\w+\(input_ids\)\s*\*\s*(?!\s|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*=?\s*\(?self\.config\.|"
+    r"\binputs_embeds\s*\*=?\s*(?!\s|\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b"
+)
+
+
+TRANSPOSED = re.compile(r"\binput_ids\s*=\s*input_ids\.(transpose\(0, 1\)|t\(\))")
 
 
 def _source_of_forward(model: nn.Module) -> str:
@@ -692,19 +764,29 @@ def find_embeddings(model: nn.Module, path: str | None) -> list[Found]:
             'embedding="path.to.embed" or pass the module itself'
         )
     if not _is_encoder_decoder(model):
-        return _all_found(module)
+        return _with_tied(model, _all_found(module))
     found: dict[nn.Module, Found] = {}
     stacks = [_stack(model, "get_encoder"), _stack(model, "get_decoder")]
     for stack in (model, *stacks):
         try:
             module = None if stack is None else stack.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
-            module = None
+            module = getattr(stack, "embed_tokens", None)  # FSMT's decoder is a plain module
         if module is not None and isinstance(_open_wrapper(getattr(module, "original_module", module)), nn.Embedding):
             found.update({one.noisy: one for one in _all_found(module)})  # an encoder of speech or images embeds no tokens
     if not found:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder without token embeddings: name the module with embedding=")
     return list(found.values())
+
+
+def _with_tied(model: nn.Module, found: list[Found]) -> list[Found]:
+    """And the embeddings that share their weight: T5's encoder alone keeps a `shared` that never runs."""
+    weights = {id(_open_wrapper(one.noisy).weight) for one in found}
+    seen = {inner for one in found for outer in (one.noisy, *one.wrappers) for inner in outer.modules()}
+    tied = [
+        module for module in model.modules() if isinstance(module, nn.Embedding) and module not in seen and id(module.weight) in weights
+    ]
+    return [*found, *(one for module in tied for one in _all_found(module))]
 
 
 def _path_of(model: nn.Module, embedding: str | nn.Module | None) -> str | None:
@@ -723,12 +805,17 @@ def _path_of(model: nn.Module, embedding: str | nn.Module | None) -> str | None:
     return path
 
 
-def _check_scaling(model: nn.Module, found: list[Found]) -> None:
-    """Models that multiply embeddings afterwards by something we cannot take over would multiply the noise too."""
+def _check_surroundings(model: nn.Module, found: list[Found]) -> None:
+    """Models that multiply embeddings afterwards by something we cannot take over, or that look tokens up time first."""
     targets = {one.noisy for one in found}
     for name, module in model.named_modules():
         if module in targets:
             for parent, _ in _ancestors(model, name):
+                if TRANSPOSED.search(_source_of_forward(parent)):
+                    raise ValueError(
+                        f"{type(parent).__name__} looks tokens up time first, (tokens, batch), so its masks do not tell which tokens are "
+                        "real: pass it neftune_kernels.add_noise(embedding(input_ids), noise_alpha, attention_mask=...) as inputs_embeds"
+                    )
                 if SCALED_BY_EXPRESSION.search(_source_of_forward(parent)):
                     warnings.warn(
                         f"{type(parent).__name__} may multiply embeddings after looking them up, and with them NEFTune's noise: divide "
@@ -801,10 +888,10 @@ def apply_neftune(
         weight = _open_wrapper(one.noisy).weight
         quantised = type(weight) not in PLAIN_WEIGHTS  # its forward decides the dtype
         choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
-    states = [inner._neftune.state for one in found for inner in _unwrapped(one.noisy) if isinstance(inner, _Noisy)]
-    state = next((state for state in states if state.handle is not None), None)
+    handle = _live_handle(found)
+    state = None if handle is None else handle._state
     if state is None or state.handle is None:
-        _check_scaling(model, found)
+        _check_surroundings(model, found)
         state = NEFTuneState()
         state.handle = NEFTuneHandle(state)
     state.read = samples
@@ -817,6 +904,16 @@ def apply_neftune(
             "samples with apply_neftune(..., samples=...)"
         )
     return state.handle
+
+
+def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
+    states = [inner._neftune.state for one in found for inner in _unwrapped(one.noisy) if isinstance(inner, _Noisy)]
+    return next((state.handle for state in states if state.handle is not None), None)
+
+
+def applied_handle(model: nn.Module, embedding: str | nn.Module | None = None) -> NEFTuneHandle | None:
+    """The handle of an apply_neftune that is in force on the model, if there is one."""
+    return _live_handle(find_embeddings(model, _path_of(model, embedding)))
 
 
 def _forget_hooks(model: nn.Module) -> None:

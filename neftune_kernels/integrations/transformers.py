@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..functional import check_alpha
 from ..schedules import Schedule
-from .models import NEFTuneHandle, apply_neftune
+from .models import NEFTuneHandle, applied_handle, apply_neftune
 
 LOG_PREFIX = "neftune/"
 LOGGED = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max", "max_noise_ratio")
@@ -34,7 +34,8 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ValueError, TypeError: as apply_neftune, a bad alpha at construction.
-        RuntimeError: `TrainingArguments(neftune_noise_alpha=...)` is set too, so the model would get two noises.
+        RuntimeError: the callback is in use by another running training, or `TrainingArguments(neftune_noise_alpha=...)` is set too, so
+            that the model would get two noises.
 
     Example:
         >>> from neftune_kernels.integrations.transformers import NEFTuneCallback
@@ -51,12 +52,17 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
         self.log_stats, self.options = log_stats, options
         self.handle: NEFTuneHandle | None = None
+        self.lent: dict[str, Any] | None = None  # settings of an apply_neftune that was in force before and goes on afterwards
         _watch_training()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         if model is None:
             raise ValueError("NEFTuneCallback was given no model to train")
+        if self.handle is not None and not self.handle.removed and self.handle.root() is not model:
+            raise RuntimeError("this NEFTuneCallback is in use by another training that has not ended: give every trainer one of its own")
         self.detach()
+        lent = applied_handle(model, self.options.get("embedding"))
+        self.lent = None if lent is None else lent.settings()
         self.handle = apply_neftune(model, self._alpha_at(state.global_step), **self.options)
         try:
             self.handle.check_single_noise()
@@ -77,7 +83,7 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
             state.log_history[-1].update(told)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.handle is not None and state.global_step > 0:
+        if self.handle is not None and not self.handle.removed and state.global_step > 0:
             stats = self.handle._live_state()
             if stats.calls == 0 and self.noise_alpha > 0 and not getattr(args, "torch_compile", False):
                 warnings.warn(
@@ -88,10 +94,14 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
         self.detach()
 
     def detach(self) -> None:
-        """Take the noise off the model; nothing happens where there is none."""
+        """Take the noise off the model, or leave it as it was before the training; nothing happens where there is none."""
         handle, self.handle = self.handle, None
-        if handle is not None:
+        if handle is None or handle.removed:
+            return
+        if self.lent is None:
             handle.remove()
+        else:
+            handle.restore(self.lent)
 
     def _alpha_at(self, step: int) -> float:
         if self.schedule is not None:
