@@ -377,6 +377,26 @@ def test_own_module_with_a_callable():
         assert type(model.parts["embed"]) is nn.Embedding and not model._forward_pre_hooks
 
 
+def test_shards_of_a_sequence_through_apply_neftune():
+    """A context-parallel split that samples= explains: global lengths, each token's place, one stream; shards together are the whole."""
+    model = decoder_only("Llama").train()
+    ids, mask = batch("right")
+    lengths = mask.sum(1)
+    whole = apply_neftune(model, 5.0)
+    torch.manual_seed(3)
+    with Recorded(model.get_input_embeddings()) as (seen,):
+        model(input_ids=ids, attention_mask=mask)
+    whole.remove()
+    apply_neftune(model, 5.0, stream=0, samples=lambda given: {"lengths": lengths, "position_ids": given["position_ids"]})
+    shards = []
+    for columns in (torch.tensor([0, 1, 6, 7]), torch.tensor([2, 3, 4, 5])):  # zig-zag
+        torch.manual_seed(3)
+        with Recorded(model.get_input_embeddings()) as (part,):
+            model(input_ids=ids[:, columns], position_ids=columns.expand(3, 4))
+        shards.append(part[0])
+    assert torch.equal(torch.cat(shards, 1)[:, torch.tensor([0, 1, 4, 5, 6, 7, 2, 3])], seen[0])
+
+
 def test_own_module_that_tells_nothing_warns_and_names_the_remedy():
     with pytest.warns(UserWarning, match=r"takes an attention_mask.*samples="):
         apply_neftune(Own(), embedding="parts.embed")

@@ -465,6 +465,8 @@ def test_compiled_trainer(tmp_path, proves):
         llama(), tmp_path, [NEFTuneCallback(5.0)], torch_compile=True, torch_compile_backend="aot_eager", per_device_train_batch_size=8
     )
     compiled.train()
+    logged = [entry for entry in compiled.state.log_history if "loss" in entry]
+    assert all(entry["neftune/noise_alpha"] == 5.0 and "neftune/calls" not in entry for entry in logged)
     quiet = plain_trainer(llama(), tmp_path, per_device_train_batch_size=8)
     quiet.train()
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-6)  # printed figures of the same float32 sums in another order

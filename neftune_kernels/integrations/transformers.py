@@ -25,7 +25,8 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
 
     The noise is put on the model when training begins and taken off when it ends, is interrupted or fails. The trainer's log gets
     neftune/noise_alpha, neftune/calls, the lengths and magnitudes of the last noisy batch (see :meth:`NEFTuneHandle.stats`) and
-    neftune/skipped/<reason>; a run that ends without a single noisy forward warns.
+    neftune/skipped/<reason>; with torch_compile=True, whose forwards are not counted, only the alpha. A run that ends without a single
+    noisy forward warns.
 
     Args:
         noise_alpha: the paper's alpha, or a schedule: a function from the optimizer step to alpha (`neftune_kernels.schedules`).
@@ -77,7 +78,7 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self.handle is None or logs is None or "loss" not in logs:  # evaluation and the summary at the end have no noise to tell of
             return
-        told = self._told()
+        told = self._told(with_stats=self.log_stats and not getattr(args, "torch_compile", False))  # compiled forwards are not counted
         logs.update(told)
         if state.log_history:
             state.log_history[-1].update(told)
@@ -108,10 +109,10 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
             self.noise_alpha = check_alpha(self.schedule(step))
         return self.noise_alpha
 
-    def _told(self) -> dict[str, float]:
+    def _told(self, with_stats: bool) -> dict[str, float]:
         assert self.handle is not None
         told: dict[str, float] = {f"{LOG_PREFIX}noise_alpha": self.handle.noise_alpha}
-        if not self.log_stats:
+        if not with_stats:
             return told
         stats = self.handle.stats()
         told[f"{LOG_PREFIX}calls"] = stats["calls"]
