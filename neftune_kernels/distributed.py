@@ -57,7 +57,9 @@ def data_parallel_index(weight: Tensor, embedding: nn.Module | None = None, mode
     mesh_info = None if embedding is None else _fsdp_mesh_info(embedding)
     if is_dtensor(weight):
         mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
-        return _index_in(mesh_info.mesh) if mesh_info is not None and not mesh_info.is_spmd_mesh else _index_outside(mesh)
+        return (
+            _index_in(mesh_info.mesh) if mesh_info is not None and not getattr(mesh_info, "is_spmd_mesh", False) else _index_outside(mesh)
+        )
     if mesh_info is not None:
         return _index_in(mesh_info.mesh)
     if model is not None and any(is_dtensor(parameter) for parameter in model.parameters()):
@@ -68,6 +70,7 @@ def data_parallel_index(weight: Tensor, embedding: nn.Module | None = None, mode
     return dist.get_rank()
 
 
+@_asked_outside_the_graph  # torch 2.11's Dynamo cannot follow a mesh's shape
 def _index_in(mesh: Any) -> int:
     """This rank's place in the flattened mesh."""
     index = 0
@@ -98,6 +101,12 @@ def _index_outside(mesh: Any) -> int:
 _mesh_infos: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
+def _parameter_groups(state: Any) -> list[Any]:
+    """Of a module's FSDP2 state: several since torch 2.13, one or none before."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [group for group in (groups or [getattr(state, "_fsdp_param_group", None)]) if group is not None]
+
+
 def _fsdp_mesh_info(module: nn.Module) -> Any:
     """FSDP2's mesh for this module's own parameters, None without FSDP2. In forward they are plain again: only FSDP's state knows."""
     if not module.__dict__.get("_is_fsdp_managed_module"):
@@ -106,7 +115,7 @@ def _fsdp_mesh_info(module: nn.Module) -> Any:
         from torch.distributed._composable_state import _module_state_mapping
 
         states = [reference() for reference in list(_module_state_mapping.values())]
-        parameters = [p for state in states for group in getattr(state, "_fsdp_param_groups", ()) for p in group.fsdp_params]
+        parameters = [p for state in states for group in _parameter_groups(state) for p in group.fsdp_params]
         for parameter in parameters:
             owners = (parameter._module_info.module, *parameter._module_info.shared_modules)
             if any(owner is module for owner in owners):
