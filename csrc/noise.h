@@ -61,11 +61,11 @@ NEFTUNE_INLINE float noise_odd(uint32_t word, float step) {
   return fmaf(static_cast<float>(static_cast<int32_t>(word & 0xFFFF0000u)), step, step * 32768.0f);
 }
 
-// float32(alpha / √(L·d)) · 2⁻³¹; 0 means no noise. The caller passes root = √(double(L)·double(d)).
+// float32(alpha / √(L·d)) · 2⁻³¹, negative for a negative alpha; 0 means no noise. The caller passes root = √(double(L)·double(d)).
 NEFTUNE_INLINE float noise_step(double noise_alpha, int64_t length, double root) {
   if (length <= 0) return 0.0f;
   const float step = static_cast<float>(noise_alpha / root) * 0x1p-31f;
-  return step >= kSmallestStep ? step : 0.0f;
+  return step >= kSmallestStep || step <= -kSmallestStep ? step : 0.0f;
 }
 
 }  // namespace neftune_kernels

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .layout import ROWS, Layout, check_layout
+from .layout import ROWS, Layout, by_document, check_layout
+from .reference import DISTRIBUTIONS
 
 IN_PLACE_LIMIT = 1 << 16  # elements: below it F.embedding and noise in its cache-warm output cost less than an autograd.Function
 
@@ -25,6 +26,17 @@ class Offsets(NamedTuple):
 
 
 NO_OFFSETS = Offsets()
+
+
+class Variant(NamedTuple):
+    """What noise is added, made by :func:`check_variant`."""
+
+    distribution: str = "uniform"
+    equal_variance: bool = True
+    sign: int = 1
+
+
+UNIFORM = Variant()
 
 
 def check_alpha(noise_alpha: float | None) -> float:
@@ -75,6 +87,24 @@ def check_offsets(stream: int, sample_offset: int, position_offset: int) -> Offs
     if given == NO_OFFSETS and type(stream) is type(sample_offset) is type(position_offset) is int:
         return NO_OFFSETS
     return Offsets(*(check_word(name, value) for name, value in zip(Offsets._fields, given, strict=True)))
+
+
+def check_variant(distribution: str, equal_variance: bool, sign: int) -> Variant:
+    """UNIFORM itself wherever the variant is what the fused operators do without being asked."""
+    if type(sign) is int and sign == 1 and distribution == "uniform" and equal_variance is True:
+        return UNIFORM
+    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))}, got {distribution!r}")
+    if not isinstance(equal_variance, bool):
+        raise TypeError(f"equal_variance must be a bool, got {equal_variance!r}")
+    try:
+        number = check_integer("sign", sign)
+    except TypeError:
+        number = 0
+    if number != 1 and number != -1:
+        raise ValueError(f"sign must be the integer 1 or -1, got {sign!r}")
+    number = 1 if number == 1 else -1
+    return UNIFORM if distribution == "uniform" and number == 1 else Variant(distribution, equal_variance, number)
 
 
 def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
@@ -144,6 +174,7 @@ class Samples(NamedTuple):
     position_ids: Tensor | None = None
     padded_ids: Tensor | None = None  # nothing but this: tokens equal to padding_idx are padding
     padding_idx: int = -1
+    noise_mask: Tensor | None = None  # tokens that get noise; the others count all the same
 
     @property
     def unknown(self) -> bool:
@@ -153,20 +184,36 @@ class Samples(NamedTuple):
             and self.cu_seqlens is None
             and self.position_ids is None
             and self.padded_ids is None
+            and self.noise_mask is None
         )
+
+    @property
+    def untold(self) -> bool:
+        """Whether nothing says which tokens are real."""
+        return self.unknown or (self.noise_mask is not None and self._replace(noise_mask=None).unknown)
 
 
 NOTHING = Samples()
 
 
-def make_layout(shape: torch.Size, device: torch.device, samples: Samples, backend: str) -> Layout:
-    """Check what the caller says and put it as the operators take it; GPU kernels read any strides and mask dtype themselves."""
+def make_layout(shape: torch.Size, device: torch.device, samples: Samples, backend: str, position_offset: int = 0) -> Layout:
+    """Check what the caller says and put it as the operators take it, which add the offset to positions themselves."""
     if samples.unknown:
         return ROWS
-    attention_mask, lengths, cu_seqlens, _, padded_ids, padding_idx = samples
+    noise_mask = samples.noise_mask
+    position_ids = check_layout(shape, device, *samples[:4], noise_mask)
+    if noise_mask is None:
+        return _told_layout(samples, position_ids, backend)
+    layout = ROWS if samples.untold else _told_layout(samples, position_ids, backend)
+    document = torch.ops.neftune_kernels.noisy_documents(noise_mask.detach(), *layout, position_offset)
+    return by_document(layout, document, shape)
+
+
+def _told_layout(samples: Samples, position_ids: Tensor | None, backend: str) -> Layout:
+    """make_layout but for the noise mask; GPU kernels read any strides and mask dtype themselves."""
+    attention_mask, lengths, cu_seqlens, _, padded_ids, padding_idx, _ = samples
     if padded_ids is not None:
         return Layout(*getattr(torch.ops.neftune_kernels, ops.operator_name("padding_layout", backend))(padded_ids, padding_idx))
-    position_ids = check_layout(shape, device, *samples[:4])
     if cu_seqlens is not None:
         return Layout(cu_seqlens=cu_seqlens.contiguous())
     if lengths is not None:
@@ -188,7 +235,7 @@ def check_unused(
     """With alpha 0 nothing is drawn or counted, but what would be refused with noise is refused all the same."""
     ops.choose_backend(backend or "reference", tensor.device, tensor.dtype)
     if not samples.unknown:
-        check_layout(shape, tensor.device, *samples[:4])
+        check_layout(shape, tensor.device, *samples[:4], samples.noise_mask)
     if seed is not None:
         seed_tensor(seed, generator, tensor.device)
 
@@ -257,7 +304,9 @@ def embed_with_noise(
     if device != input_ids.device:
         raise ValueError(f"input_ids is on {input_ids.device}, weight on {device}: they must be on one device")
     chosen = ops.choose_backend(backend, device, weight.dtype)
-    layout = ROWS if plain else make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples), chosen)
+    layout = ROWS
+    if not plain:
+        layout = make_layout(input_ids.shape, device, real_tokens(input_ids, padding_idx, samples), chosen, offsets.position_offset)
     seed = seed_tensor(seed, generator, device)
     transformed, compiling = _transformed(), torch.compiler.is_compiling()
     if not transformed and not compiling:
@@ -281,6 +330,31 @@ def embed_with_noise(
     return getattr(torch.ops.neftune_kernels, name)(*args)
 
 
+def embed_with_variant(
+    input_ids: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    samples: Samples,
+    padding_idx: int,
+    embed_scale: float,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    offsets: Offsets,
+    backend: str | None,
+    variant: Variant,
+) -> Tensor:
+    """embed_with_noise for any variant: fused for uniform noise of either sign, else a lookup and then noise."""
+    if variant.distribution == "uniform":
+        alpha = alpha if variant.sign > 0 else -alpha
+        return embed_with_noise(input_ids, weight, alpha, samples, padding_idx, embed_scale, seed, generator, offsets, backend)
+    check_ids(input_ids)
+    no_seed = torch.zeros((), dtype=torch.int64, device=weight.device)
+    no_noise = alpha_tensor(0.0)
+    embedded = embed_with_noise(input_ids, weight, no_noise, NOTHING, padding_idx, embed_scale, no_seed, None, NO_OFFSETS, backend)
+    samples = real_tokens(input_ids, padding_idx, samples)
+    return embeds_with_noise(embedded, alpha, samples, seed, generator, offsets, backend, variant)
+
+
 def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
     """F.embedding, its IndexError with the value and the rule."""
     try:
@@ -292,9 +366,9 @@ def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
 
 def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
     """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
-    if padding_idx < 0 or not samples.unknown:
+    if padding_idx < 0 or not samples.untold:
         return samples
-    return Samples(padded_ids=input_ids, padding_idx=padding_idx)
+    return Samples(padded_ids=input_ids, padding_idx=padding_idx, noise_mask=samples.noise_mask)
 
 
 def embeds_with_noise(
@@ -305,17 +379,22 @@ def embeds_with_noise(
     generator: torch.Generator | None,
     offsets: Offsets,
     backend: str | None,
+    variant: Variant = UNIFORM,
 ) -> Tensor:
-    """add_noise for alpha > 0."""
+    """add_noise for alpha > 0, in any variant."""
     check_embeds(inputs_embeds)
     device = inputs_embeds.device
     chosen = ops.choose_backend(backend, device, inputs_embeds.dtype)
-    layout = make_layout(inputs_embeds.shape[:-1], device, samples, chosen)
-    args = (inputs_embeds, seed_tensor(seed, generator, device), alpha, *layout, *offsets)
-    name = ops.operator_name("add_noise", chosen)
+    layout = make_layout(inputs_embeds.shape[:-1], device, samples, chosen, offsets.position_offset)
+    fused = variant.distribution == "uniform"
+    alpha = alpha if variant.sign > 0 else -alpha
+    args: tuple[Any, ...] = (inputs_embeds, seed_tensor(seed, generator, device), alpha, *layout, *offsets)
+    if not fused:
+        args = (*args, variant.distribution, variant.equal_variance)
+    name = ops.operator_name("add_noise" if fused else "add_variant_noise", chosen)
     if _transformed() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
         return ops.AddNoise.apply(name, *args)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not fused:
         return getattr(torch.ops.neftune_kernels, name)(*args)
     out = torch.empty_like(inputs_embeds, memory_format=torch.contiguous_format)
     ops.ADD_OUT[chosen](*args, out=out)
@@ -331,8 +410,12 @@ def noisy_embedding(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
+    noise_mask: Tensor | None = None,
     padding_idx: int | None = None,
     embed_scale: float = 1.0,
+    sign: int = 1,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     stream: int = 0,
@@ -355,8 +438,14 @@ def noisy_embedding(
         cu_seqlens: (documents + 1,) int32 or int64, bounds of documents over the flattened tokens, from 0 to their number.
         position_ids: (..., T) or one row of it, integers, alone or with attention_mask: a document opens where they do not go on; with
             lengths: each token's place in its sample. At most one of attention_mask, lengths and cu_seqlens.
+        noise_mask: (..., T) bool, integer or float beside any of these: tokens where it is 0 (the answer's, say) get no noise, but count in
+            L and in positions; the others' noise does not change.
         padding_idx: as in F.embedding; where nothing else tells padding, tokens equal to it are padding.
         embed_scale: factor of the embedding, not of the noise (Gemma, BART); the product is rounded to weight's dtype first.
+        sign: 1, or -1 for exactly the negated noise of the same seed (SymNoise's antithetic pairs, arXiv 2312.01523).
+        distribution: "uniform" u as above; "normal" or "rademacher" (-1 or 1) draws from the same random bits. Only uniform noise is fused:
+            the others cost a lookup and several more passes over the output, whatever the backend.
+        equal_variance: True: these two have uniform noise's variance, noise_alpha means the same strength; False: unit deviation.
         seed: int in [-2⁶³, 2⁶⁴) or 0-dim int64 tensor; None: one draw from the device's default generator (`torch.manual_seed`) or from
             `generator`.
         stream: word that separates data-parallel replicas, an integer in [0, 2³²).
@@ -379,6 +468,13 @@ def noisy_embedding(
         >>> out = noisy_embedding(ids, weight, 5.0, lengths=torch.tensor([3, 1]), seed=0)
         >>> bool((out[0].abs() <= 5 / (3 * 4) ** 0.5).all()), out[1, 1:].abs().max().item()
         (True, 0.0)
+        >>> prompt = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        >>> masked = noisy_embedding(ids, weight, 5.0, lengths=torch.tensor([3, 1]), noise_mask=prompt, seed=0)
+        >>> torch.equal(masked[0, :2], out[0, :2]), masked[0, 2].tolist()
+        (True, [0.0, 0.0, 0.0, 0.0])
+        >>> signs = noisy_embedding(ids, weight, 6.0, distribution="rademacher", equal_variance=False, seed=0)
+        >>> (signs.abs() == torch.tensor(6 / 12**0.5)).all().item()
+        True
     """
     alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
     if not isinstance(weight, Tensor):
@@ -387,12 +483,16 @@ def noisy_embedding(
         raise ValueError(f"weight must have shape (num_embeddings, embedding_dim), got {tuple(weight.shape)}")
     offsets = check_offsets(stream, sample_offset, position_offset)
     padding = check_padding_idx(padding_idx, weight.shape[0])
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
+    variant = check_variant(distribution, equal_variance, sign)
     if alpha == 0:
         check_ids(input_ids)
         check_unused(input_ids.shape, weight, samples, seed, generator, backend)
         embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
+    if variant is not UNIFORM:
+        args = (input_ids, weight, alpha_tensor(alpha), samples, padding, embed_scale, seed, generator, offsets, backend)
+        return embed_with_variant(*args, variant)
     return embed_with_noise(input_ids, weight, alpha_tensor(alpha), samples, padding, embed_scale, seed, generator, offsets, backend)
 
 
@@ -404,6 +504,10 @@ def add_noise(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+    sign: int = 1,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     stream: int = 0,
@@ -415,7 +519,7 @@ def add_noise(
 
     Args:
         inputs_embeds: (..., T, d) float32, bfloat16, float16 or float64, any strides; its gradient passes through. (d,) is one token.
-        others: as in :func:`noisy_embedding`; masks and position ids have shape (..., T).
+        others: as in :func:`noisy_embedding`; masks and position ids have shape (..., T). Normal and rademacher noise are not fused.
 
     Returns:
         (..., T, d) in its dtype; inputs_embeds itself when noise_alpha is None or 0.
@@ -429,14 +533,18 @@ def add_noise(
         True
         >>> torch.equal(add_noise(embeds, 5.0, seed=1), noisy_embedding(torch.zeros(1, 3).long(), torch.zeros(2, 4), 5.0, seed=1))
         True
+        >>> pair = [add_noise(embeds, 5.0, seed=1, sign=sign, distribution="normal") for sign in (1, -1)]
+        >>> torch.equal(pair[0], -pair[1])
+        True
     """
     alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
+    variant = check_variant(distribution, equal_variance, sign)
     if alpha == 0:
         check_embeds(inputs_embeds)
         check_unused(inputs_embeds.shape[:-1], inputs_embeds, samples, seed, generator, backend)
         return inputs_embeds
-    return embeds_with_noise(inputs_embeds, alpha_tensor(alpha), samples, seed, generator, offsets, backend)
+    return embeds_with_noise(inputs_embeds, alpha_tensor(alpha), samples, seed, generator, offsets, backend, variant)
 
 
 def neftune_noise(
@@ -448,6 +556,10 @@ def neftune_noise(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+    sign: int = 1,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     stream: int = 0,
@@ -462,7 +574,7 @@ def neftune_noise(
         input_shape: the tokens' shape (..., T).
         embedding_dim: d, in [0, 2³¹).
         device: None: that of the layout tensors given, else the default device.
-        others: as in :func:`noisy_embedding`.
+        others: as in :func:`noisy_embedding`. Normal and rademacher noise are not fused.
 
     Returns:
         (..., T, d) float32.
@@ -474,20 +586,23 @@ def neftune_noise(
         >>> noise = neftune_noise((2, 8), 64, 5.0, lengths=torch.tensor([8, 2]), seed=0)
         >>> bool(noise[1, :2].abs().max() <= 5 / (2 * 64) ** 0.5), noise[1, 2:].abs().max().item()
         (True, 0.0)
+        >>> torch.equal(neftune_noise((2, 8), 64, 5.0, lengths=torch.tensor([8, 2]), seed=0, sign=-1), -noise)
+        True
     """
     embedding_dim = check_integer("embedding_dim", embedding_dim)
     if not 0 <= embedding_dim < 2**31:
         raise ValueError(f"embedding_dim must lie in [0, 2**31), got {embedding_dim}")
     if any(check_integer("input_shape", size) < 0 for size in input_shape):
         raise ValueError(f"input_shape must not be negative, got {tuple(input_shape)}")
-    given: list[Any] = [attention_mask, lengths, cu_seqlens, position_ids, seed]
+    given: list[Any] = [attention_mask, lengths, cu_seqlens, position_ids, noise_mask, seed]
     tensors = [value for value in given if isinstance(value, Tensor)]
     if device is None and tensors:
         device = tensors[0].device
     alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
+    variant = check_variant(distribution, equal_variance, sign)
     zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*input_shape, embedding_dim)  # no memory, no traffic
     if alpha == 0:
         check_unused(zeros.shape[:-1], zeros, samples, seed, generator, backend)
         return zeros.clone(memory_format=torch.contiguous_format)
-    return embeds_with_noise(zeros, alpha_tensor(alpha), samples, seed, generator, offsets, backend)
+    return embeds_with_noise(zeros, alpha_tensor(alpha), samples, seed, generator, offsets, backend, variant)

@@ -47,6 +47,7 @@ def check_layout(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
+    noise_mask: Tensor | None = None,
 ) -> Tensor | None:
     """Refuse what contradicts itself or does not fit tokens of this shape; returns position_ids broadcast to it."""
     given = {"attention_mask": attention_mask, "lengths": lengths, "cu_seqlens": cu_seqlens}
@@ -55,18 +56,19 @@ def check_layout(
         raise ValueError(f"at most one of attention_mask, lengths and cu_seqlens may be given, got {' and '.join(names)}")
     if cu_seqlens is not None and position_ids is not None:
         raise ValueError("position_ids goes alone, with attention_mask or with lengths: cu_seqlens already gives every token its position")
-    for name, value in (*given.items(), ("position_ids", position_ids)):
+    for name, value in (*given.items(), ("position_ids", position_ids), ("noise_mask", noise_mask)):
         if value is None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the tokens are on {device}: they must be on one device")
-    if attention_mask is not None:
-        if attention_mask.dtype not in MASK_DTYPES:
-            raise TypeError(f"attention_mask must be bool, integer or float, got {attention_mask.dtype}")
-        if attention_mask.shape != shape:
-            raise ValueError(f"attention_mask must have the tokens' shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
+    for name, mask in (("attention_mask", attention_mask), ("noise_mask", noise_mask)):
+        if mask is not None:
+            if mask.dtype not in MASK_DTYPES:
+                raise TypeError(f"{name} must be bool, integer or float, got {mask.dtype}")
+            if mask.shape != shape:
+                raise ValueError(f"{name} must have the tokens' shape {tuple(shape)}, got {tuple(mask.shape)}")
     if lengths is not None:
         if lengths.dtype not in INTEGER_DTYPES:
             raise TypeError(f"lengths must be an integer tensor, got {lengths.dtype}")
@@ -89,15 +91,16 @@ def check_layout(
     return position_ids
 
 
-def check_mask_values(attention_mask: Tensor) -> None:
+REAL_WHERE = "a token is real where it is not 0, padding where it is 0"
+NOISY_WHERE = "a token gets noise where it is not 0, none where it is 0"
+
+
+def check_mask_values(mask: Tensor, name: str = "attention_mask", rule: str = REAL_WHERE) -> None:
     """NaN and negative mask values are refused on the CPU; additive masks (0 and -inf) are caught here."""
-    if attention_mask.dtype.is_signed and attention_mask.device.type == "cpu":
-        bad = ~(attention_mask >= 0)
+    if mask.dtype.is_signed and mask.device.type == "cpu":
+        bad = ~(mask >= 0)
         if bool(bad.any()):
-            value = float(attention_mask[bad][0])
-            raise ValueError(
-                f"attention_mask has negative or NaN values, such as {value:g}: a token is real where it is not 0, padding where it is 0"
-            )
+            raise ValueError(f"{name} has negative or NaN values, such as {float(mask[bad][0]):g}: {rule}")
 
 
 def check_lengths_values(lengths: Tensor) -> None:
@@ -187,3 +190,25 @@ def per_token(
         length = layout.lengths.long()[document]
         length = torch.where(position < length, length, 0)
     return (document + sample_offset) & UINT32, position, length
+
+
+def noisy_documents(noise_mask: Tensor, layout: Layout, position_offset: int = 0) -> Tensor:
+    """The document of every token that gets noise, (N,) int64: -1 for padding and where the (..., T) noise_mask is 0."""
+    check_mask_values(noise_mask, "noise_mask", NOISY_WHERE)
+    if noise_mask.dtype in UNSIGNED_DTYPES:
+        noise_mask = noise_mask.to(torch.int64)
+    document, _, length = per_token(layout, noise_mask.shape, noise_mask.device, 0, position_offset)
+    return torch.where((length > 0) & (noise_mask.reshape(-1) != 0), document, -1)
+
+
+def by_document(layout: Layout, document: Tensor, shape: torch.Size | tuple[int, ...]) -> Layout:
+    """The same samples with each token's document given, as :func:`noisy_documents` finds it: lengths and positions stay what they were."""
+    if layout.cu_seqlens is not None:
+        bounds = layout.cu_seqlens.long()
+        token = torch.arange(document.shape[0], device=document.device)
+        lengths = torch.nn.functional.pad(bounds[1:] - bounds[:-1], (0, 1))  # one more than documents: never empty
+        return Layout(document, token - bounds[document.clamp(min=0)], lengths)
+    if layout.lengths is not None:
+        return layout._replace(document=document)
+    rows, columns = rows_and_columns(shape)
+    return Layout(document, layout.position, torch.full((rows,), columns, dtype=torch.int64, device=document.device))

@@ -8,16 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .distributed import dtensor_with_noise, is_dtensor
 from .functional import (
     NO_OFFSETS,
     NOTHING,
+    UNIFORM,
     Offsets,
     Samples,
     check_alpha,
     check_offsets,
     check_scale,
+    check_variant,
     check_word,
     embed_with_noise,
+    embed_with_variant,
     embeds_with_noise,
     real_tokens,
 )
@@ -41,6 +45,7 @@ class NEFTuneEmbedding(nn.Embedding):
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as nn.Embedding.
         noise_alpha: the paper's alpha, finite and >= 0; None or 0: no noise. Assign `module.noise_alpha` for a schedule.
         embed_scale: factor of the embedding, in eval mode too (Gemma, BART); not of the noise.
+        distribution, equal_variance: as in :func:`noisy_embedding`; only "uniform" is fused with the lookup.
         stream: word that separates data-parallel replicas: pass the data-parallel rank.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
 
@@ -56,6 +61,8 @@ class NEFTuneEmbedding(nn.Embedding):
         >>> clean = embedding.eval()(ids)
         >>> ((noisy - clean).abs().amax((1, 2)) <= 5 / (torch.tensor([3, 1]) * 16) ** 0.5).tolist()
         [True, True]
+        >>> NEFTuneEmbedding(100, 16, distribution="normal")
+        NEFTuneEmbedding(100, 16, noise_alpha=5.0, distribution='normal')
     """
 
     def __init__(
@@ -74,10 +81,13 @@ class NEFTuneEmbedding(nn.Embedding):
         *,
         noise_alpha: float | None = 5.0,
         embed_scale: float = 1.0,
+        distribution: str = "uniform",
+        equal_variance: bool = True,
         stream: int = 0,
         backend: str | None = None,
     ) -> None:
         alpha = check_alpha(noise_alpha)  # refuse before anything is allocated
+        check_variant(distribution, equal_variance, 1)
         embed_scale, stream = check_scale(embed_scale), check_word("stream", stream)
         if backend is not None and backend not in ops.BACKENDS:
             raise ValueError(f"backend must be None or one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
@@ -96,6 +106,7 @@ class NEFTuneEmbedding(nn.Embedding):
         )
         self.noise_alpha = alpha
         self.embed_scale, self.stream, self.backend = embed_scale, stream, backend
+        self.distribution, self.equal_variance = distribution, equal_variance
 
     @property
     def noise_alpha(self) -> float:
@@ -115,24 +126,30 @@ class NEFTuneEmbedding(nn.Embedding):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        sign: int = 1,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         stream: int | None = None,
         sample_offset: int = 0,
         position_offset: int = 0,
     ) -> Tensor:
-        """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s."""
+        """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s.
+
+        noise_mask (..., T) says which tokens get noise, sign=-1 negates it exactly.
+        """
         weight = self.weight
+        variant = check_variant(self.distribution, self.equal_variance, sign)
         noisy = self.training and self._has_noise
         if noisy and HUGGING_FACE_MARK in self.__dict__:
             raise RuntimeError(TWO_NOISES)
         if noisy and self.max_norm is None and not (self.sparse or self.scale_grad_by_freq) and type(weight) in PLAIN_WEIGHTS:
-            nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None
-            return embed_with_noise(
+            nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None and noise_mask is None
+            args = (
                 input,
                 weight,
                 self._alpha,
-                NOTHING if nothing else Samples(attention_mask, lengths, cu_seqlens, position_ids),
+                NOTHING if nothing else Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask),
                 -1 if self.padding_idx is None else self.padding_idx,
                 self.embed_scale,
                 seed,
@@ -140,17 +157,19 @@ class NEFTuneEmbedding(nn.Embedding):
                 self._offsets(stream, sample_offset, position_offset),
                 self.backend,
             )
+            return embed_with_noise(*args) if variant is UNIFORM else embed_with_variant(*args, variant)
         embedded = F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
         if self.embed_scale != 1:
             embedded = embedded * self.embed_scale
-        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids)
+        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
         if not noisy:
             if not samples.unknown:  # what would be refused with noise is refused all the same
-                check_layout(input.shape, input.device, *samples[:4])
+                check_layout(input.shape, input.device, *samples[:4], noise_mask)
             return embedded
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
         offsets = self._offsets(stream, sample_offset, position_offset)
-        return embeds_with_noise(embedded, self._alpha, samples, seed, generator, offsets, self.backend)
+        add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
+        return add(embedded, self._alpha, samples, seed, generator, offsets, self.backend, variant)
 
     def _offsets(self, stream: int | None, sample_offset: int, position_offset: int) -> Offsets:
         if stream is None:
@@ -166,6 +185,8 @@ class NEFTuneEmbedding(nn.Embedding):
         noise_alpha: float | None = 5.0,
         *,
         embed_scale: float = 1.0,
+        distribution: str = "uniform",
+        equal_variance: bool = True,
         stream: int = 0,
         backend: str | None = None,
     ) -> "NEFTuneEmbedding":
@@ -198,6 +219,8 @@ class NEFTuneEmbedding(nn.Embedding):
             _weight=embedding.weight.detach(),
             noise_alpha=noise_alpha,
             embed_scale=embed_scale,
+            distribution=distribution,
+            equal_variance=equal_variance,
             stream=stream,
             backend=backend,
         )
@@ -233,7 +256,7 @@ class NEFTuneEmbedding(nn.Embedding):
         sparse: bool = False,
         **noise: Any,
     ) -> "NEFTuneEmbedding":
-        """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, stream, backend.
+        """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution, equal_variance, stream, backend.
 
         Example:
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
@@ -258,6 +281,10 @@ class NEFTuneEmbedding(nn.Embedding):
         parts = [super().extra_repr(), f"noise_alpha={self.noise_alpha}"]
         if self.embed_scale != 1:
             parts.append(f"embed_scale={self.embed_scale}")
+        if self.distribution != "uniform":
+            parts.append(f"distribution={self.distribution!r}")
+        if not self.equal_variance:
+            parts.append("equal_variance=False")
         if self.stream != 0:
             parts.append(f"stream={self.stream}")
         if self.backend is not None:

@@ -3,17 +3,19 @@
 `torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the
 best kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`, the family
 `cuda_...` the CUDA C++ kernels. Native libraries and the Triton kernels only add implementations of what is defined here, so an install
-without a compiler or without triton has the same operators. Each has an `out` overload without autograd.
+without a compiler or without triton has the same operators. Each has an `out` overload without autograd. `add_variant_noise`, for the
+other distributions, is `add_noise` unfused: it asks the kernel for the uniform draws alone.
 """
 
 import ctypes
 import importlib
 import importlib.util
+import math
 import os
 import pathlib
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,8 +43,14 @@ for _family in FAMILIES:
     for _name, _args in (("noisy_embedding", EMBEDDING_ARGS), ("add_noise", ADD_ARGS)):
         library.define(f"{_family}{_name}({_args}) -> Tensor", tags=TAGS)
         library.define(f"{_family}{_name}.out({_args}, *, Tensor(a!) out) -> ()", tags=TAGS)
+    library.define(f'{_family}add_variant_noise({ADD_ARGS}, str distribution="normal", bool equal_variance=True) -> Tensor', tags=TAGS)
     library.define(f"{_family}mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, Tensor)", tags=TAGS)
     library.define(f"{_family}padding_layout(Tensor input_ids, SymInt padding_idx) -> (Tensor, Tensor, Tensor)", tags=TAGS)
+library.define(
+    "noisy_documents(Tensor noise_mask, Tensor? document=None, Tensor? position=None, Tensor? lengths=None, Tensor? cu_seqlens=None, "
+    "SymInt position_offset=0) -> Tensor",
+    tags=TAGS,
+)
 # Its argument is a fresh torch.empty: the compiler merges equal calls whatever their tags say, but never two torch.empty, so that two
 # draws of one graph stay two.
 library.define("draw_seed(Tensor like) -> Tensor", tags=(*TAGS, torch.Tag.nondeterministic_seeded))
@@ -133,15 +141,83 @@ def _reference_rows_out(
     layout: layouts.Layout,
     offsets: tuple[int, int, int],
     out: Tensor,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
 ) -> None:
     """reference.py over all tokens, a bounded number of rows at a time."""
     stream, sample_offset, position_offset = offsets
     sample, position, length = layouts.per_token(layout, shape, out.device, sample_offset, position_offset)
     flat = out.view(sample.numel(), embedding_dim)
-    for start in range(0, sample.numel(), max(1, REFERENCE_CHUNK // max(1, embedding_dim))):
-        chunk = slice(start, start + max(1, REFERENCE_CHUNK // max(1, embedding_dim)))
-        noise = reference.neftune_noise(sample[chunk], position[chunk], length[chunk], embedding_dim, noise_alpha, seed, stream)
+    for chunk in _chunks(sample.numel(), embedding_dim):
+        noise = reference.neftune_noise(
+            sample[chunk], position[chunk], length[chunk], embedding_dim, noise_alpha, seed, stream, distribution, equal_variance
+        )
         flat[chunk] = reference.add_noise(rows(chunk), noise)
+
+
+def _chunks(num_rows: int, embedding_dim: int) -> list[slice]:
+    rows = max(1, REFERENCE_CHUNK // max(1, embedding_dim))
+    return [slice(start, start + rows) for start in range(0, num_rows, rows)]
+
+
+def _add_variant(
+    inputs_embeds: Tensor,
+    seed: Tensor,
+    noise_alpha: Tensor,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    stream: int = 0,
+    sample_offset: int = 0,
+    position_offset: int = 0,
+    distribution: str = "normal",
+    equal_variance: bool = True,
+    *,
+    family: str,
+) -> Tensor:
+    """reference.py; or the same with the draws of the family's own add_noise, as noise of step 1 on zeros."""
+    device, shape, embedding_dim = inputs_embeds.device, inputs_embeds.shape[:-1], inputs_embeds.shape[-1]
+    embeddings = inputs_embeds.reshape(shape.numel(), embedding_dim)
+    layout = layouts.Layout(document, position, lengths, cu_seqlens)
+    out = inputs_embeds.new_empty(inputs_embeds.shape)
+    if family == "reference_":
+        offsets = (stream, sample_offset, position_offset)
+        _reference_rows_out(
+            lambda chunk: embeddings[chunk], shape, embedding_dim, seed, noise_alpha, layout, offsets, out, distribution, equal_variance
+        )
+        return out
+    sample, place, length = layouts.per_token(layout, shape, device, 0, position_offset)
+    counts = cu_seqlens if lengths is None else lengths
+    samples = layouts.rows_and_columns(shape)[0] if counts is None else counts.numel()
+    # Every sample counts one token, so alpha / √(1·d) is 2³¹ exactly and the noise is the lattice value x itself.
+    lattice = getattr(torch.ops.neftune_kernels, f"{family}add_noise")(
+        torch.zeros((), dtype=torch.float32, device=device).expand(inputs_embeds.shape),
+        seed,
+        torch.full((), 2.0**31 * math.sqrt(embedding_dim), dtype=torch.float64, device="cpu"),
+        torch.where(length > 0, sample, -1),
+        place,
+        torch.ones(samples, dtype=torch.int64, device=device),
+        None,
+        stream,
+        sample_offset,
+    ).view_as(embeddings)
+    flat = out.view_as(embeddings)
+    for chunk in _chunks(shape.numel(), embedding_dim):
+        noise = reference.scaled_draws(lattice[chunk], length[chunk], embedding_dim, noise_alpha, distribution, equal_variance)
+        flat[chunk] = reference.add_noise(embeddings[chunk], noise)
+    return out
+
+
+def _noisy_documents(
+    noise_mask: Tensor,
+    document: Tensor | None = None,
+    position: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    position_offset: int = 0,
+) -> Tensor:
+    return layouts.noisy_documents(noise_mask, layouts.Layout(document, position, lengths, cu_seqlens), position_offset)
 
 
 def _functional(out_overload: Callable[..., None], new_output: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -172,6 +248,10 @@ def _fake_mask_layout(attention_mask: Tensor | None, position_ids: Tensor | None
     return document, position, lengths
 
 
+def _fake_noisy_documents(noise_mask: Tensor, *args: Any) -> Tensor:
+    return noise_mask.new_empty((noise_mask.numel(),), dtype=torch.int64)
+
+
 def _fake_padding_layout(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_mask_layout(input_ids, None)
 
@@ -194,8 +274,8 @@ def embedding_weight_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, 
     dense = torch.ops.aten.embedding_dense_backward
     if embed_scale == 1:
         return dense(grad, input_ids, num_embeddings, padding_idx, False)
-    traced = type(grad) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or grad.device.type != "cpu" or torch.is_grad_enabled():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or type(grad) is not Tensor or grad.device.type != "cpu" or torch.is_grad_enabled():
         return dense(grad * embed_scale, input_ids, num_embeddings, padding_idx, False)
     rows, local_ids = input_ids.unique(return_inverse=True)
     local_padding = int((rows == padding_idx).nonzero()[0]) if padding_idx >= 0 and bool((rows == padding_idx).any()) else -1
@@ -221,11 +301,11 @@ def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
+    ctx.other_inputs = len(inputs) - 1
 
 
 def _backward_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (grad, *(None,) * 9)
+    return (grad, *(None,) * ctx.other_inputs)
 
 
 for _family in FAMILIES:
@@ -239,10 +319,15 @@ for _family in FAMILIES:
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}", _fake, lib=library)
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}.out", _fake_out, lib=library)
         torch.library.register_autograd(f"{NAMESPACE}::{_family}{_name}", _backward, setup_context=_setup, lib=library)
+    library.impl(f"{_family}add_variant_noise", partial(_add_variant, family=_family), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_family}add_variant_noise", _fake_add, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_family}add_variant_noise", _backward_add, setup_context=_setup_add, lib=library)
     library.impl(f"{_family}mask_layout", layouts.mask_layout, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_family}mask_layout", _fake_mask_layout, lib=library)
     library.impl(f"{_family}padding_layout", _padding_layout(_family), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_family}padding_layout", _fake_padding_layout, lib=library)
+library.impl("noisy_documents", _noisy_documents, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::noisy_documents", _fake_noisy_documents, lib=library)
 library.impl("draw_seed", lambda like: draw_seed(like.device), "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::draw_seed", lambda like: like.new_empty(()), lib=library)
 
@@ -270,7 +355,7 @@ class NoisyEmbedding(torch.autograd.Function):
 
 
 class AddNoise(torch.autograd.Function):
-    """add_noise as a Function: the gradient passes through. `apply(operator_name, inputs_embeds, ...)`."""
+    """add_noise or add_variant_noise as a Function: the gradient passes through. `apply(operator_name, inputs_embeds, ...)`."""
 
     generate_vmap_rule = True
 
@@ -280,11 +365,11 @@ class AddNoise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        _setup_add(ctx, inputs[1:], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (None, grad, *(None,) * 9)
+        return (None, *_backward_add(ctx, grad))
 
 
 # ---- the native libraries

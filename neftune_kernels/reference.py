@@ -17,7 +17,18 @@ or backend. One block serves 8 columns:
     out     = cast(W(e) + W(noise)),  e = cast(W(weight)·W(scale))    W = float32, float64 for float64; never an FMA
 
 u takes 65 536 equally likely values, symmetric about 0, with mean 0 and variance (1 - 2⁻³²)/3.
+
+Other distributions make their draw z from the same u = x·2⁻³¹, so they share its counters:
+
+    rademacher  z = sign(u)
+    normal      z = float32(√2·erfinv(u))                                the quantile at the middle of u's 65 536th of the probability
+    magnitude   = float32(alpha·c / √(L·d)),  c = 1 or 1/√3              in float64, rounded once; 1/√3 gives z the variance of u
+    noise       = z · magnitude                                          one float32 rounding
+
+A negative alpha negates the noise exactly: SymNoise (Yadav and Singh 2023, arXiv 2312.01523) and antithetic pairs need no more.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,7 +36,9 @@ from torch import Tensor
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # ⌊2³²·(φ-1)⌋, ⌊2³²·(√3-1)⌋
 UINT32 = 0xFFFFFFFF
-SMALLEST_STEP = 2.0**-121  # magnitude 2⁻⁹⁰: below it noise could be subnormal, so there is none
+SMALLEST_MAGNITUDE = 2.0**-90  # below it noise could be subnormal, so there is none
+DISTRIBUTIONS = ("uniform", "normal", "rademacher")
+UNIFORM_DEVIATION = 0.5773502691896257645  # 1/√3 to the nearest float64
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 7) -> tuple[Tensor, ...]:
@@ -44,12 +57,11 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
     return c0, c1, c2, c3
 
 
-def noise_step(length: Tensor, embedding_dim: int, noise_alpha: float | Tensor) -> Tensor:
-    """float32(alpha / √(L·d)) · 2⁻³¹ for lengths L of any shape; 0 where L is 0 or the magnitude is below 2⁻⁹⁰."""
-    alpha = torch.as_tensor(noise_alpha, dtype=torch.float64).to(length.device)
-    bound = alpha / (length.clamp(min=1).double() * float(embedding_dim)).sqrt()
-    step = bound.float() * 2.0**-31
-    return torch.where((length > 0) & (step >= SMALLEST_STEP), step, 0.0)
+def noise_magnitude(length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, factor: float = 1.0) -> Tensor:
+    """float32(alpha·factor / √(L·d)) for lengths L of any shape; 0 where L is 0 or its absolute value is below 2⁻⁹⁰."""
+    alpha = torch.as_tensor(noise_alpha, dtype=torch.float64)  # stays on the CPU, whose 0-dim tensors go with any device's
+    magnitude = (alpha * factor / (length.clamp(min=1).double() * float(embedding_dim)).sqrt()).float()
+    return torch.where((length > 0) & (magnitude.abs() >= SMALLEST_MAGNITUDE), magnitude, 0.0)
 
 
 def uniform_lattice(seed: Tensor, stream: int, sample: Tensor, position: Tensor, embedding_dim: int) -> Tensor:
@@ -62,21 +74,61 @@ def uniform_lattice(seed: Tensor, stream: int, sample: Tensor, position: Tensor,
     return ((halves << 16) | 0x8000).int().float()
 
 
+def noise_step(length: Tensor, embedding_dim: int, noise_alpha: float | Tensor) -> Tensor:
+    """magnitude · 2⁻³¹: what a lattice value x is multiplied with."""
+    return noise_magnitude(length, embedding_dim, noise_alpha) * 2.0**-31
+
+
+@cache
+def normal_quantiles(device: torch.device) -> Tensor:
+    """(32768,) float32 on the device: √2·erfinv((k + ½)/32768), the standard normal's quantiles at the middles of 65536ths above ½.
+
+    No value comes nearer to a float32 rounding boundary than 10⁻¹² of itself: any float64 erfinv gives these bits.
+    """
+    u = (torch.arange(32768, dtype=torch.float64, device="cpu") + 0.5) / 32768
+    return (torch.erfinv(u) * 2**0.5).float().to(device)
+
+
+def scaled_draws(
+    lattice: Tensor, length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, distribution: str, equal_variance: bool
+) -> Tensor:
+    """z · magnitude for the (N, d) lattice values x of :func:`uniform_lattice`: normal or rademacher noise, 0 where L is 0."""
+    factor = UNIFORM_DEVIATION if equal_variance else 1.0
+    magnitude = noise_magnitude(length, embedding_dim, noise_alpha, factor)[:, None]
+    draws = lattice.sign()
+    if distribution == "normal":
+        draws = draws * normal_quantiles(lattice.device)[(lattice.abs() * 2.0**-16).long()]  # |x|·2⁻¹⁶ = k + ½
+    return torch.where(magnitude != 0, draws * magnitude, 0.0)
+
+
 def neftune_noise(
-    sample: Tensor, position: Tensor, length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, seed: Tensor, stream: int = 0
+    sample: Tensor,
+    position: Tensor,
+    length: Tensor,
+    embedding_dim: int,
+    noise_alpha: float | Tensor,
+    seed: Tensor,
+    stream: int = 0,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
 ) -> Tensor:
     """The noise itself.
 
     Args:
         sample, position: (N,) int64, each token's sample and its place in it; counted mod 2³².
         length: (N,) int64, real tokens of each token's sample; 0 for padding, which gets zeros.
+        noise_alpha: negative: exactly the negated noise of its absolute value.
         seed: 0-dim int64 tensor on their device, any 64-bit pattern.
+        distribution: "uniform", "normal" or "rademacher"; equal_variance is for the latter two.
 
     Returns:
         (N, embedding_dim) float32.
     """
+    lattice = uniform_lattice(seed, stream, sample, position, embedding_dim)
+    if distribution != "uniform":
+        return scaled_draws(lattice, length, embedding_dim, noise_alpha, distribution, equal_variance)
     step = noise_step(length, embedding_dim, noise_alpha)[:, None]
-    return torch.where(step > 0, uniform_lattice(seed, stream, sample, position, embedding_dim) * step, 0.0)
+    return torch.where(step != 0, lattice * step, 0.0)
 
 
 def add_noise(embeddings: Tensor, noise: Tensor) -> Tensor:

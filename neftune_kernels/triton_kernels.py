@@ -65,10 +65,10 @@ def uniform_noise(block, position, sample, stream, k0, k1, step):
 
 @triton.jit
 def noise_step(length, alpha, D: tl.constexpr):
-    """float32(alpha / √(L·d)) · 2⁻³¹ of an int64 length >= 1; 0 where the magnitude is below 2⁻⁹⁰."""
+    """float32(alpha / √(L·d)) · 2⁻³¹ of an int64 length >= 1; 0 where the magnitude's absolute value is below 2⁻⁹⁰."""
     bound = alpha / tl.sqrt(length.to(tl.float64) * D)
     step = bound.to(tl.float32) * 4.656612873077393e-10
-    return tl.where(step >= 3.76158192263132e-37, step, 0.0)
+    return tl.where(tl.abs(step) >= 3.76158192263132e-37, step, 0.0)
 
 
 @triton.jit
@@ -453,7 +453,7 @@ def row_kind(dtype: torch.dtype, embedding_dim: int, row_stride: int, column_str
 def host_step(noise_alpha: float, length: int, embedding_dim: int) -> float:
     """noise_step on the host, where every sample has the same length."""
     step = ctypes.c_float(noise_alpha / math.sqrt(float(length) * float(embedding_dim))).value * 2.0**-31
-    return step if step >= 2.0**-121 else 0.0
+    return step if abs(step) >= 2.0**-121 else 0.0
 
 
 @lru_cache(maxsize=256)
@@ -489,7 +489,7 @@ def noisy_embedding_out(
 ) -> None:
     """The operator `noisy_embedding.out` on a GPU, for a contiguous `out`: one launch on the current stream, no synchronisation."""
     alpha = noise_alpha.item()
-    if alpha > FLOAT32_MAX:
+    if abs(alpha) > FLOAT32_MAX:
         ops.EMBEDDING_OUT["reference"](
             input_ids, weight, seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset,
             padding_idx, embed_scale, out=out,
@@ -528,7 +528,7 @@ def add_noise_out(
 ) -> None:
     """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds itself."""
     alpha = noise_alpha.item()
-    if alpha > FLOAT32_MAX:
+    if abs(alpha) > FLOAT32_MAX:
         ops.ADD_OUT["reference"](
             inputs_embeds, seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, out=out
         )

@@ -8,13 +8,19 @@ NEFTune noise of one token, in a sample of L real tokens and a model of hidden s
     out       = cast(W(e) + W(noise)),  e = weight[id] or cast(W(weight[id])·W(scale)),  W = float64 for float64, else float32
 
 No noise where L is 0 or alpha / √(L·d) is below 2⁻⁹⁰. Sample and position count mod 2³².
+
+Variants: a sign of -1 negates the noise. The other distributions draw z from the half in place of u = (int16(half) + ½)/2¹⁵: rademacher
+its sign, normal float32(Φ⁻¹((int16(half) + 32768½)/65536)); noise = float32(z · float32(alpha·c / √(L·d))), c = 1/√3 or 1.
 """
 
+import decimal
 import math
+import statistics
 
 import numpy as np
 
 WORD = 2**32
+DEVIATIONS = {True: float(1 / decimal.Decimal(3).sqrt()), False: 1.0}  # by equal_variance
 
 
 def philox4x32(counter, key, rounds=7):
@@ -29,6 +35,41 @@ def philox4x32(counter, key, rounds=7):
     return c0, c1, c2, c3
 
 
+def halves_row(seed, stream, sample, position, embedding_dim):
+    """The signed halves of one token's columns."""
+    seed %= 2**64
+    words, halves = (), []
+    for column in range(embedding_dim):
+        if column % 8 == 0:
+            words = philox4x32((column // 8, position % WORD, sample % WORD, stream), (seed % WORD, seed // WORD))
+        word = words[column % 8 // 2]
+        half = word // 65536 if column % 2 else word % 65536
+        halves.append(half - 65536 if half >= 32768 else half)
+    return halves
+
+
+def draw(signed, distribution):
+    """z of a signed half, float32."""
+    if distribution == "rademacher":
+        return np.float32(-1 if signed < 0 else 1)
+    return np.float32(statistics.NormalDist().inv_cdf((signed + 32768.5) / 65536))
+
+
+def variant_row(seed, stream, sample, position, length, embedding_dim, alpha, sign, distribution, equal_variance):
+    """(d,) float32: one token's noise in any variant; `sign` and the distributions know nothing of each other."""
+    if distribution == "uniform":
+        row = noise_row(seed, stream, sample, position, length, embedding_dim, alpha)
+    else:
+        row = np.zeros(embedding_dim, dtype=np.float32)
+        if length and embedding_dim:
+            with np.errstate(over="ignore"):
+                magnitude = np.float32(alpha * DEVIATIONS[equal_variance] / math.sqrt(float(length) * float(embedding_dim)))
+                if magnitude >= 2.0**-90:
+                    for column, signed in enumerate(halves_row(seed, stream, sample, position, embedding_dim)):
+                        row[column] = draw(signed, distribution) * magnitude
+    return -row if sign == -1 else row
+
+
 def noise_row(seed, stream, sample, position, length, embedding_dim, alpha):
     """(d,) float32: one token's noise."""
     row = np.zeros(embedding_dim, dtype=np.float32)
@@ -36,14 +77,7 @@ def noise_row(seed, stream, sample, position, length, embedding_dim, alpha):
         return row
     with np.errstate(over="ignore"):
         step = np.float32(alpha / math.sqrt(float(length) * float(embedding_dim))) * np.float32(2.0**-31)
-    seed %= 2**64
-    words = ()
-    for column in range(embedding_dim):
-        if column % 8 == 0:
-            words = philox4x32((column // 8, position % WORD, sample % WORD, stream), (seed % WORD, seed // WORD))
-        word = words[column % 8 // 2]
-        half = word // 65536 if column % 2 else word % 65536
-        signed = half - 65536 if half >= 32768 else half
+    for column, signed in enumerate(halves_row(seed, stream, sample, position, embedding_dim)):
         with np.errstate(over="ignore"):
             row[column] = np.float32((signed + 0.5) * 65536) * step
     return row
@@ -108,12 +142,12 @@ def places(
     ]
 
 
-def noise(token_places, embedding_dim, alpha, seed, stream=0):
+def noise(token_places, embedding_dim, alpha, seed, stream=0, sign=1, distribution="uniform", equal_variance=True):
     """(N, d) float32."""
     rows = [
         np.zeros(embedding_dim, dtype=np.float32)
         if place is None
-        else noise_row(seed, stream, place[0], place[1], place[2], embedding_dim, alpha)
+        else variant_row(seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance)
         for place in token_places
     ]
     return np.stack(rows) if rows else np.zeros((0, embedding_dim), dtype=np.float32)
@@ -130,7 +164,9 @@ def cast(values, dtype):
         return values.astype(dtype).astype(values.dtype)
 
 
-def noisy_embedding(token_places, ids, weight, dtype, alpha, seed, stream=0, embed_scale=1.0):
+def noisy_embedding(
+    token_places, ids, weight, dtype, alpha, seed, stream=0, embed_scale=1.0, sign=1, distribution="uniform", equal_variance=True
+):
     """(N, d) in W, from a (V, d) weight given in W whose values all belong to `dtype`; -0.0 and infinities included."""
     wide = np.float64 if dtype == "float64" else np.float32
     assert weight.dtype == wide
@@ -142,7 +178,7 @@ def noisy_embedding(token_places, ids, weight, dtype, alpha, seed, stream=0, emb
             if embed_scale != 1:
                 row = cast(row * wide(embed_scale), dtype)
             if place is not None:
-                added = noise_row(seed, stream, place[0], place[1], place[2], embedding_dim, alpha)
+                added = variant_row(seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance)
                 if added.any():
                     row = cast(row + added.astype(wide), dtype)
         out[token] = row

@@ -206,9 +206,10 @@ def test_every_half_precision_value(kernel, dtype, noise_alpha):
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-90, 2.0**-90 * (1 + 2.0**-23), 2.0**-69 * (1 - 2.0**-24), 2.0**-69, 2.0**-69 * (1 + 2.0**-23)])
-def test_sums_that_cancel(kernel, magnitude):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_that_cancel(kernel, sign, magnitude):
     """bfloat16 rows that undo their own noise: sums of zero and, from the smallest noise, subnormal ones. Magnitude 2⁻⁶⁹ is step 2⁻¹⁰⁰."""
-    arguments = {"lengths": torch.tensor([256]), "seed": 12}  # √(L·d) = 256: the magnitude is alpha / 256, exactly
+    arguments = {"lengths": torch.tensor([256]), "seed": 12, "sign": sign}  # √(L·d) = 256: the magnitude is alpha / 256, exactly
     noise = neftune_noise((1, 256), 256, 256 * magnitude, **arguments, backend="reference")
     embeddings = -noise.bfloat16()
     expected = add_noise(embeddings, 256 * magnitude, **arguments, backend="reference")

@@ -29,6 +29,7 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     test_extremes_of_alpha,
     test_ids_out_of_range_give_rows_of_nan,
     test_more_than_int32_elements,
+    test_noise_masks_and_signs,
     test_numbering_of_random_masks_and_positions,
     test_other_devices,
     test_padding_keeps_its_bits,
@@ -194,6 +195,19 @@ def test_public_functions_serve_it(public):
     assert same_bits(noise.cpu(), neftune_noise((4, 13), 64, 5.0, attention_mask=batch.attention_mask, seed=5, backend="reference"))
     with pytest.raises(ValueError, match=r"backend 'cuda' is not available: dtype torch.float64"):
         ops.choose_backend("cuda", public, torch.float64)
+
+
+@pytest.mark.parametrize("distribution", ("normal", "rademacher"))
+def test_other_distributions(public, distribution):
+    """Unfused, but with the kernel's own draws."""
+    batch = make_batch("holes", rows=2, columns=5)
+    for dtype in FLOAT_DTYPES:
+        kind = {"distribution": distribution, "sign": -1, "seed": 4, "sample_offset": 2, "position_offset": 1}
+        expected = noisy_embedding(
+            batch.input_ids, make_weight(24, dtype), 5.0, attention_mask=batch.attention_mask, **kind, backend="reference"
+        )
+        ids, weight, mask = (value.to(public) for value in (batch.input_ids, make_weight(24, dtype), batch.attention_mask))
+        assert same_bits(noisy_embedding(ids, weight, 5.0, attention_mask=mask, **kind, backend="cuda").cpu(), expected)
 
 
 def test_it_is_chosen_where_triton_is_not(gpu):

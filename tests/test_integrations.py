@@ -242,7 +242,7 @@ def test_what_cannot_be_noised_is_refused():
         apply_neftune(NoGetter(nn.Embedding(5, 4)))
     with pytest.raises(ValueError, match="embedding='nowhere' names no module of NoGetter"):
         apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding="nowhere")
-    with pytest.raises(ValueError, match="must be an nn.Embedding, got Linear"):
+    with pytest.raises(ValueError, match="must be an nn.Embedding, got torch.nn.modules.linear.Linear"):
         apply_neftune(NoGetter(nn.Linear(5, 4)), embedding="embed")
     with pytest.raises(ValueError, match="is a NEFTuneEmbedding and adds noise itself"):
         apply_neftune(NoGetter(NEFTuneEmbedding(5, 4)), embedding="embed")
@@ -519,3 +519,43 @@ def test_remove_refuses_under_a_forward_put_on_the_embedding():
     del embedding.forward
     handle.remove()
     assert type(embedding) is nn.Embedding
+
+
+def test_variants_reach_the_model():
+    """distribution and equal_variance of apply_neftune, sign of the handle, a noise_mask from the model's arguments or from samples=."""
+    ids, mask = ragged()
+    model = make_model()
+    weight = model.get_input_embeddings().weight
+    handle = apply_neftune(model, 5.0, distribution="normal", equal_variance=False)
+    torch.manual_seed(7)
+    noisy = embedding_output(model, input_ids=ids, attention_mask=mask)
+    given = {"attention_mask": mask, "seed": drawn_after(7)}
+    assert torch.equal(noisy, noisy_embedding(ids, weight, 5.0, **given, distribution="normal", equal_variance=False))
+    assert handle.stats()["max_noise_ratio"] > 1
+    assert apply_neftune(model, 5.0) is handle
+    handle.sign = -1
+    torch.manual_seed(7)
+    assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), noisy_embedding(ids, weight, 5.0, **given, sign=-1))
+    with pytest.raises(ValueError, match="sign must be.* 1 or -1, got 0"):
+        handle.sign = 0
+    handle.remove()
+    prompt = torch.zeros_like(mask)
+    prompt[:, 2:7] = 1
+    apply_neftune(model, 5.0, samples=lambda arguments: {"attention_mask": arguments["attention_mask"], "noise_mask": prompt})
+    torch.manual_seed(7)
+    assert torch.equal(
+        embedding_output(model, input_ids=ids, attention_mask=mask), noisy_embedding(ids, weight, 5.0, **given, noise_mask=prompt)
+    )
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+        def forward(self, input_ids, attention_mask=None, noise_mask=None):
+            return self.embed(input_ids)
+
+    own = Own()
+    apply_neftune(own, 5.0, embedding="embed")
+    torch.manual_seed(7)
+    assert torch.equal(own(ids, mask, prompt), noisy_embedding(ids, own.embed.weight, 5.0, **given, noise_mask=prompt))

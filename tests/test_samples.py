@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neftune_kernels import apply_neftune, noisy_embedding
+from neftune_kernels.integrations.samples import from_arguments, trailing_padding
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,15 +92,13 @@ def test_documents_of_a_pack(way, proves):
 
 def test_precedence():
     """cu_seq_lens_q, seq_idx, position_ids with mask, mask."""
-    from neftune_kernels.integrations.samples import from_arguments
-
     others = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
     warned = []
     given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "position_ids": others}
     told = from_arguments(given, None, warned.append)
     assert told.position_ids.equal(others) and told.attention_mask.equal(torch.ones_like(IDS))
     given["seq_idx"] = NUMBERS
-    assert from_arguments(given, None, warned.append).attention_mask.equal(NUMBERS)
+    assert from_arguments(given, None, warned.append).attention_mask.unique(return_inverse=True)[1].equal(NUMBERS - 1)
     given["cu_seq_lens_q"] = torch.tensor([0, 1, 12])
     assert from_arguments(given, None, warned.append).attention_mask.equal(torch.tensor([[1] + [2] * 11]))
     assert not warned
@@ -109,8 +108,6 @@ def test_precedence():
 @pytest.mark.parametrize("way", ["cu_seq_lens_q", "seq_idx", "position_ids", "position_ids of 3 axes"])
 def test_tokens_appended_by_pad_to_multiple_of_are_no_documents(way, pad_token_id):
     """TRL's padding-free collator pads ids with the padding token and position_ids with 0, and counts each such token as a document."""
-    from neftune_kernels.integrations.samples import from_arguments
-
     ids = torch.cat((IDS, torch.zeros(1, 4, dtype=torch.int64)), 1)
     positions = torch.cat((POSITIONS, torch.zeros(1, 4, dtype=torch.int64)), 1)
     numbers = torch.tensor([[0] * 5 + [1] * 2 + [2] * 5 + [3, 4, 5, 6]])
@@ -129,13 +126,35 @@ def test_tokens_appended_by_pad_to_multiple_of_are_no_documents(way, pad_token_i
 
 
 def test_a_last_document_of_one_real_token_stays():
-    from neftune_kernels.integrations.samples import from_arguments
-
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]])
     told = from_arguments({"input_ids": IDS, "position_ids": positions}, 0, pytest.fail)
     assert bool(told.attention_mask.all())
-    single = from_arguments({"input_ids": IDS[:, :1], "position_ids": positions[:, :1]}, None, pytest.fail)
-    assert bool(single.attention_mask.all())
+    for given in ({"position_ids": positions[:, :1]}, {"seq_idx": positions[:, :1]}, {"cu_seq_lens_q": torch.tensor([0, 1])}):
+        single = from_arguments({"input_ids": IDS[:, :1], **given}, None, pytest.fail)
+        assert bool(single.attention_mask.all())
+
+
+def test_shifted_labels_of_a_decoder():
+    """Real up to the last token that is not padding: one between others counts, and so does a row's start token."""
+    ids = torch.tensor([[0, 5, 6, 7], [0, 5, 0, 0], [0, 5, 0, 6], [0, 0, 0, 0]])
+    assert trailing_padding(ids, 0).attention_mask.long().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert trailing_padding(ids, None).unknown
+
+
+@pytest.mark.parametrize("given", [{"position_ids": torch.arange(12).expand(3, 1, 12)}, {"seq_idx": torch.zeros(1, 12, dtype=torch.int32)}])
+def test_numbered_masks_count_beside_what_does_not_restart(given):
+    told = from_arguments({"input_ids": IDS, "attention_mask": NUMBERS, **given}, None, pytest.fail)
+    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        noisy_embedding(IDS, weight, 5.0, attention_mask=told.attention_mask, seed=0),
+        noisy_embedding(IDS, weight, 5.0, attention_mask=NUMBERS, seed=0),
+    )
+
+
+def test_holes_split_no_document_of_3_axes():
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0]])
+    told = from_arguments({"input_ids": IDS, "attention_mask": mask, "position_ids": torch.arange(12).expand(3, 1, 12)}, None, pytest.fail)
+    assert told.attention_mask.unique().numel() == 2 and torch.equal(told.attention_mask != 0, mask != 0)
 
 
 def test_rows_of_packs():
@@ -167,8 +186,6 @@ def test_bad_bounds_are_refused():
     ],
 )
 def test_what_cannot_be_read_warns(given, message):
-    from neftune_kernels.integrations.samples import from_arguments
-
     warned = []
     told = from_arguments({"input_ids": ROWS, **given}, None, warned.append)
     assert len(warned) == 1 and told.unknown

@@ -48,6 +48,19 @@ def llama():
     return transformers.LlamaForCausalLM(config)
 
 
+def family(name):
+    torch.manual_seed(0)
+    tokens = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
+    config = {
+        "Qwen2": lambda: transformers.Qwen2Config(**tokens, **sizes),
+        "Mistral": lambda: transformers.MistralConfig(**tokens, **sizes),
+        "Gemma3": lambda: transformers.Gemma3TextConfig(**tokens, **sizes, head_dim=8),
+        "GPT2": lambda: transformers.GPT2Config(**tokens, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=64),
+    }[name]()
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def documents():
     return datasets.Dataset.from_list([{"input_ids": [4 + i] * length} for i, length in enumerate(DOCUMENTS)])
 
@@ -74,7 +87,7 @@ class Watch:
         self.hook = self.embedding.register_forward_hook(self.record)
 
     def record(self, module, args, output):
-        clean = torch.nn.functional.embedding(args[0], module.weight).detach()
+        clean = getattr(type(module), "_neftune_base", type(module)).forward(module, args[0]).detach()
         site = getattr(module, "_neftune", None)
         seed = site.last.seed if site is not None and site.last is not None else None
         self.calls.append(
@@ -124,6 +137,18 @@ def test_sft_batches(layout, tmp_path, proves):
     wear_no_more_than_paper_noise(watch.calls)
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
     proves("Llama", "TRL SFTTrainer", layout)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["padded", "packing=True (bfd)", "padding_free"])
+@pytest.mark.parametrize("name", ["Qwen2", "Mistral", "Gemma3", "GPT2"])
+def test_sft_batches_of_other_families(name, layout, tmp_path, proves):
+    model = family(name)
+    watch = Watch(model)
+    sft(model, tmp_path, [NEFTuneCallback(5.0)], **LAYOUTS[layout]).train()
+    assert len(watch.calls) == 2
+    wear_paper_noise(watch.calls)
+    proves(name, "TRL SFTTrainer", layout)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -370,6 +395,9 @@ def test_two_noises_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="two noises.*neftune_noise_alpha=None"):
         plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0).train()
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    config = transformers.T5Config(vocab_size=WORDS, d_model=HIDDEN, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(RuntimeError, match="two noises"):  # of which transformers' would never run: said before any step all the same
+        plain_trainer(transformers.T5ForConditionalGeneration(config), tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0).train()
 
 
 def losses(trainer):
@@ -437,6 +465,8 @@ def test_compiled_trainer(tmp_path, proves):
         llama(), tmp_path, [NEFTuneCallback(5.0)], torch_compile=True, torch_compile_backend="aot_eager", per_device_train_batch_size=8
     )
     compiled.train()
+    logged = [entry for entry in compiled.state.log_history if "loss" in entry]
+    assert all(entry["neftune/noise_alpha"] == 5.0 and "neftune/calls" not in entry for entry in logged)
     quiet = plain_trainer(llama(), tmp_path, per_device_train_batch_size=8)
     quiet.train()
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-6)  # printed figures of the same float32 sums in another order
@@ -478,6 +508,34 @@ def test_a_run_without_noise_warns(tmp_path):
     trainer.__class__ = Clean
     with pytest.warns(UserWarning, match="ended without one noisy forward although noise_alpha was 5.0"):
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_applied_before_goes_on_after_the_callback(tmp_path):
+    model = llama()
+    handle = apply_neftune(model, 3.0, stream=7)
+    watch = Watch(model)
+    plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)]).train()
+    assert len(watch.calls) == 2 and handle.noise_alpha == 3.0 and handle.settings()["stream"] == 7
+    handle.remove()
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_callbacks_and_nested_trainings(tmp_path):
+    model = llama()
+    plain_trainer(model, tmp_path, [NEFTuneCallback(5.0), NEFTuneCallback(1.0)]).train()
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    shared = NEFTuneCallback(5.0)
+
+    class Nested(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            plain_trainer(llama(), tmp_path, [shared]).train()
+
+    with pytest.raises(RuntimeError, match="in use by another training.*one of its own"):
+        plain_trainer(model, tmp_path, [shared, Nested()]).train()
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    plain_trainer(llama(), tmp_path, [shared]).train()
 
 
 def test_bad_arguments_of_the_callback():

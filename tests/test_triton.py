@@ -108,16 +108,20 @@ def triton_layout(shape, device, attention_mask=None, lengths=None, cu_seqlens=N
 
 def by_kernel(device, input_ids, weight, noise_alpha, *, seed, stream=0, sample_offset=0, position_offset=0, embed_scale=1.0, **samples):
     """noisy_embedding through the launcher itself, so that the interpreter serves too."""
-    padding_idx = samples.pop("padding_idx", None)
+    padding_idx, noise_mask, sign = samples.pop("padding_idx", None), samples.pop("noise_mask", None), samples.pop("sign", 1)
     if padding_idx is not None and not samples:
         samples = {"padded_ids": input_ids, "padding_idx": padding_idx}
+    layout = layouts.Layout(*triton_layout(input_ids.shape, device, **samples))
+    if noise_mask is not None:
+        document = torch.ops.neftune_kernels.noisy_documents(cuda(noise_mask, device), *layout, position_offset)
+        layout = layouts.by_document(layout, document, input_ids.shape)
     out = torch.full((*input_ids.shape, weight.shape[1]), float("nan"), dtype=weight.dtype, device=device)
     kernels().noisy_embedding_out(
         cuda(input_ids, device),
         cuda(weight, device),
         torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device),
-        torch.tensor(noise_alpha, dtype=torch.float64),
-        *triton_layout(input_ids.shape, device, **samples),
+        torch.tensor(sign * noise_alpha, dtype=torch.float64),
+        *layout,
         stream,
         sample_offset,
         position_offset,
@@ -233,6 +237,43 @@ def test_positions_lengths_and_bounds(device):
     agree(device, batch.input_ids.flatten(), weight, cu_seqlens=torch.tensor([0, 1, 30]), position_offset=WORD - 2)
 
 
+@pytest.mark.parametrize("sign", (1, -1))
+def test_noise_masks_and_signs(device, sign):
+    """Documents that the noise mask's operator has told, in every kind of layout."""
+    batch = make_batch("full", rows=3, columns=10)
+    weight = make_weight(40, torch.float32)
+    given = {"noise_mask": torch.rand(3, 10, generator=torch.Generator().manual_seed(2)) < 0.5, "sign": sign, "position_offset": 3}
+    holes = make_batch("numbered", rows=3, columns=10).attention_mask
+    for layout in (
+        {},
+        {"attention_mask": holes},
+        {"position_ids": torch.arange(10).repeat(3, 1) % 4},
+        {"lengths": torch.tensor([40, 9, 0])},
+        {"lengths": torch.tensor([10, 6, 5], dtype=torch.int32), "position_ids": torch.arange(10).repeat(3, 1).flip(1)},
+        {"cu_seqlens": torch.tensor([0, 0, 4, 21, 30, 30], dtype=torch.int32)},
+        {"padding_idx": int(batch.input_ids[1, 1])},
+    ):
+        agree(device, batch.input_ids, weight, **layout, **given)
+        agree(device, batch.input_ids, weight, **layout, sign=sign)
+
+
+@pytest.mark.parametrize("distribution", ("normal", "rademacher"))
+def test_other_distributions(public, distribution):
+    """Unfused, but with the kernel's own draws."""
+    batch = make_batch("holes", rows=2, columns=5)
+    for dtype in FLOAT_DTYPES:
+        for given in (
+            {"attention_mask": batch.attention_mask},
+            {"lengths": torch.tensor([7, 2])},
+            {"cu_seqlens": torch.tensor([0, 4, 10])},
+        ):
+            kind = {"distribution": distribution, "sign": -1, "seed": 4, "sample_offset": 2, "position_offset": 1}
+            expected = noisy_embedding(batch.input_ids, make_weight(24, dtype), 5.0, **given, **kind, backend="reference")
+            on_device = {name: value.to(public) for name, value in given.items()}
+            out = noisy_embedding(batch.input_ids.to(public), make_weight(24, dtype).to(public), 5.0, **on_device, **kind, backend="triton")
+            assert same_bits(out.cpu(), expected)
+
+
 def test_shapes_strides_and_padding_idx(device):
     weight = make_weight(16, torch.float32)
     ids = torch.randint(11, (2, 3, 4), generator=torch.Generator().manual_seed(0))
@@ -267,7 +308,14 @@ def test_extremes_of_alpha(device):
     for alpha in (1e-26, 1e30, 1e300, 2.0**-86):
         agree(device, ids, weight, alpha)
         agree(device, ids, weight, alpha, lengths=torch.tensor([3, 1]))
-    for arguments in ({}, {"lengths": torch.tensor([3, 2])}):  # magnitudes below 2**-90: no noise, and no bit of a -0.0 changes
+        agree(device, ids, weight, alpha, sign=-1)
+        agree(device, ids, weight, alpha, sign=-1, lengths=torch.tensor([3, 1]))
+    for arguments in (
+        {},
+        {"lengths": torch.tensor([3, 2])},
+        {"sign": -1},
+        {"sign": -1, "lengths": torch.tensor([3, 2])},
+    ):  # magnitudes below 2**-90: no noise, and no bit of a -0.0 changes
         assert same_bits(by_kernel(device, ids, -torch.zeros(6, 16), 1e-28, seed=0, **arguments), -torch.zeros(2, 3, 16))
 
 

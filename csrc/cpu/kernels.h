@@ -25,7 +25,7 @@ struct Row {
   const void* source;  // `columns` consecutive elements
   const void* next;    // row to prefetch meanwhile; any readable or unreadable address
   void* out;           // may equal source
-  float step;          // > 0
+  float step;          // not 0
   uint32_t position;
   uint32_t sample;
 };

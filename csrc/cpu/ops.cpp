@@ -316,7 +316,7 @@ void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int
       const char* prefetch = source.at(next < 0 ? offset : next);
       char* to = out + token * row_bytes;
       const Row job{row, prefetch, to, step, place.position, place.sample};
-      if (step > 0) {
+      if (step != 0) {
         noisy(settings, job);
       } else if (scaled) {
         padding(settings, job);

@@ -6,7 +6,7 @@ namespace neftune_kernels {
 namespace {
 
 // vcvtne2ps2bf16 rounds to nearest even whatever the mode and keeps NaN and infinity, but flushes subnormal operands and results to zero.
-// From this step on no sum W(e) + noise is subnormal: |noise| ≥ 2⁻⁸⁵, as x is an odd multiple of 2¹⁵, so noise is a multiple of 2⁻¹⁰⁸.
+// From this |step| on no sum W(e) + noise is subnormal: |noise| ≥ 2⁻⁸⁵, as x is an odd multiple of 2¹⁵, so noise is a multiple of 2⁻¹⁰⁸.
 //     |W(e)| < 2⁻¹⁰¹:  the sum exceeds 2⁻⁸⁶. W(e) itself may be subnormal: it is an operand of the addition, not of the conversion.
 //     |W(e)| ≥ 2⁻¹⁰¹:  W(e) is a multiple of 2⁻¹⁰⁸, too, having 8 bits; so the sum is one: at least 2⁻¹⁰⁸, or zero (positive, both ways).
 constexpr float kSmallestNormalStep = 0x1p-100f;
@@ -40,7 +40,7 @@ struct BFloat16NormalSums {
 
 template <class, bool scaled>
 void noisy_bfloat16_row(const RowSettings& settings, const Row& row) {
-  if (row.step >= kSmallestNormalStep) {
+  if (row.step >= kSmallestNormalStep || row.step <= -kSmallestNormalStep) {
     noisy_row<BFloat16NormalSums, scaled>(settings, row);
   } else {
     noisy_row<BFloat16, scaled>(settings, row);

@@ -5,6 +5,7 @@ back. Pre-hooks on the models around it take the attention mask, position ids or
 transformers.
 """
 
+import dis
 import inspect
 import re
 import warnings
@@ -17,14 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from .. import layout as layouts
+from ..distributed import (
+    class_without_noise,
+    data_parallel_index,
+    dtensor_with_noise,
+    is_dtensor,
+    is_tensor_parallel_forward,
+    replicated,
+)
 from ..functional import (
     NOTHING,
+    UNIFORM,
     Offsets,
     Samples,
+    Variant,
     alpha_tensor,
     check_alpha,
+    check_variant,
     check_word,
     embed_with_noise,
+    embed_with_variant,
     embeds_with_noise,
     make_layout,
     real_tokens,
@@ -45,6 +58,7 @@ class NoisyCall(NamedTuple):
     seed: Tensor
     stream: int
     backend: str
+    variant: Variant
 
 
 class NEFTuneState:
@@ -57,16 +71,17 @@ class NEFTuneState:
         self.stream: int | None = None
         self.noise_without_grad = False
         self.backend: str | None = None
+        self.variant = UNIFORM
         self.read: Callable[[dict[str, Any]], Any] | None = None  # the user's own reading of a forward's arguments
         self.skipped_last: str | None = None
         self.calls = self.calls_before = 0
-        self.depth = 0  # forwards of hooked models that are running, one inside the other
+        self.running: list[Running] = []  # forwards of hooked models that are running, one inside the other
         self.skipped: Counter[str] = Counter()
         self.warned: set[str] = set()
         self.handle: NEFTuneHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handle": None, "depth": 0}  # a copy is not steered by our handle
+        return {**self.__dict__, "handle": None, "running": []}  # a copy is not steered by our handle
 
     def set_alpha(self, noise_alpha: float | None) -> None:
         self.noise_alpha = check_alpha(noise_alpha)
@@ -78,13 +93,10 @@ class NEFTuneState:
             self.warned.add(message)
             warnings.warn(message, stacklevel=3)
 
-    def resolve_stream(self) -> int:
-        """The data-parallel index: the rank where there is a process group, else 0."""
+    def resolve_stream(self, embedding: nn.Module) -> int:
         if self.stream is not None:
             return self.stream
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank()
-        return 0
+        return data_parallel_index(embedding.weight, embedding, None if self.handle is None else self.handle.root())  # type: ignore[arg-type]
 
     def skip_reason(self, embedding: nn.Module) -> str | None:
         if not embedding.training:
@@ -115,6 +127,7 @@ class Site:
         self.wrappers: list[weakref.ref[nn.Module]] = []  # PEFT's layers around the embedding
         self.scaling: tuple[weakref.ref[nn.Module], str] | None = None  # who multiplies embeddings afterwards, and its factor's name
         self.last: NoisyCall | None = None
+        self.follows = False  # the running call looks up something besides its forward's tokens: LED's padding of its window
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "running": [], "wrappers": [], "scaling": None, "last": None}
@@ -139,6 +152,7 @@ class Site:
 
     def samples(self, input: Tensor, padding_idx: int) -> Samples:
         """Those of the innermost running forward, where they fit the ids."""
+        self.follows = False
         if not self.running:
             if self.hooked:
                 self.state.warn_once(
@@ -148,16 +162,19 @@ class Site:
                 )
             return real_tokens(input, padding_idx, NOTHING)
         running = self.running[-1]
+        if not running.decoder:  # an outer model may be told what it does not pass on (Rwkv)
+            running = next((outer for outer in reversed(self.running) if not outer.samples.untold), running)
         told = running.samples
-        if told.unknown:
+        if told.untold:
             if running.decoder and (samples := trailing_padding(input, running.pad_token_id)) is not NOTHING:
-                return samples
-            return real_tokens(input, padding_idx, NOTHING)
+                return samples._replace(noise_mask=told.noise_mask)
+            return real_tokens(input, padding_idx, told)
         mask = told.attention_mask
         if mask is not None and mask.shape != input.shape:
-            if mask.numel() == input.numel():
-                mask = mask.reshape(input.shape)
-            elif running.used:  # LED looks up its window's padding on its own
+            if mask.numel() == input.numel() and (mask.shape[-1] == input.shape[-1] or 1 in (mask.dim(), input.dim(), input.shape[0])):
+                mask = mask.reshape(input.shape)  # flattened or not, never transposed
+            elif running.used:
+                self.follows = True
                 return real_tokens(input, padding_idx, NOTHING)
             else:
                 self.state.warn_once(
@@ -183,16 +200,20 @@ class _Noisy(nn.Module):
 
     _neftune: Site
     _neftune_base: type[nn.Module]
+    _neftune_forward: Callable[..., Tensor] | None = None  # the tensor-parallel plan's, which sat on the instance
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        site = self._neftune
+        site = self.__dict__.get("_neftune")
+        if site is None:  # a tensor-parallel plan keeps calling this method after remove()
+            return type(self).forward(self, input, *args, **kwargs)
         state = site.state
+        look_up = self._neftune_forward or super().forward
         reason = state.skip_reason(self)
         if reason is not None:
             if not torch.compiler.is_compiling():
                 state.skipped[reason] += 1
                 state.skipped_last = reason
-            plain: Tensor = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+            plain = look_up(input, *args, **kwargs)
             return plain if not site.running or site.running[-1].scale == 1 else plain * site.running[-1].scale
         if HUGGING_FACE_MARK in self.__dict__ or site.marked():
             raise RuntimeError(TWO_NOISES)
@@ -208,23 +229,29 @@ class _Noisy(nn.Module):
         samples = site.samples(input, padding_idx)
         scale, divisor = site.outer_scale()
         alpha = state.alpha if divisor == 1 else state.alpha / divisor
-        stream = state.resolve_stream()
-        fusible = self._neftune_base is nn.Embedding and type(weight) in PLAIN_WEIGHTS
+        if type(weight) not in PLAIN_WEIGHTS:
+            samples = replicated(samples)
+        stream = state.resolve_stream(base)
+        fusible = self._neftune_base.forward is nn.Embedding.forward and type(weight) in PLAIN_WEIGHTS
         fusible = fusible and base.max_norm is None and not base.sparse and not base.scale_grad_by_freq
-        embedded = None if fusible else super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        embedded = None if fusible else look_up(input, *args, **kwargs)
         if embedded is not None and scale != 1:
             embedded = embedded * scale
         dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
         seed = seed_tensor(None, None, weight.device)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not site.follows:
             state.calls += 1
             state.skipped_last = None
             chosen = choose_backend(state.backend, weight.device, dtype)
-            site.last = NoisyCall(input.shape, base.embedding_dim, state.noise_alpha / divisor, samples, seed, stream, chosen)
+            site.last = NoisyCall(
+                input.shape, base.embedding_dim, state.noise_alpha / divisor, samples, seed, stream, chosen, state.variant
+            )
         offsets = Offsets(stream, 0, 0)
-        if embedded is None:
-            return embed_with_noise(input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
-        return embeds_with_noise(embedded, alpha, samples, seed, None, offsets, state.backend)
+        if embedded is not None:
+            add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
+            return add(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
+        given = (input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
+        return embed_with_noise(*given) if state.variant is UNIFORM else embed_with_variant(*given, state.variant)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_noisy, (self._neftune_base,), self.__dict__
@@ -255,16 +282,19 @@ class _TakeSamples:
         self.decoder = False  # of an encoder-decoder
         self.pad_token_id: int | None = None
         self.factor: str | None = None  # name of the number that this model multiplies embeddings by
+        self.true_factor = 1.0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
-        steered = state.depth == 0 and state.handle is not None and not torch.compiler.is_compiling()
+        if state.running and not torch.compiler.is_compiling():
+            _forget_interrupted(state, module)
+        steered = not state.running and state.handle is not None and not torch.compiler.is_compiling()
         if steered and state.handle.refresh():  # type: ignore[union-attr]  # our hooks are new ones then
             fresh = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _TakeSamples) and hook.state is state)
             return next(fresh)(module, args, kwargs)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         has_embeds = given.get("inputs_embeds") is not None or given.get("decoder_inputs_embeds") is not None
-        if state.depth == 0:
+        if not state.running:
             if has_embeds and module.training and state.has_noise and torch.is_grad_enabled():
                 state.warn_once(
                     "the model was given inputs_embeds, so its embedding and its NEFTune noise did not run: pass them through "
@@ -274,13 +304,44 @@ class _TakeSamples:
                 state.calls_before = -1 if has_embeds else state.calls
         read = state.read
         samples = from_arguments(given, self.pad_token_id, state.warn_once) if read is None else from_callable(read, given)
-        state.depth += 1
         running = Running(module, samples, self.decoder, self.pad_token_id)
+        state.running.append(running)
         for site in self.sites:
             site.running.append(running)
-        if self.factor is not None and not has_embeds and module.training and state.skip_reason(module) is None:
-            running.scale = float(getattr(module, self.factor))
-            setattr(module, self.factor, 1.0)
+        if self.factor is None:
+            return
+        if getattr(module, self.factor) != 1:
+            self.true_factor = float(getattr(module, self.factor))
+        noisy = not has_embeds and module.training and state.skip_reason(module) is None
+        if noisy:
+            running.scale = self.true_factor
+        setattr(module, self.factor, 1.0 if noisy else self.true_factor)
+
+    def end(self, module: nn.Module) -> None:
+        """The forward is over: its samples are forgotten, and it multiplies embeddings by its own factor again."""
+        for entered in (self.state.running, *(site.running for site in self.sites)):
+            if entered and entered[-1].model is module:
+                entered.pop()
+        if self.factor is not None:
+            setattr(module, self.factor, self.true_factor)
+
+
+def _forget_interrupted(state: NEFTuneState, module: nn.Module) -> None:
+    """KeyboardInterrupt runs no hook: what is entered as running, but lies on no call's path, is over. `module` is about to run."""
+    calls: Counter[int] = Counter({id(module): -1})
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            calls[id(frame.f_locals["self"])] += 1
+        frame = frame.f_back
+    while state.running and sum(running.model is state.running[-1].model for running in state.running) > calls[id(state.running[-1].model)]:
+        interrupted = state.running[-1].model
+        for hook in interrupted._forward_pre_hooks.values():
+            if isinstance(hook, _TakeSamples) and hook.state is state:
+                hook.end(interrupted)
+                break
+        else:  # no hook of ours is left on it
+            state.running.pop()
 
 
 class _ForgetSamples:
@@ -291,21 +352,13 @@ class _ForgetSamples:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         state = self.taken.state
-        ended = False
-        for site in self.taken.sites:
-            if site.running and site.running[-1].model is module:
-                running = site.running.pop()
-                ended = True
-                if running.scale != 1 and self.taken.factor is not None:
-                    setattr(module, self.taken.factor, running.scale)
-        if ended:
-            state.depth -= 1
+        self.taken.end(module)
         if torch.compiler.is_compiling() or result is None or not (module.training and state.has_noise and torch.is_grad_enabled()):
             return
-        if state.calls == state.calls_before and state.depth == 0 and state.skipped_last is None:
+        if state.calls == state.calls_before and not state.running and state.skipped_last is None:
             state.warn_once(
                 "a training forward of the model ended without NEFTune noise: its noisy embedding was not called. Was it bypassed or "
-                "wrapped after apply_neftune? Call apply_neftune again"
+                "wrapped after apply_neftune? Call apply_neftune again, or name the embedding that runs with embedding="
             )
 
 
@@ -325,7 +378,11 @@ class NEFTuneHandle:
         self._noisy: list[weakref.ref[nn.Module]] = []
         self._places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []  # (parent, name, child) when attached
         self._copies: list[tuple[weakref.ref[nn.Module], int]] = []  # (PEFT's modules_to_save, how many copies it had when attached)
-        self._hooks: list[Any] = []
+        self._hooks: list[tuple[weakref.ref[nn.Module], _TakeSamples, list[Any]]] = []
+
+    def root(self) -> nn.Module | None:
+        """The model applied to last, if it is alive."""
+        return self._roots[-1][0]() if self._roots else None
 
     def add_root(self, model: nn.Module, path: str | None) -> None:
         self._roots = [(root, where) for root, where in self._roots if root() not in (None, model)]
@@ -356,7 +413,9 @@ class NEFTuneHandle:
                 if isinstance(module, _Noisy) and module in found:
                     ancestors = list(_ancestors(root, name))
                     places += [(weakref.ref(parent), child, weakref.ref(parent._modules[child])) for parent, child in ancestors]  # type: ignore[arg-type]
-                    for parent in _speakers([parent for parent, _ in ancestors], state.read is not None):
+                    around = [parent for parent, _ in ancestors]
+                    inside = [parent for parent in around if id(parent) in decoders]  # what is around is told the encoder's mask
+                    for parent in _speakers(inside or around, state.read is not None) or inside[:1]:
                         sites = listeners.setdefault(parent, [])
                         if module._neftune not in sites:
                             sites.append(module._neftune)
@@ -371,6 +430,8 @@ class NEFTuneHandle:
         taken = _TakeSamples(self._live_state(), tuple(parameter_names(model)))
         taken.sites, taken.decoder, taken.pad_token_id = sites, decoder, pad_token_id
         taken.factor = _factor_of_embeddings(model)
+        if taken.factor is not None:
+            taken.true_factor = float(getattr(model, taken.factor))
         for site in sites:
             site.hooked = True
             if taken.factor is not None:
@@ -379,11 +440,15 @@ class NEFTuneHandle:
             model.register_forward_pre_hook(taken, with_kwargs=True),
             model.register_forward_hook(_ForgetSamples(taken), always_call=True),
         ]
-        self._hooks += hooks
+        self._hooks.append((weakref.ref(model), taken, hooks))
 
     def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for reference, taken, hooks in self._hooks:
+            for hook in hooks:
+                hook.remove()
+            model = reference()
+            if model is not None and taken.factor is not None:  # called inside a forward, or after one that was interrupted
+                setattr(model, taken.factor, taken.true_factor)
         self._hooks = []
 
     def refresh(self) -> bool:
@@ -408,6 +473,32 @@ class NEFTuneHandle:
         self._live_state().set_alpha(value)
         self.refresh()
 
+    @property
+    def sign(self) -> int:
+        """1 or -1: the noise as it is or negated, for antithetic pairs of forwards from one seed (SymNoise, arXiv 2312.01523)."""
+        return self._live_state().variant.sign
+
+    @sign.setter
+    def sign(self, value: int) -> None:
+        state = self._live_state()
+        state.variant = check_variant(state.variant.distribution, state.variant.equal_variance, value)
+
+    @property
+    def removed(self) -> bool:
+        return self._state is None
+
+    def settings(self) -> dict[str, Any]:
+        """What apply_neftune was told, for :meth:`restore` by whoever borrows the handle."""
+        state = self._live_state()
+        return {name: getattr(state, name) for name in ("noise_alpha", "stream", "noise_without_grad", "backend", "read", "variant")}
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        state = self._live_state()
+        state.set_alpha(settings["noise_alpha"])
+        for name, value in settings.items():
+            if name != "noise_alpha":
+                setattr(state, name, value)
+
     def check_single_noise(self) -> None:
         """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of ours."""
         for module in (reference() for reference in self._noisy):
@@ -425,13 +516,13 @@ class NEFTuneHandle:
         noisy = [module for module in (reference() for reference in self._noisy) if isinstance(module, _Noisy)]
         for root in (reference() for reference, _ in self._roots):  # copies that PEFT made of one (modules_to_save, a further adapter)
             noisy += [] if root is None else [module for module in root.modules() if isinstance(module, _Noisy)]
-        for module in noisy:
-            if type(module) is not _noisy_class(module._neftune_base) or "forward" in module.__dict__:
-                raise RuntimeError(
-                    "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
-                    "take that off first, then call remove()"
-                )
-        for module in dict.fromkeys(noisy):
+        bases = {module: _class_to_restore(module) for module in noisy}
+        if any(base is None for base in bases.values()):
+            raise RuntimeError(
+                "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
+                "take that off first, then call remove()"
+            )
+        for module in bases:
             _make_plain(module)
         self._unhook()
         self._state.handle = None
@@ -450,7 +541,7 @@ class NEFTuneHandle:
             calls: noisy forwards of embeddings so far; skipped: those without noise by reason ("eval mode", "no grad", "noise_alpha is 0").
             Of the last noisy forward (of encoder and decoder together), None before one: samples (with a real token), length_min,
             length_mean, length_max (real tokens), magnitude_min, magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
-            |noise| over its sample's magnitude, below 1) and backend. Forwards inside torch.compile are not counted.
+            |noise| over its sample's magnitude, below 1 if uniform) and backend. Forwards inside torch.compile are not counted.
         """
         state = self._live_state()
         names = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max")
@@ -484,7 +575,7 @@ def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
     magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
     zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*last.shape, last.embedding_dim)
     alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.stream, 0, 0)
-    noise = embeds_with_noise(zeros, alpha, last.samples, last.seed, None, offsets, last.backend)
+    noise = embeds_with_noise(zeros, alpha, last.samples, last.seed, None, offsets, last.backend, last.variant)
     bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
     return lengths.cpu(), magnitudes.cpu(), float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max())
 
@@ -492,16 +583,31 @@ def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
 def _make_noisy(module: nn.Module, state: NEFTuneState) -> Site:
     if not isinstance(module, _Noisy):
         module.__class__ = _noisy_class(type(module))
-    site = module.__dict__.get("_neftune")
+        if "forward" in module.__dict__:
+            module.__dict__["_neftune_forward"] = module.__dict__.pop("forward")
+    site: Site | None = module.__dict__.get("_neftune")
     if site is None or site.state is not state:  # a copy that PEFT or deepcopy made of a noisy one comes with a state of its own
         site = Site(state)
         module.__dict__["_neftune"] = site
     return site
 
 
+def _class_to_restore(module: _Noisy) -> type | None:
+    """None where something else has put its hands on the module since."""
+    if "forward" in module.__dict__ and not is_tensor_parallel_forward(module.__dict__["forward"]):
+        return None
+    if type(module) is _noisy_class(module._neftune_base):
+        return module._neftune_base
+    return class_without_noise(type(module), module._neftune_base)
+
+
 def _make_plain(module: _Noisy) -> None:
+    base = _class_to_restore(module) or module._neftune_base
+    own_forward = module.__dict__.pop("_neftune_forward", None)
     module.__dict__.pop("_neftune", None)
-    module.__class__ = module._neftune_base  # type: ignore[assignment]
+    module.__class__ = base  # type: ignore[assignment]
+    if own_forward is not None:
+        module.__dict__["forward"] = own_forward
 
 
 def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
@@ -527,8 +633,21 @@ def _speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
 def _may_call_embedding(model: nn.Module) -> bool:
     package = type(model).__module__.split(".")[0]
     if package == "transformers":
-        return "get_input_embeddings()(" in _source_of_forward(model)
+        return LOOKS_UP_INSIDE.search(_source_of_forward(model)) is not None or not _passes_on_its_mask(model)
     return package != "peft" or bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+LOOKS_UP_INSIDE = re.compile(r"get_input_embeddings\(\)\(|self\.\w+(\.\w+)*\.(embed_tokens|word_embeddings)\(")
+
+
+def _passes_on_its_mask(model: nn.Module) -> bool:
+    forward = inspect.unwrap(type(model).forward)
+    names = {step.argval for step in dis.get_instructions(forward) if step.opname.startswith("LOAD")}
+    return "attention_mask" not in inspect.signature(forward).parameters or "attention_mask" in {n for name in names for n in _flat(name)}
+
+
+def _flat(name: Any) -> tuple[Any, ...]:
+    return name if isinstance(name, tuple) else (name,)  # Python 3.12 and later load two names at once
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -558,7 +677,13 @@ def _pad_token_id(model: nn.Module) -> int | None:
 
 
 SCALED_BY_ATTRIBUTE = re.compile(r"(?:self\.\w+\(input_ids\)|\binputs_embeds)\s*\*=?\s*self\.(\w+)\b(?![.(\[])")
-SCALED_BY_EXPRESSION = re.compile(r"\binputs_embeds\s*\*=?\s*(?!\s|\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b")
+SCALED_BY_EXPRESSION = re.compile(
+    r"self\.\w+\(input_ids\)\s*\*\s*(?!\s|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*=?\s*\(?self\.config\.|"
+    r"\binputs_embeds\s*\*=?\s*(?!\s|\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b"
+)
+
+
+TRANSPOSED = re.compile(r"\binput_ids\s*=\s*input_ids\.(transpose\(0, 1\)|t\(\))")
 
 
 def _source_of_forward(model: nn.Module) -> str:
@@ -603,11 +728,14 @@ def _found(module: Any) -> Found:
     if isinstance(embedding, NEFTuneEmbedding):
         raise ValueError("the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in module.to_embedding()")
     if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"the input embedding must be an nn.Embedding, got {type(embedding).__name__}: name it with embedding=")
-    if "forward" in noisy.__dict__:
         raise ValueError(
-            "the embedding carries a forward of its own as an instance attribute (a tensor-parallel plan or a monkey patch), which "
-            "would hide the noise: apply NEFTune before it, or remove it"
+            f"the input embedding must be an nn.Embedding, got {type(embedding).__module__}.{type(embedding).__qualname__}: name the "
+            "embedding with embedding=, or pass this one's output through neftune_kernels.add_noise(...)"
+        )
+    if "forward" in noisy.__dict__ and not is_tensor_parallel_forward(noisy.__dict__["forward"]):
+        raise ValueError(
+            "the embedding carries a forward of its own as an instance attribute (a monkey patch), which would hide the noise: apply "
+            "NEFTune before it, or remove it"
         )
     return Found(noisy, chain[: chain.index(noisy)])
 
@@ -636,19 +764,29 @@ def find_embeddings(model: nn.Module, path: str | None) -> list[Found]:
             'embedding="path.to.embed" or pass the module itself'
         )
     if not _is_encoder_decoder(model):
-        return _all_found(module)
+        return _with_tied(model, _all_found(module))
     found: dict[nn.Module, Found] = {}
     stacks = [_stack(model, "get_encoder"), _stack(model, "get_decoder")]
     for stack in (model, *stacks):
         try:
             module = None if stack is None else stack.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
-            module = None
+            module = getattr(stack, "embed_tokens", None)  # FSMT's decoder is a plain module
         if module is not None and isinstance(_open_wrapper(getattr(module, "original_module", module)), nn.Embedding):
             found.update({one.noisy: one for one in _all_found(module)})  # an encoder of speech or images embeds no tokens
     if not found:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder without token embeddings: name the module with embedding=")
     return list(found.values())
+
+
+def _with_tied(model: nn.Module, found: list[Found]) -> list[Found]:
+    """And the embeddings that share their weight: T5's encoder alone keeps a `shared` that never runs."""
+    weights = {id(_open_wrapper(one.noisy).weight) for one in found}
+    seen = {inner for one in found for outer in (one.noisy, *one.wrappers) for inner in outer.modules()}
+    tied = [
+        module for module in model.modules() if isinstance(module, nn.Embedding) and module not in seen and id(module.weight) in weights
+    ]
+    return [*found, *(one for module in tied for one in _all_found(module))]
 
 
 def _path_of(model: nn.Module, embedding: str | nn.Module | None) -> str | None:
@@ -667,12 +805,17 @@ def _path_of(model: nn.Module, embedding: str | nn.Module | None) -> str | None:
     return path
 
 
-def _check_scaling(model: nn.Module, found: list[Found]) -> None:
-    """Models that multiply embeddings afterwards by something we cannot take over would multiply the noise too."""
+def _check_surroundings(model: nn.Module, found: list[Found]) -> None:
+    """Models that multiply embeddings afterwards by something we cannot take over, or that look tokens up time first."""
     targets = {one.noisy for one in found}
     for name, module in model.named_modules():
         if module in targets:
             for parent, _ in _ancestors(model, name):
+                if TRANSPOSED.search(_source_of_forward(parent)):
+                    raise ValueError(
+                        f"{type(parent).__name__} looks tokens up time first, (tokens, batch), so its masks do not tell which tokens are "
+                        "real: pass it neftune_kernels.add_noise(embedding(input_ids), noise_alpha, attention_mask=...) as inputs_embeds"
+                    )
                 if SCALED_BY_EXPRESSION.search(_source_of_forward(parent)):
                     warnings.warn(
                         f"{type(parent).__name__} may multiply embeddings after looking them up, and with them NEFTune's noise: divide "
@@ -689,6 +832,8 @@ def apply_neftune(
     samples: Callable[[dict[str, Any]], Any] | None = None,
     stream: int | None = None,
     noise_without_grad: bool = False,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
     backend: str | None = None,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its own forward is told.
@@ -705,13 +850,13 @@ def apply_neftune(
         noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the same handle.
         embedding: the embedding's path in the model or the module itself, where get_input_embeddings() does not tell.
         samples: reads a forward's arguments (a dictionary by name) where their names say nothing; returns an attention_mask, a dictionary
-            with attention_mask, lengths, cu_seqlens or position_ids, or None for "every token is real".
-        stream: word that separates data-parallel replicas; None: the rank of the default process group, 0 without one, at each call.
+            with attention_mask, lengths, cu_seqlens, position_ids or noise_mask, or None for "every token is real".
+        stream: word that separates data-parallel replicas; None: `distributed.data_parallel_index`, at each call.
         noise_without_grad: noise also where grad is disabled.
-        backend: as in :func:`noisy_embedding`.
+        distribution, equal_variance, backend: as in :func:`noisy_embedding`.
 
     Returns:
-        A handle with noise_alpha, stats() and remove(); also a context manager.
+        A handle with noise_alpha, sign, stats() and remove(); also a context manager.
 
     Raises:
         ValueError: no nn.Embedding can be found or noised; bad alpha, stream or backend.
@@ -734,6 +879,7 @@ def apply_neftune(
     alpha = check_alpha(noise_alpha)
     if stream is not None:
         check_word("stream", stream)
+    variant = check_variant(distribution, equal_variance, 1)
     if samples is not None and not callable(samples):
         raise TypeError(f"samples must be callable with the forward's arguments, got {samples!r}")
     path = _path_of(model, embedding)
@@ -742,22 +888,32 @@ def apply_neftune(
         weight = _open_wrapper(one.noisy).weight
         quantised = type(weight) not in PLAIN_WEIGHTS  # its forward decides the dtype
         choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
-    states = [inner._neftune.state for one in found for inner in _unwrapped(one.noisy) if isinstance(inner, _Noisy)]
-    state = next((state for state in states if state.handle is not None), None)
+    handle = _live_handle(found)
+    state = None if handle is None else handle._state
     if state is None or state.handle is None:
-        _check_scaling(model, found)
+        _check_surroundings(model, found)
         state = NEFTuneState()
         state.handle = NEFTuneHandle(state)
     state.read = samples
     state.handle.add_root(model, path)
     state.set_alpha(alpha)
-    state.stream, state.noise_without_grad, state.backend = stream, noise_without_grad, backend
+    state.stream, state.noise_without_grad, state.backend, state.variant = stream, noise_without_grad, backend, variant
     if not any(one.noisy._neftune.hooked for one in found if isinstance(one.noisy, _Noisy)):
         state.warn_once(
             "no forward around the embedding takes an attention_mask, so every token but padding_idx counts as real: tell NEFTune the "
             "samples with apply_neftune(..., samples=...)"
         )
     return state.handle
+
+
+def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
+    states = [inner._neftune.state for one in found for inner in _unwrapped(one.noisy) if isinstance(inner, _Noisy)]
+    return next((state.handle for state in states if state.handle is not None), None)
+
+
+def applied_handle(model: nn.Module, embedding: str | nn.Module | None = None) -> NEFTuneHandle | None:
+    """The handle of an apply_neftune that is in force on the model, if there is one."""
+    return _live_handle(find_embeddings(model, _path_of(model, embedding)))
 
 
 def _forget_hooks(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..functional import NOTHING, Samples
 from ..layout import check_cu_seqlens_values
 
-OUR_NAMES = ("attention_mask", "lengths", "cu_seqlens", "position_ids")  # what a model of one's own may call them
+OUR_NAMES = ("attention_mask", "lengths", "cu_seqlens", "position_ids", "noise_mask")  # what a model of one's own may call them
 KNOWN_NAMES = (*OUR_NAMES, "cu_seq_lens_q", "seq_idx")
 Warn = Callable[[str], None]
 
@@ -43,6 +43,13 @@ def from_callable(read: Callable[[dict[str, Any]], Any], given: dict[str, Any]) 
 
 
 def from_arguments(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
+    """What the arguments say, and the model's own noise_mask if it has one."""
+    noise_mask = given.get("noise_mask")
+    samples = _told(given, pad_token_id, warn)
+    return samples._replace(noise_mask=noise_mask) if isinstance(noise_mask, Tensor) else samples
+
+
+def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
     """The first of cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask; what cannot be read warns.
 
     A mask longer than the ids (a cache before them) counts by its last columns.
@@ -89,18 +96,22 @@ def _opens(number: Tensor) -> Tensor:
 def _without_tail(number: Tensor, opens: Tensor, mask: Tensor | None, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
     """Documents' numbers as a mask, 0 for padding; see _tail."""
     number = number - number.amin(-1, keepdim=True) + 1
-    real = ~_tail(opens, input_ids, pad_token_id) if mask is None else mask != 0
-    return number * real
+    if mask is None:
+        return number * ~_tail(opens, input_ids, pad_token_id)
+    if mask.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        return number * (mask != 0)
+    mask = mask.long()  # it may number documents itself: a change of either number opens one
+    return (number * (mask.amax() + 1) + mask) * (mask != 0)
 
 
 def _tail(opens: Tensor, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
     """Tokens that pad_to_multiple_of appended to a batch without a mask: they look like documents of one token each, at the row's end.
 
-    So these are the trailing documents of one token that is the padding token, or the row's last token where the model names none.
+    So these are the trailing documents of one token that is the padding token or 0, or the row's last token where the model names none.
     """
     alone = opens & torch.cat((opens[..., 1:], torch.ones_like(opens[..., :1])), dim=-1)
-    padding = input_ids[..., -1:] if pad_token_id is None else pad_token_id
-    kept = ~(alone & (input_ids == padding))
+    padding = input_ids == input_ids[..., -1:] if pad_token_id is None else (input_ids == pad_token_id) | (input_ids == 0)
+    kept = ~(alone & padding)
     kept[..., :1] = True  # a row that is one token long is a sample
     return kept.flip(-1).cumsum(-1).flip(-1) == 0
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..functional import check_alpha
 from ..schedules import Schedule
-from .models import NEFTuneHandle, apply_neftune
+from .models import NEFTuneHandle, applied_handle, apply_neftune
 
 LOG_PREFIX = "neftune/"
 LOGGED = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max", "max_noise_ratio")
@@ -25,7 +25,8 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
 
     The noise is put on the model when training begins and taken off when it ends, is interrupted or fails. The trainer's log gets
     neftune/noise_alpha, neftune/calls, the lengths and magnitudes of the last noisy batch (see :meth:`NEFTuneHandle.stats`) and
-    neftune/skipped/<reason>; a run that ends without a single noisy forward warns.
+    neftune/skipped/<reason>; with torch_compile=True, whose forwards are not counted, only the alpha. A run that ends without a single
+    noisy forward warns.
 
     Args:
         noise_alpha: the paper's alpha, or a schedule: a function from the optimizer step to alpha (`neftune_kernels.schedules`).
@@ -34,7 +35,8 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ValueError, TypeError: as apply_neftune, a bad alpha at construction.
-        RuntimeError: `TrainingArguments(neftune_noise_alpha=...)` is set too, so the model would get two noises.
+        RuntimeError: the callback is in use by another running training, or `TrainingArguments(neftune_noise_alpha=...)` is set too, so
+            that the model would get two noises.
 
     Example:
         >>> from neftune_kernels.integrations.transformers import NEFTuneCallback
@@ -51,12 +53,17 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
         self.log_stats, self.options = log_stats, options
         self.handle: NEFTuneHandle | None = None
+        self.lent: dict[str, Any] | None = None  # settings of an apply_neftune that was in force before and goes on afterwards
         _watch_training()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         if model is None:
             raise ValueError("NEFTuneCallback was given no model to train")
+        if self.handle is not None and not self.handle.removed and self.handle.root() is not model:
+            raise RuntimeError("this NEFTuneCallback is in use by another training that has not ended: give every trainer one of its own")
         self.detach()
+        lent = applied_handle(model, self.options.get("embedding"))
+        self.lent = None if lent is None else lent.settings()
         self.handle = apply_neftune(model, self._alpha_at(state.global_step), **self.options)
         try:
             self.handle.check_single_noise()
@@ -71,13 +78,13 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self.handle is None or logs is None or "loss" not in logs:  # evaluation and the summary at the end have no noise to tell of
             return
-        told = self._told()
+        told = self._told(with_stats=self.log_stats and not getattr(args, "torch_compile", False))  # compiled forwards are not counted
         logs.update(told)
         if state.log_history:
             state.log_history[-1].update(told)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.handle is not None and state.global_step > 0:
+        if self.handle is not None and not self.handle.removed and state.global_step > 0:
             stats = self.handle._live_state()
             if stats.calls == 0 and self.noise_alpha > 0 and not getattr(args, "torch_compile", False):
                 warnings.warn(
@@ -88,20 +95,24 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
         self.detach()
 
     def detach(self) -> None:
-        """Take the noise off the model; nothing happens where there is none."""
+        """Take the noise off the model, or leave it as it was before the training; nothing happens where there is none."""
         handle, self.handle = self.handle, None
-        if handle is not None:
+        if handle is None or handle.removed:
+            return
+        if self.lent is None:
             handle.remove()
+        else:
+            handle.restore(self.lent)
 
     def _alpha_at(self, step: int) -> float:
         if self.schedule is not None:
             self.noise_alpha = check_alpha(self.schedule(step))
         return self.noise_alpha
 
-    def _told(self) -> dict[str, float]:
+    def _told(self, with_stats: bool) -> dict[str, float]:
         assert self.handle is not None
         told: dict[str, float] = {f"{LOG_PREFIX}noise_alpha": self.handle.noise_alpha}
-        if not self.log_stats:
+        if not with_stats:
             return told
         stats = self.handle.stats()
         told[f"{LOG_PREFIX}calls"] = stats["calls"]
