@@ -1,7 +1,7 @@
 """Many processes: which Philox stream is ours, and noise on DTensor embeddings.
 
 A DTensor stands for one logical tensor, so its noise is the noise one process would add to it, whatever its placements: the ranks of a
-tensor-parallel group share one stream and must share one seed. What differs between data-parallel replicas is the stream.
+tensor-parallel group share one stream and one seed, which its first rank draws. What differs between data-parallel replicas is the stream.
 """
 
 import weakref
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import reference
-from .functional import UNIFORM, Offsets, Samples, Variant, embeds_with_noise
-from .ops import _asked_outside_the_graph, choose_backend
+from .functional import UNIFORM, Offsets, Samples, Variant, embeds_with_noise, seed_tensor
+from .ops import asked_outside_the_graph, choose_backend
 
 PASS_STREAM = "pass stream= to apply_neftune: a number that the ranks of one replica share and that no other replica has"
 
@@ -70,7 +70,7 @@ def data_parallel_index(weight: Tensor, embedding: nn.Module | None = None, mode
     return dist.get_rank()
 
 
-@_asked_outside_the_graph  # torch 2.11's Dynamo cannot follow a mesh's shape
+@asked_outside_the_graph  # torch 2.11's Dynamo cannot follow a mesh's shape
 def _index_in(mesh: Any) -> int:
     """This rank's place in the flattened mesh."""
     index = 0
@@ -79,7 +79,7 @@ def _index_in(mesh: Any) -> int:
     return index
 
 
-@_asked_outside_the_graph  # Dynamo cannot follow the ranks, which are a tensor's values
+@asked_outside_the_graph  # Dynamo cannot follow the ranks, which are a tensor's values
 def _index_outside(mesh: Any) -> int:
     """This rank's place in the root mesh, flattened over the dimensions along which `mesh` has no other rank."""
     root = mesh._get_root_mesh()
@@ -145,6 +145,21 @@ class _AddConstant(torch.autograd.Function):
         return grad, None
 
 
+def shared_seed(seed: Tensor, weight: Tensor) -> Tensor:
+    """The seed drawn by the first rank of a DTensor weight's mesh, on all of its ranks; for any other weight the seed itself.
+
+    Seeded alike they draw alike only while their generators stay in step, which dropout on shards of unlike size ends.
+    """
+    if not is_dtensor(weight):
+        return seed
+    from torch.distributed import _functional_collectives as collectives
+
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+    for dim in range(mesh.ndim):
+        seed = collectives.wait_tensor(collectives.broadcast(seed, 0, (mesh, dim)))
+    return seed
+
+
 def replicated(samples: Samples) -> Samples:
     """What tells the samples, as ordinary tensors of every token: the noise of one shard depends on the whole sample."""
     return samples._replace(**{name: value.full_tensor() for name, value in samples._asdict().items() if is_dtensor(value)})
@@ -162,7 +177,8 @@ def dtensor_with_noise(
 ) -> Tensor:
     """embeds_with_noise for a DTensor (..., T, d): the noise of the global tensor, each rank adding its own part.
 
-    Partial sums (vocabulary-sharded lookups) are reduced first; every other placement stays. The seed must be one for the whole mesh.
+    Partial sums (vocabulary-sharded lookups) are reduced first; every other placement stays. A given seed must be one for the whole mesh; a
+    drawn one is the first rank's.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -171,6 +187,8 @@ def dtensor_with_noise(
     if placements != embedded.placements:
         embedded = embedded.redistribute(placements=placements)
     local, samples = embedded.to_local(), replicated(samples)
+    if seed is None:
+        seed, generator = shared_seed(seed_tensor(None, generator, local.device), embedded), None
     if all(placement.is_replicate() for placement in placements):
         noisy = embeds_with_noise(local, alpha, samples, seed, generator, offsets, backend, variant)
     else:

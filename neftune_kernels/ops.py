@@ -38,12 +38,16 @@ REFERENCE_CHUNK = 1 << 20  # elements the reference computes at once: bounds its
 
 library = torch.library.Library(NAMESPACE, "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
+# alpha is read on the host at the launch, so a CUDA graph would replay the first one: Inductor is to launch these outside its graphs
+LAUNCH_TAGS = (*TAGS, torch.Tag.cudagraph_unsafe) if hasattr(torch.Tag, "cudagraph_unsafe") else TAGS
 
 for _family in FAMILIES:
     for _name, _args in (("noisy_embedding", EMBEDDING_ARGS), ("add_noise", ADD_ARGS)):
-        library.define(f"{_family}{_name}({_args}) -> Tensor", tags=TAGS)
-        library.define(f"{_family}{_name}.out({_args}, *, Tensor(a!) out) -> ()", tags=TAGS)
-    library.define(f'{_family}add_variant_noise({ADD_ARGS}, str distribution="normal", bool equal_variance=True) -> Tensor', tags=TAGS)
+        library.define(f"{_family}{_name}({_args}) -> Tensor", tags=LAUNCH_TAGS)
+        library.define(f"{_family}{_name}.out({_args}, *, Tensor(a!) out) -> ()", tags=LAUNCH_TAGS)
+    library.define(
+        f'{_family}add_variant_noise({ADD_ARGS}, str distribution="normal", bool equal_variance=True) -> Tensor', tags=LAUNCH_TAGS
+    )
     library.define(f"{_family}mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, Tensor)", tags=TAGS)
     library.define(f"{_family}padding_layout(Tensor input_ids, SymInt padding_idx) -> (Tensor, Tensor, Tensor)", tags=TAGS)
 library.define(
@@ -467,13 +471,13 @@ for _name, _overload, _launcher, _otherwise in (
     library.impl(_schema, _on_gpu(_launcher, _otherwise, None), "XPU")
 
 
-def _asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+def asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compiler.assume_constant_result, as Dynamo cannot trace the import machinery; but that imports Dynamo to set this mark."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_asked_outside_the_graph
+@asked_outside_the_graph
 def _triton_reason(device_type: str | None) -> str:
     """Empty where Triton can serve tensors of that device (None: of any), else why not. Does not import triton."""
     if device_type is not None and device_type not in TRITON_DEVICES:
@@ -491,7 +495,7 @@ def _triton_reason(device_type: str | None) -> str:
 # ---- the CUDA C++ kernels
 
 
-@_asked_outside_the_graph
+@asked_outside_the_graph
 def _cuda_reason(device_type: str | None) -> str:
     """Empty where the CUDA library can serve tensors of that device (None: of any), else why not."""
     if device_type not in (None, "cuda"):
@@ -540,7 +544,7 @@ def _import_for(device_type: str) -> str:
     return reason
 
 
-@_asked_outside_the_graph  # not the cached function: Dynamo looks through its cache
+@asked_outside_the_graph  # not the cached function: Dynamo looks through its cache
 def _triton_fails(device_type: str) -> str:
     """_triton_reason, after importing it if nothing spoke against that."""
     return _import_for(device_type)

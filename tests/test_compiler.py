@@ -86,6 +86,50 @@ def test_one_compilation_for_many_seeds_alphas_and_lengths():
     assert run(model, apply_neftune(model, 5.0)) == plain <= 2
 
 
+def test_signs_and_distributions_that_change_after_compiling():
+    model = llama()
+    handle = apply_neftune(model, 5.0)
+    ids, mask = batch()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for sign, distribution in ((1, "uniform"), (-1, "uniform"), (1, "normal"), (-1, "normal"), (1, "rademacher"), (1, "uniform")):
+        assert apply_neftune(model, 5.0, distribution=distribution) is handle
+        handle.sign = sign
+        torch.manual_seed(3)
+        expected = first_hidden(model, ids, mask)
+        torch.manual_seed(3)
+        assert torch.equal(first_hidden(compiled, ids, mask), expected), (sign, distribution)
+
+
+def test_an_embedding_replaced_before_compiling_is_refused():
+    """Found again at the next forward, but not from inside a graph."""
+    peft = pytest.importorskip("peft")
+    ids, mask = batch()
+    model = llama()
+    apply_neftune(model, 5.0)
+    model.model.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="call apply_neftune again before compiling"):
+        torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids, attention_mask=mask)
+    model = llama()
+    handle = apply_neftune(model, 5.0)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(wrapped, backend="eager")  # in parts, it finds the wrapper as eager mode does
+    compiled(input_ids=ids, attention_mask=mask)
+    assert handle._noisy and not handle.has_moved()
+    torch.manual_seed(3)
+    expected = first_hidden(wrapped, ids, mask)
+    torch.manual_seed(3)
+    assert torch.equal(first_hidden(compiled, ids, mask), expected)
+
+
+def test_noise_is_launched_outside_cuda_graphs():
+    """alpha is read by the host at the launch: Inductor must not record it, or a replay would add the first alpha for ever."""
+    for name in ("noisy_embedding", "add_noise", "add_variant_noise", "cuda_noisy_embedding", "cuda_add_noise"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.neftune_kernels, name).default.tags
+
+
 @pytest.mark.parametrize("kind", ["T5", "Marian", "packed"])
 def test_other_ways_in_compile_whole(kind):
     """Encoder-decoders, models that scale embeddings afterwards, packed batches."""
@@ -243,6 +287,28 @@ def test_gradient_checkpointing_of_a_model(use_reentrant):
         apply_neftune(model, 5.0)
         torch.manual_seed(2)
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        grads.append(model.get_input_embeddings().weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_checkpoint_around_an_applied_model_is_not_compiled_whole():
+    """Dynamo lets a checkpointed segment change nothing outside it, such as who is running. Compiled in parts it is right."""
+    model = llama()
+    apply_neftune(model, 5.0)
+    ids, mask = batch()
+
+    def step(ids, mask):
+        return checkpoint(lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits, ids, mask, use_reentrant=False).sum()
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="(?i)side effect|mutating a variable"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(ids, mask)
+    grads = []
+    torch._dynamo.reset()
+    for call in (step, torch.compile(step, backend="aot_eager")):
+        model.zero_grad()
+        torch.manual_seed(3)
+        call(ids, mask).backward()
         grads.append(model.get_input_embeddings().weight.grad)
     assert torch.equal(*grads)
 

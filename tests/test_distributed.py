@@ -559,6 +559,30 @@ def test_micro_batches_with_sample_offset_equal_the_batch(dtype):
         assert torch.equal(torch.cat(parts), whole), size
 
 
+# ---- generators out of step
+
+
+def check_generators_out_of_step(rank, folder):
+    """Dropout on shards of unlike size leaves the ranks' generators apart: the group's first rank draws for all."""
+    mesh = init_device_mesh("cpu", (2,))
+    ids, mask = batch()
+    expected, _ = one_process()
+    for by_hand in (False, True):
+        model = Embedder(embedding=NEFTuneEmbedding, noise_alpha=5.0) if by_hand else Embedder()
+        parallelize_module(model, mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
+        if not by_hand:
+            apply_neftune(model, 5.0, embedding="embed")
+        torch.manual_seed(3)
+        if rank == 1:
+            torch.rand(5)
+        out = model.embed(ids, attention_mask=mask) if by_hand else model(ids, attention_mask=mask)
+        assert torch.equal(out, expected), by_hand
+
+
+def test_generators_out_of_step(tmp_path):
+    spawn(tmp_path, 2, check_generators_out_of_step)
+
+
 # ---- trainers under torchrun
 
 

@@ -169,6 +169,15 @@ def test_one_row_of_position_ids_for_many():
     check(MASK, ids=ROWS, input_ids=ROWS, attention_mask=MASK, position_ids=torch.arange(8)[None])
 
 
+def test_bounds_over_several_rows():
+    """cu_seq_lens_q counts flattened tokens: a document may go on in the next row."""
+    bounds = torch.tensor([0, 5, 13, 24], dtype=torch.int32)
+    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
+    told = from_arguments({"input_ids": ROWS, "attention_mask": MASK, "cu_seq_lens_q": bounds}, None, pytest.fail)
+    out = noisy_embedding(ROWS, weight, 5.0, attention_mask=told.attention_mask, cu_seqlens=told.cu_seqlens, seed=0)
+    assert torch.equal(out, noisy_embedding(ROWS, weight, 5.0, cu_seqlens=bounds, seed=0))
+
+
 def test_bad_bounds_are_refused():
     model = llama()
     apply_neftune(model, 5.0)

@@ -7,7 +7,9 @@ transformers.
 
 import dis
 import inspect
+import itertools
 import re
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -25,6 +27,7 @@ from ..distributed import (
     is_dtensor,
     is_tensor_parallel_forward,
     replicated,
+    shared_seed,
 )
 from ..functional import (
     NOTHING,
@@ -44,7 +47,7 @@ from ..functional import (
     seed_tensor,
 )
 from ..modules import HUGGING_FACE_MARK, PLAIN_WEIGHTS, TWO_NOISES, NEFTuneEmbedding
-from ..ops import choose_backend
+from ..ops import asked_outside_the_graph, choose_backend
 from .samples import from_arguments, from_callable, parameter_names, tells_samples, trailing_padding
 
 
@@ -79,9 +82,10 @@ class NEFTuneState:
         self.skipped: Counter[str] = Counter()
         self.warned: set[str] = set()
         self.handle: NEFTuneHandle | None = None
+        self.handle_number = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handle": None, "running": []}  # a copy is not steered by our handle
+        return {**self.__dict__, "handle": None, "handle_number": -1, "running": []}  # a copy is not steered by our handle
 
     def set_alpha(self, noise_alpha: float | None) -> None:
         self.noise_alpha = check_alpha(noise_alpha)
@@ -238,7 +242,7 @@ class _Noisy(nn.Module):
         if embedded is not None and scale != 1:
             embedded = embedded * scale
         dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
-        seed = seed_tensor(None, None, weight.device)
+        seed = shared_seed(seed_tensor(None, None, weight.device), weight)
         if not torch.compiler.is_compiling() and not site.follows:
             state.calls += 1
             state.skipped_last = None
@@ -251,7 +255,8 @@ class _Noisy(nn.Module):
             add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
             return add(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
         given = (input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
-        return embed_with_noise(*given) if state.variant is UNIFORM else embed_with_variant(*given, state.variant)
+        plain = state.variant.distribution == "uniform" and state.variant.sign == 1  # values, on which Dynamo guards; not identity
+        return embed_with_noise(*given) if plain else embed_with_variant(*given, state.variant)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_noisy, (self._neftune_base,), self.__dict__
@@ -292,6 +297,11 @@ class _TakeSamples:
         if steered and state.handle.refresh():  # type: ignore[union-attr]  # our hooks are new ones then
             fresh = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _TakeSamples) and hook.state is state)
             return next(fresh)(module, args, kwargs)
+        if torch.compiler.is_compiling() and not state.running and _has_moved(state.handle_number):
+            raise RuntimeError(
+                "something was put in the place of a noisy embedding since apply_neftune (PEFT's wrappers, another module), and the model "
+                "is about to be traced without its noise: call apply_neftune again before compiling"
+            )
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         has_embeds = given.get("inputs_embeds") is not None or given.get("decoder_inputs_embeds") is not None
         if not state.running:
@@ -369,10 +379,22 @@ class Found(NamedTuple):
     wrappers: list[nn.Module]
 
 
+_numbers = itertools.count()
+_handles: "weakref.WeakValueDictionary[int, NEFTuneHandle]" = weakref.WeakValueDictionary()  # for questions asked outside the graph
+
+
+@asked_outside_the_graph
+def _has_moved(handle_number: int) -> bool:
+    handle = _handles.get(handle_number)
+    return handle is not None and handle.has_moved()
+
+
 class NEFTuneHandle:
     """What apply_neftune returns: change alpha, read statistics, undo. Also a context manager that undoes on exit."""
 
     def __init__(self, state: NEFTuneState) -> None:
+        state.handle_number = next(_numbers)
+        _handles[state.handle_number] = self
         self._state: NEFTuneState | None = state
         self._roots: list[tuple[weakref.ref[nn.Module], str | None]] = []  # weak: a handle keeps no model alive
         self._noisy: list[weakref.ref[nn.Module]] = []
@@ -453,11 +475,15 @@ class NEFTuneHandle:
 
     def refresh(self) -> bool:
         """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a resized or another embedding."""
+        if not self.has_moved():
+            return False
+        attach = torch.compiler.disable(self.attach) if "torch._dynamo" in sys.modules else self.attach  # Dynamo fails inside inspect
+        attach()
+        return True
+
+    def has_moved(self) -> bool:
         moved = any((module := parent()) is not None and module._modules.get(name) is not child() for parent, name, child in self._places)
-        if moved or any((wrapper := copied()) is not None and len(wrapper.modules_to_save) != n for copied, n in self._copies):  # type: ignore[arg-type]
-            self.attach()
-            return True
-        return False
+        return moved or any((wrapper := copied()) is not None and len(wrapper.modules_to_save) != n for copied, n in self._copies)  # type: ignore[arg-type]
 
     def _live_state(self) -> NEFTuneState:
         if self._state is None:

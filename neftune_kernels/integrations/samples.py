@@ -123,7 +123,9 @@ def _from_bounds(bounds: Tensor, input_ids: Tensor, pad_token_id: int | None) ->
         check_cu_seqlens_values(bounds, flat.numel())
     token = torch.arange(flat.numel(), device=flat.device)
     number = torch.searchsorted(bounds.to(flat.device).long(), token, right=True)
-    if flat.numel() == 0:
+    if (
+        flat.numel() == 0 or flat.numel() != input_ids.shape[-1]
+    ):  # several rows: no padding-free batch, and documents may go on in the next row
         return Samples(cu_seqlens=bounds)
     outside = _tail(_opens(number), flat, pad_token_id) | (number == bounds.numel())
     number = torch.where(outside, 0, number)
