@@ -240,6 +240,13 @@ def test_what_cannot_be_noised_is_refused():
 
     with pytest.raises(ValueError, match=r'NoGetter has no get_input_embeddings\(\).*embedding="path.to.embed"'):
         apply_neftune(NoGetter(nn.Embedding(5, 4)))
+
+    class NoneGetter(NoGetter):
+        def get_input_embeddings(self):
+            return None
+
+    with pytest.raises(ValueError, match=r'NoneGetter has no get_input_embeddings\(\), or it returns None.*embedding="path.to.embed"'):
+        apply_neftune(NoneGetter(nn.Embedding(5, 4)))
     with pytest.raises(ValueError, match="embedding='nowhere' names no module of NoGetter"):
         apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding="nowhere")
     with pytest.raises(ValueError, match="must be an nn.Embedding, got torch.nn.modules.linear.Linear"):
