@@ -139,12 +139,13 @@ class NEFTuneEmbedding(nn.Embedding):
         noise_mask (..., T) says which tokens get noise, sign=-1 negates it exactly.
         """
         weight = self.weight
-        variant = check_variant(self.distribution, self.equal_variance, sign)
         noisy = self.training and self._has_noise
+        nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None and noise_mask is None
+        if noisy or type(sign) is not int or sign != 1:  # without noise every check is host time
+            variant = check_variant(self.distribution, self.equal_variance, sign)
         if noisy and HUGGING_FACE_MARK in self.__dict__:
             raise RuntimeError(TWO_NOISES)
         if noisy and self.max_norm is None and not (self.sparse or self.scale_grad_by_freq) and type(weight) in PLAIN_WEIGHTS:
-            nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None and noise_mask is None
             args = (
                 input,
                 weight,
@@ -161,11 +162,11 @@ class NEFTuneEmbedding(nn.Embedding):
         embedded = F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
         if self.embed_scale != 1:
             embedded = embedded * self.embed_scale
-        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
         if not noisy:
-            if not samples.unknown:  # what would be refused with noise is refused all the same
-                check_layout(input.shape, input.device, *samples[:4], noise_mask)
+            if not nothing:  # what would be refused with noise is refused all the same
+                check_layout(input.shape, input.device, attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
             return embedded
+        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
         offsets = self._offsets(stream, sample_offset, position_offset)
         add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
