@@ -9,15 +9,11 @@ try:
 except ImportError:  # the same library under its other name
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
-from ..functional import check_alpha
 from ..schedules import Schedule
-from .models import NEFTuneHandle, apply_neftune
-
-LOG_PREFIX = "neftune/"
-LOGGED = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max", "max_noise_ratio")
+from .training import TrainingNoise
 
 
-class NEFTuneCallback(Callback):  # type: ignore[misc]
+class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
     """NEFTune while a Lightning Trainer fits, and only then.
 
     The noise is put on the model after the sanity check, when training starts, and taken off when it ends, is interrupted or fails;
@@ -44,21 +40,14 @@ class NEFTuneCallback(Callback):  # type: ignore[misc]
     def __init__(
         self, noise_alpha: float | Schedule | None = 5.0, *, model: str | None = None, log_stats: bool = True, **options: Any
     ) -> None:
-        unknown = sorted(set(options) - set(apply_neftune.__kwdefaults__ or {}))
-        if unknown:
-            raise TypeError(f"NEFTuneCallback takes noise_alpha, model, log_stats and apply_neftune's keywords, got {', '.join(unknown)}")
-        self.schedule = noise_alpha if callable(noise_alpha) else None
-        self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
-        self.model, self.log_stats, self.options = model, log_stats, options
-        self.handle: NEFTuneHandle | None = None
+        TrainingNoise.__init__(self, noise_alpha, log_stats, options, takes="noise_alpha, model, log_stats")
+        self.model = model
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        self.detach()
-        self.handle = apply_neftune(self._find_model(pl_module), self._alpha_at(trainer.global_step), **self.options)
+        self.attach(self._find_model(pl_module), trainer.global_step)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
-        if self.schedule is not None and self.handle is not None:
-            self.handle.noise_alpha = self._alpha_at(trainer.global_step)
+        self.follow_schedule(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.handle is None:
@@ -71,7 +60,8 @@ class NEFTuneCallback(Callback):  # type: ignore[misc]
                 f"{missed}. Lightning leaves a model that is in eval mode (from_pretrained) in eval mode: call its train() before fit"
             )
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            pl_module.log_dict(self._told(), on_step=True, on_epoch=False, batch_size=1)  # type: ignore[operator]
+            told = self.told(self.handle.stats() if self.log_stats else None)
+            pl_module.log_dict(told, on_step=True, on_epoch=False, batch_size=1)  # type: ignore[operator]
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         self.detach()
@@ -81,12 +71,6 @@ class NEFTuneCallback(Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         self.detach()
-
-    def detach(self) -> None:
-        """Take the noise off the model; nothing happens where there is none."""
-        handle, self.handle = self.handle, None
-        if handle is not None:
-            handle.remove()
 
     def _find_model(self, pl_module: nn.Module) -> nn.Module:
         if self.model is not None:
@@ -100,16 +84,3 @@ class NEFTuneCallback(Callback):  # type: ignore[misc]
                 f"{' (' + ', '.join(found) + ')' if found else ''}: name the one to be noised: NEFTuneCallback(model='path.in.module')"
             )
         return pl_module.get_submodule(found[0])
-
-    def _alpha_at(self, step: int) -> float:
-        if self.schedule is not None:
-            self.noise_alpha = check_alpha(self.schedule(step))
-        return self.noise_alpha
-
-    def _told(self) -> dict[str, float]:
-        assert self.handle is not None
-        told: dict[str, float] = {f"{LOG_PREFIX}noise_alpha": self.handle.noise_alpha}
-        if self.log_stats:
-            stats = self.handle.stats()
-            told |= {f"{LOG_PREFIX}{name}": float(stats[name]) for name in LOGGED if stats[name] is not None}
-        return told

@@ -12,15 +12,12 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..functional import check_alpha
 from ..schedules import Schedule
-from .models import NEFTuneHandle, applied_handle, apply_neftune
-
-LOG_PREFIX = "neftune/"
-LOGGED = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max", "max_noise_ratio")
+from .models import NEFTuneHandle, apply_neftune
+from .training import LOG_PREFIX, TrainingNoise
 
 
-class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
+class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
     """NEFTune while a transformers.Trainer or TRL trainer (SFT, DPO, KTO, GRPO, Reward) trains, and only then.
 
     The noise is put on the model when training begins and taken off when it ends, is interrupted or fails. The trainer's log gets
@@ -46,14 +43,7 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, noise_alpha: float | Schedule | None = 5.0, *, log_stats: bool = True, **options: Any) -> None:
-        unknown = sorted(set(options) - set(apply_neftune.__kwdefaults__ or {}))
-        if unknown:
-            raise TypeError(f"NEFTuneCallback takes noise_alpha, log_stats and apply_neftune's keywords, got {', '.join(unknown)}")
-        self.schedule = noise_alpha if callable(noise_alpha) else None
-        self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
-        self.log_stats, self.options = log_stats, options
-        self.handle: NEFTuneHandle | None = None
-        self.lent: dict[str, Any] | None = None  # settings of an apply_neftune that was in force before and goes on afterwards
+        TrainingNoise.__init__(self, noise_alpha, log_stats, options, takes="noise_alpha, log_stats")
         _watch_training()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
@@ -61,24 +51,25 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError("NEFTuneCallback was given no model to train")
         if self.handle is not None and not self.handle.removed and self.handle.root() is not model:
             raise RuntimeError("this NEFTuneCallback is in use by another training that has not ended: give every trainer one of its own")
-        self.detach()
-        lent = applied_handle(model, self.options.get("embedding"))
-        self.lent = None if lent is None else lent.settings()
-        self.handle = apply_neftune(model, self._alpha_at(state.global_step), **self.options)
+        handle = self.attach(model, state.global_step)
         try:
-            self.handle.check_single_noise()
+            handle.check_single_noise()
         except RuntimeError:
             self.detach()
             raise
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.schedule is not None and self.handle is not None:
-            self.handle.noise_alpha = self._alpha_at(state.global_step)
+        self.follow_schedule(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self.handle is None or logs is None or "loss" not in logs:  # evaluation and the summary at the end have no noise to tell of
             return
-        told = self._told(with_stats=self.log_stats and not getattr(args, "torch_compile", False))  # compiled forwards are not counted
+        counted = self.log_stats and not getattr(args, "torch_compile", False)  # compiled forwards are not
+        stats = self.handle.stats() if counted else None
+        told = self.told(stats)
+        if stats is not None:
+            told[f"{LOG_PREFIX}calls"] = stats["calls"]
+            told |= {f"{LOG_PREFIX}skipped/{reason}": count for reason, count in stats["skipped"].items()}
         logs.update(told)
         if state.log_history:
             state.log_history[-1].update(told)
@@ -93,31 +84,6 @@ class NEFTuneCallback(TrainerCallback):  # type: ignore[misc]
                     stacklevel=2,
                 )
         self.detach()
-
-    def detach(self) -> None:
-        """Take the noise off the model, or leave it as it was before the training; nothing happens where there is none."""
-        handle, self.handle = self.handle, None
-        if handle is None or handle.removed:
-            return
-        if self.lent is None:
-            handle.remove()
-        else:
-            handle.restore(self.lent)
-
-    def _alpha_at(self, step: int) -> float:
-        if self.schedule is not None:
-            self.noise_alpha = check_alpha(self.schedule(step))
-        return self.noise_alpha
-
-    def _told(self, with_stats: bool) -> dict[str, float]:
-        assert self.handle is not None
-        told: dict[str, float] = {f"{LOG_PREFIX}noise_alpha": self.handle.noise_alpha}
-        if not with_stats:
-            return told
-        stats = self.handle.stats()
-        told[f"{LOG_PREFIX}calls"] = stats["calls"]
-        told |= {f"{LOG_PREFIX}{name}": stats[name] for name in LOGGED if stats[name] is not None}
-        return told | {f"{LOG_PREFIX}skipped/{reason}": count for reason, count in stats["skipped"].items()}
 
 
 _replaced: dict[str, Any] = {}  # what patch_trainer put aside: name in transformers.trainer → the original

@@ -1,0 +1,58 @@
+"""What the trainers' callbacks share: noise on a model while it trains, alpha on a schedule, figures for the log."""
+
+from typing import Any
+
+from torch import nn
+
+from ..functional import check_alpha
+from ..schedules import Schedule
+from .models import NEFTuneHandle, applied_handle, apply_neftune
+
+LOG_PREFIX = "neftune/"
+LOGGED = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max", "max_noise_ratio")
+
+
+class TrainingNoise:
+    """apply_neftune for the length of a training; what was applied before goes on afterwards."""
+
+    def __init__(self, noise_alpha: float | Schedule | None, log_stats: bool, options: dict[str, Any], takes: str) -> None:
+        unknown = sorted(set(options) - set(apply_neftune.__kwdefaults__ or {}))
+        if unknown:
+            raise TypeError(f"NEFTuneCallback takes {takes} and apply_neftune's keywords, got {', '.join(unknown)}")
+        self.schedule = noise_alpha if callable(noise_alpha) else None
+        self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
+        self.log_stats, self.options = log_stats, options
+        self.handle: NEFTuneHandle | None = None
+        self.lent: dict[str, Any] | None = None  # settings of an apply_neftune that was in force before
+
+    def attach(self, model: nn.Module, step: int) -> NEFTuneHandle:
+        self.detach()
+        lent = applied_handle(model, self.options.get("embedding"))
+        self.lent = None if lent is None else lent.settings()
+        self.handle = apply_neftune(model, self.alpha_at(step), **self.options)
+        return self.handle
+
+    def detach(self) -> None:
+        """Take the noise off the model, or leave it as it was before the training; nothing happens where there is none."""
+        handle, self.handle = self.handle, None
+        if handle is None or handle.removed:
+            return
+        if self.lent is None:
+            handle.remove()
+        else:
+            handle.restore(self.lent)
+
+    def alpha_at(self, step: int) -> float:
+        if self.schedule is not None:
+            self.noise_alpha = check_alpha(self.schedule(step))
+        return self.noise_alpha
+
+    def follow_schedule(self, step: int) -> None:
+        if self.schedule is not None and self.handle is not None:
+            self.handle.noise_alpha = self.alpha_at(step)
+
+    def told(self, stats: dict[str, Any] | None) -> dict[str, float]:
+        """neftune/noise_alpha, and of the handle's stats, where given, the lengths and magnitudes of the last noisy batch."""
+        assert self.handle is not None
+        told = {f"{LOG_PREFIX}noise_alpha": self.handle.noise_alpha}
+        return told | {f"{LOG_PREFIX}{name}": float(stats[name]) for name in LOGGED if stats is not None and stats[name] is not None}
