@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from neftune_kernels import apply_neftune
 from neftune_kernels.schedules import linear_schedule
 
 pl = pytest.importorskip("pytorch_lightning")
@@ -154,6 +155,15 @@ def test_a_model_left_in_eval_mode_warns():
     with pytest.warns(UserWarning, match=r"skipped: eval mode\. .*call its train\(\) before fit") as caught:
         trainer(NEFTuneCallback(5.0)).fit(module, data())
     assert sum("noisy forward" in str(warning.message) for warning in caught) == 1
+
+
+def test_what_was_applied_before_goes_on_after_the_callback():
+    module = Module()
+    handle = apply_neftune(module.model, 3.0, stream=7)
+    trainer(NEFTuneCallback(5.0), max_steps=2).fit(module, data())
+    assert handle.noise_alpha == 3.0 and handle.settings()["stream"] == 7 and handle.stats()["calls"] == 2
+    handle.remove()
+    assert type(module.model.get_input_embeddings()) is nn.Embedding
 
 
 def test_which_model_is_noised():
