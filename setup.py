@@ -1,10 +1,13 @@
-"""Builds the C++ CPU kernel as neftune_kernels/_C*.so and the CUDA kernels as _C_cuda*.so; all else is declared in pyproject.toml.
+"""Builds the C++ CPU kernel as neftune_kernels/_C*.so and the CUDA kernels as _C_cuda*.so; all else
+is declared in pyproject.toml.
 
-The package works without the libraries, so a failure here never fails an install: the reason is printed and kept in _build_error.txt or
-_build_error_cuda.txt beside the package, which `python -m neftune_kernels` shows.
+The package works without the libraries, so a failure here never fails an install: the reason is
+printed and kept in _build_error.txt or _build_error_cuda.txt beside the package, which `python -m
+neftune_kernels` shows.
 
     NEFTUNE_BUILD_CPP=0             skips the C++ kernel
-    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found, never, or with an error for what is missing
+    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found, never, or with an
+                                    error for what is missing
     NEFTUNE_CUDA_ARCHS=80,90        fewer architectures than the usual, for a quick build
 """
 
@@ -23,57 +26,89 @@ from setuptools.errors import ExecError
 
 CSRC = pathlib.Path("csrc")
 CUDA_EXTENSION = "neftune_kernels._C_cuda"
-TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the first with everything used here in its stable ABI
+TORCH_TARGET_VERSION = (
+    "0x020a000000000000"  # 2.10, the first with everything used here in its stable ABI
+)
 # Contracting x·step + e into an FMA would round once where the specification rounds twice.
 COMPILE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
 # One file per instruction set, the choice is made at run time: never -march=native, nor -mfma.
 # g++ 12 takes the intrinsics' deliberately undefined operands for mistakes.
-AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512_FLAGS = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 SIMD_FLAGS = {
     "rows_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
     "rows_avx512.cpp": AVX512_FLAGS,
     "rows_avx2.cpp": ["-mavx2", "-mf16c"],
 }
-# The CUDA kernels: machine code for each, and PTX of the first and the last for whatever lies between and beyond.
+# The CUDA kernels: machine code for each, and PTX of the first and the last for whatever lies
+# between and beyond.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", "-Xfatbin", "-compress-all"]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fmad=false",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-ffp-contract=off",
+    "-Xfatbin",
+    "-compress-all",
+]
 X86, ARM = ["rows_avx512bf16.cpp", "rows_avx512.cpp", "rows_avx2.cpp"], ["rows_neon.cpp"]
 SIMD_SOURCES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
 
 def torch_folder() -> pathlib.Path:
-    """The installed torch, found without importing it; in an isolated build sysconfig still names the interpreter's own site-packages."""
+    """The installed torch, found without importing it; in an isolated build sysconfig still names
+    the interpreter's own site-packages.
+    """
     paths = sysconfig.get_paths()
     for site in (paths["purelib"], paths["platlib"], *sys.path):
         folder = pathlib.Path(site, "torch")
         if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
             return folder
-    raise RuntimeError(f"no headers of torch >= 2.10 in {paths['purelib']}: install torch first, then this package again")
+    raise RuntimeError(
+        f"no headers of torch >= 2.10 in {paths['purelib']}: install torch first, then this "
+        f"package again"
+    )
 
 
 def run_compiler(command: list[str], **kwargs: Any) -> None:
-    """Runs a compiler command, with its message in the error: that is what _build_error.txt shows."""
+    """Runs a compiler command, its message in the error: that is what _build_error.txt shows."""
     print(*command, flush=True)
     try:
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=kwargs.get("env"))
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, env=kwargs.get("env")
+        )
     except OSError as error:
         raise ExecError(f"{command[0]}: {error}") from None
     sys.stdout.write(done.stdout)
     sys.stderr.write(done.stderr)
     if done.returncode:
-        raise ExecError(f"{command[0]} failed with exit code {done.returncode}\n{done.stderr.strip()}")
+        raise ExecError(
+            f"{command[0]} failed with exit code {done.returncode}\n{done.stderr.strip()}"
+        )
 
 
 class BuildKernel(build_ext):  # type: ignore[misc]
-    """build_ext with torch's headers and each source's own flags, which leaves its reason behind when it fails."""
+    """build_ext with torch's headers and each source's own flags, which leaves its reason behind
+    when it fails.
+    """
 
     def run(self) -> None:
         super().run()
         if not self.inplace:
             return
-        # setuptools has copied the library beside the sources; the reason follows, and no library of an older state stays.
+        # setuptools has copied the library beside the sources; the reason follows, and no library
+        # of an older state stays.
         for extension in self.extensions:
-            built = pathlib.Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(extension.name)))
+            built = pathlib.Path(
+                self.build_lib, self.get_ext_filename(self.get_ext_fullname(extension.name))
+            )
             library = pathlib.Path(self.get_ext_fullpath(extension.name))
             reason(library).unlink(missing_ok=True)
             if reason(built).exists():
@@ -98,45 +133,81 @@ class BuildKernel(build_ext):  # type: ignore[misc]
         except Exception as error:
             library.unlink(missing_ok=True)
             if cuda and wanted == "1":
-                raise RuntimeError(f"NEFTUNE_BUILD_CUDA=1, but the CUDA kernels cannot be built: {error}") from error
+                raise RuntimeError(
+                    f"NEFTUNE_BUILD_CUDA=1, but the CUDA kernels cannot be built: {error}"
+                ) from error
             library.parent.mkdir(parents=True, exist_ok=True)
             reason(library).write_text(f"{error}\n")
             if cuda:
                 print(f"\nneftune_kernels: no CUDA C++ kernels. Reason: {error}\n", file=sys.stderr)
             else:
                 print(
-                    f"\nneftune_kernels: NO C++ KERNEL, the slow reference backend will serve the CPU. Reason: {error}\n", file=sys.stderr
+                    f"\nneftune_kernels: NO C++ KERNEL, the slow reference backend will serve the "
+                    f"CPU. Reason: {error}\n",
+                    file=sys.stderr,
                 )
 
     def compile_cuda(self, ext: Extension) -> None:
-        """kernels.cu by nvcc; the rest, with the CUDA runtime linked in, is an extension like the other."""
+        """kernels.cu by nvcc; the rest, with the CUDA runtime linked in, is an extension like the
+        other.
+        """
         if sys.platform != "linux":
             raise RuntimeError(f"the CUDA kernels are built on Linux, not on {sys.platform}")
         toolkit = find_toolkit()
         target = pathlib.Path(self.build_temp, "kernels.cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [toolkit.nvcc, *NVCC_FLAGS, *arch_flags(toolkit), "--threads", "0", "-c", CSRC / "cuda" / "kernels.cu", "-o", target]
+        command = [
+            toolkit.nvcc,
+            *NVCC_FLAGS,
+            *arch_flags(toolkit),
+            "--threads",
+            "0",
+            "-c",
+            CSRC / "cuda" / "kernels.cu",
+            "-o",
+            target,
+        ]
         run_compiler([str(part) for part in command])
         ext.extra_objects = [str(target), str(toolkit.runtime)]
 
     def configure(self, ext: Extension) -> None:
         compiler: Any = self.compiler
         if compiler.compiler_type != "unix":
-            raise RuntimeError(f"the C++ kernel is built with g++ or clang++, not with {compiler.compiler_type}")
+            raise RuntimeError(
+                f"the C++ kernel is built with g++ or clang++, not with {compiler.compiler_type}"
+            )
         torch = torch_folder()
         ext.include_dirs.append(str(torch / "include"))
         ext.library_dirs.append(str(torch / "lib"))
         compile_one = compiler._compile
 
-        def compile_with_flags(obj: str, src: str, suffix: str, cc_args: list[str], postargs: list[str], pp_opts: list[str]) -> None:
-            compile_one(obj, src, suffix, cc_args, [*postargs, *SIMD_FLAGS.get(pathlib.Path(src).name, [])], pp_opts)
+        def compile_with_flags(
+            obj: str,
+            src: str,
+            suffix: str,
+            cc_args: list[str],
+            postargs: list[str],
+            pp_opts: list[str],
+        ) -> None:
+            compile_one(
+                obj,
+                src,
+                suffix,
+                cc_args,
+                [*postargs, *SIMD_FLAGS.get(pathlib.Path(src).name, [])],
+                pp_opts,
+            )
 
         compiler._compile = compile_with_flags
-        compiler.spawn = compiler.call = run_compiler  # setuptools calls the one or, since 84, the other
+        compiler.spawn = compiler.call = (
+            run_compiler  # setuptools calls the one or, since 84, the other
+        )
 
 
 def reason(library: pathlib.Path) -> pathlib.Path:
-    return library.with_name("_build_error_cuda.txt" if library.name.startswith("_C_cuda") else "_build_error.txt")
+    return library.with_name(
+        "_build_error_cuda.txt" if library.name.startswith("_C_cuda") else "_build_error.txt"
+    )
 
 
 def build_cuda() -> str:
@@ -152,43 +223,84 @@ class Toolkit(NamedTuple):
 
 
 def find_toolkit() -> Toolkit:
-    """The first whole CUDA toolkit: CUDA_HOME's, that of nvcc on the PATH, /usr/local/cuda, or PyPI's nvidia-cuda-nvcc and companions."""
-    roots = [pathlib.Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    """The first whole CUDA toolkit: CUDA_HOME's, that of nvcc on the PATH, /usr/local/cuda, or
+    PyPI's nvidia-cuda-nvcc and companions.
+    """
+    roots = [
+        pathlib.Path(os.environ[name])
+        for name in ("CUDA_HOME", "CUDA_PATH")
+        if os.environ.get(name)
+    ]
     if not roots:
         if found := shutil.which("nvcc"):
             roots.append(pathlib.Path(found).resolve().parent.parent)
         roots.append(pathlib.Path("/usr/local/cuda"))
         roots += [
-            folder for site in (sysconfig.get_paths()["purelib"], *sys.path) for folder in sorted(pathlib.Path(site).glob("nvidia/cu1*"))
+            folder
+            for site in (sysconfig.get_paths()["purelib"], *sys.path)
+            for folder in sorted(pathlib.Path(site).glob("nvidia/cu1*"))
         ]
     complaints = []
     for root in dict.fromkeys(roots):
-        parts = ["bin/nvcc", "nvvm/bin/cicc", "include/cuda_runtime.h", "include/cuda_bf16.h", "include/crt/host_config.h"]
+        parts = [
+            "bin/nvcc",
+            "nvvm/bin/cicc",
+            "include/cuda_runtime.h",
+            "include/cuda_bf16.h",
+            "include/crt/host_config.h",
+        ]
         missing = [part for part in parts if not (root / part).exists()]
-        runtimes = [path for name in ("lib64", "lib") if (path := root / name / "libcudart_static.a").exists()]
+        runtimes = [
+            path
+            for name in ("lib64", "lib")
+            if (path := root / name / "libcudart_static.a").exists()
+        ]
         if not missing and runtimes:
             return Toolkit(root / "bin" / "nvcc", runtimes[0])
         if root.exists():
-            complaints.append(f"{root} lacks {', '.join(missing + ([] if runtimes else ['lib64/libcudart_static.a']))}")
-    raise RuntimeError("; ".join(complaints) or "no CUDA toolkit: no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda")
+            complaints.append(
+                f"{root} lacks "
+                f"{', '.join(missing + ([] if runtimes else ['lib64/libcudart_static.a']))}"
+            )
+    raise RuntimeError(
+        "; ".join(complaints)
+        or "no CUDA toolkit: no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda"
+    )
 
 
 def arch_flags(toolkit: Toolkit) -> list[str]:
-    listed = subprocess.run([str(toolkit.nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(
+        [str(toolkit.nvcc), "--list-gpu-code"], capture_output=True, text=True
+    ).stdout.split()
     asked = os.environ.get("NEFTUNE_CUDA_ARCHS")
-    archs = [arch.strip() for arch in asked.split(",")] if asked else [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed]
+    archs = (
+        [arch.strip() for arch in asked.split(",")]
+        if asked
+        else [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed]
+    )
     if unknown := [arch for arch in archs if f"sm_{arch}" not in listed]:
-        raise RuntimeError(f"NEFTUNE_CUDA_ARCHS: {toolkit.nvcc} knows no {', '.join(unknown)}, but {', '.join(listed)}")
+        raise RuntimeError(
+            f"NEFTUNE_CUDA_ARCHS: {toolkit.nvcc} knows no {', '.join(unknown)}, but "
+            f"{', '.join(listed)}"
+        )
     code = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [
         part
-        for flags in (*code, *(f"arch=compute_{a},code=compute_{a}" for a in {archs[0]: 0, archs[-1]: 0}))
+        for flags in (
+            *code,
+            *(f"arch=compute_{a},code=compute_{a}" for a in {archs[0]: 0, archs[-1]: 0}),
+        )
         for part in ("-gencode", flags)
     ]
 
 
 def kernel() -> Extension:
-    names = ["ops.cpp", "dispatch.cpp", "rows_scalar.cpp", *SIMD_SOURCES.get(platform.machine().lower(), [])]
+    names = [
+        "ops.cpp",
+        "dispatch.cpp",
+        "rows_scalar.cpp",
+        *SIMD_SOURCES.get(platform.machine().lower(), []),
+    ]
     return Extension(
         "neftune_kernels._C",
         [str(CSRC / "cpu" / name) for name in names],
@@ -198,7 +310,10 @@ def kernel() -> Extension:
         language="c++",
         py_limited_api=True,  # no Python in it at all
         optional=True,
-        depends=["setup.py", *(str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("cpu/*")]))],
+        depends=[
+            "setup.py",
+            *(str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("cpu/*")])),
+        ],
     )
 
 
@@ -213,7 +328,10 @@ def cuda_kernels() -> Extension:
         language="c++",
         py_limited_api=True,
         optional=True,
-        depends=["setup.py", *(str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*")]))],
+        depends=[
+            "setup.py",
+            *(str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*")])),
+        ],
     )
 
 

@@ -1,4 +1,6 @@
-"""Shapes named after models, inputs that rotate, and what is compared: ours and its rivals as plain functions of one input."""
+"""Shapes named after models, inputs that rotate, and what is compared: ours and its rivals as plain
+functions of one input.
+"""
 
 import math
 from collections.abc import Callable
@@ -65,7 +67,9 @@ def make_case(key: str, dtype: torch.dtype) -> Case:
 
 class Inputs(NamedTuple):
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, all ones: every token is real, so all rivals do the same work
+    attention_mask: (
+        Tensor  # (B, T) int64, all ones: every token is real, so all rivals do the same work
+    )
     weight: Tensor  # (V, d)
     out: Tensor  # (B, T, d), already faulted in: only the providers that take a buffer write it
     seed: Tensor  # 0-dim int64
@@ -73,13 +77,20 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case, cache_bytes: int = 0, generator_seed: int = 0) -> list[Inputs]:
-    """A set to rotate through: one weight; ids, seed and buffer of each its own; together at least twice `cache_bytes`.
+    """A set to rotate through: one weight; ids, seed and buffer of each its own; together at least
+    twice `cache_bytes`.
 
-    Ids are uniform over the vocabulary, the worst case for caches: real text repeats its frequent rows.
+    Ids are uniform over the vocabulary, the worst case for caches: real text repeats its frequent
+    rows.
     """
     generator = torch.Generator().manual_seed(generator_seed)
-    weight = torch.empty(case.num_embeddings, case.embedding_dim, dtype=case.dtype).normal_(0.0, WEIGHT_STD, generator=generator)
-    ids_shape, out_shape = (case.batch, case.columns), (case.batch, case.columns, case.embedding_dim)
+    weight = torch.empty(case.num_embeddings, case.embedding_dim, dtype=case.dtype).normal_(
+        0.0, WEIGHT_STD, generator=generator
+    )
+    ids_shape, out_shape = (
+        (case.batch, case.columns),
+        (case.batch, case.columns, case.embedding_dim),
+    )
     return [
         Inputs(
             torch.randint(case.num_embeddings, ids_shape, generator=generator),
@@ -97,8 +108,12 @@ def make_inputs(case: Case, cache_bytes: int = 0, generator_seed: int = 0) -> li
 
 
 def kernel_alone(inputs: Inputs) -> Tensor:
-    """The operator into a buffer that is already there: no allocation, no page faults, no checks of ours in Python."""
-    torch.ops.neftune_kernels.noisy_embedding.out(inputs.input_ids, inputs.weight, inputs.seed, inputs.alpha, out=inputs.out)
+    """The operator into a buffer that is already there: no allocation, no page faults, no checks of
+    ours in Python.
+    """
+    torch.ops.neftune_kernels.noisy_embedding.out(
+        inputs.input_ids, inputs.weight, inputs.seed, inputs.alpha, out=inputs.out
+    )
     return inputs.out
 
 
@@ -108,7 +123,13 @@ def ours(inputs: Inputs) -> Tensor:
 
 def ours_masked(inputs: Inputs) -> Tensor:
     """As the official code is called: the lengths come from the mask."""
-    return noisy_embedding(inputs.input_ids, inputs.weight, NOISE_ALPHA, attention_mask=inputs.attention_mask, seed=inputs.seed)
+    return noisy_embedding(
+        inputs.input_ids,
+        inputs.weight,
+        NOISE_ALPHA,
+        attention_mask=inputs.attention_mask,
+        seed=inputs.seed,
+    )
 
 
 # ---- without noise: the floors
@@ -137,7 +158,9 @@ def hf_hook(inputs: Inputs) -> Tensor:
 
 
 def official(inputs: Inputs) -> Tensor:
-    """Algorithm 1 with one magnitude per sample, everything in the embeddings' dtype, as the paper's training code does it."""
+    """Algorithm 1 with one magnitude per sample, everything in the embeddings' dtype, as the
+    paper's training code does it.
+    """
     embedded = F.embedding(inputs.input_ids, inputs.weight)
     input_mask = inputs.attention_mask.to(embedded)  # (B, T)
     input_lengths = torch.sum(input_mask, 1)  # (B,)
@@ -172,13 +195,26 @@ class Provider(NamedTuple):
 
 
 def compiled_providers() -> list[Provider]:
-    """The strongest rivals: the same mathematics with rand_like, which Inductor fuses. Compiled for each case's shape alone."""
+    """The strongest rivals: the same mathematics with rand_like, which Inductor fuses.
+
+    Compiled for each case's shape alone.
+    """
     torch.compiler.reset()
     compiled_hook: Callable[..., Tensor] = torch.compile(hook_with_rand_like, dynamic=False)
     compiled_official: Callable[..., Tensor] = torch.compile(official_with_rand_like, dynamic=False)
     return [
-        Provider("HF hook, compiled", lambda inputs: compiled_hook(inputs.input_ids, inputs.weight), "rival"),
-        Provider("official, compiled", lambda inputs: compiled_official(inputs.input_ids, inputs.attention_mask, inputs.weight), "rival"),
+        Provider(
+            "HF hook, compiled",
+            lambda inputs: compiled_hook(inputs.input_ids, inputs.weight),
+            "rival",
+        ),
+        Provider(
+            "official, compiled",
+            lambda inputs: compiled_official(
+                inputs.input_ids, inputs.attention_mask, inputs.weight
+            ),
+            "rival",
+        ),
     ]
 
 
@@ -219,12 +255,15 @@ def check(case: Case, provider: Provider, inputs: Inputs) -> str:
     if not 0.98 * case.magnitude <= largest <= case.magnitude * (1 + 2**-7) + rounding:
         return f"largest |noise| {largest:.3g} instead of {case.magnitude:.3g}"
     if abs(deviation / (case.magnitude / math.sqrt(3)) - 1) > 0.03:
-        return f"noise of standard deviation {deviation:.3g} instead of {case.magnitude / math.sqrt(3):.3g}"
+        expected = case.magnitude / math.sqrt(3)
+        return f"noise of standard deviation {deviation:.3g} instead of {expected:.3g}"
     return ""
 
 
 def _check_ours(case: Case, got: Tensor, inputs: Inputs) -> str:
-    """Bit for bit the reference backend: the first and last tokens of the first and last sample, computed as shards of their sample."""
+    """Bit for bit the reference backend: the first and last tokens of the first and last sample,
+    computed as shards of their sample.
+    """
     if not bool(torch.isfinite(got).all()):
         return "has cells that are not finite or were not written"
     width = min(16, case.columns)
@@ -241,10 +280,13 @@ def _check_ours(case: Case, got: Tensor, inputs: Inputs) -> str:
                 backend="reference",
             )
             if not torch.equal(got[sample : sample + 1, start : start + width], expected):
-                return f"differs from the reference backend in sample {sample} from position {start}"
+                return (
+                    f"differs from the reference backend in sample {sample} from position {start}"
+                )
     noise = got.float() - F.embedding(inputs.input_ids, inputs.weight).float()
     if abs(float(noise.std()) / (case.magnitude / math.sqrt(3)) - 1) > 0.03:
-        return f"noise of standard deviation {float(noise.std()):.3g} instead of {case.magnitude / math.sqrt(3):.3g}"
+        deviation = case.magnitude / math.sqrt(3)
+        return f"noise of standard deviation {float(noise.std()):.3g} instead of {deviation:.3g}"
     return ""
 
 

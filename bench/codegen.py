@@ -1,7 +1,9 @@
-"""What the compilers make of the Triton and CUDA C++ kernels, without a GPU: `python -m bench.codegen [--out DIR]`.
+"""What the compilers make of the Triton and CUDA C++ kernels, without a GPU: `python -m
+bench.codegen [--out DIR]`.
 
-Every configuration is compiled for its target by Triton or nvcc and disassembled by the tools inside the triton wheel; instructions per
-element, memory accesses and registers stand beside the targets. The same functions serve tests/test_codegen.py.
+Every configuration is compiled for its target by Triton or nvcc and disassembled by the tools
+inside the triton wheel; instructions per element, memory accesses and registers stand beside the
+targets. The same functions serve tests/test_codegen.py.
 """
 
 import argparse
@@ -39,7 +41,10 @@ LAYOUT_POINTERS = {  # which of noisy_rows' layout pointers are given
 }
 POINTERS = ("out", "source", "input_ids", "seed", "document", "position", "lengths", "cu_seqlens")
 CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "KIND", "SCALED", "DEBUG")
-GRID = "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; one program per token, all of its d columns"
+GRID = (
+    "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; "
+    "one program per token, all of its d columns"
+)
 
 
 class Configuration(NamedTuple):
@@ -53,11 +58,14 @@ class Configuration(NamedTuple):
     @property
     def name(self) -> str:
         prefix = "" if self.backend == "triton" else f"{self.backend}-"
-        return f"{prefix}{self.target}-{self.dtype}-d{self.embedding_dim}-{self.layout}{'-scaled' if self.scaled else ''}"
+        what = f"{self.dtype}-d{self.embedding_dim}-{self.layout}"
+        return f"{prefix}{self.target}-{what}{'-scaled' if self.scaled else ''}"
 
 
 class Code(NamedTuple):
-    """Counts of one compiled configuration; instructions are those of Triton's straight line up to EXIT, or of the way cuda_code counts."""
+    """Counts of one compiled configuration; instructions are those of Triton's straight line up to
+    EXIT, or of the way cuda_code counts.
+    """
 
     instructions: float
     elements_per_thread: float
@@ -72,17 +80,24 @@ class Code(NamedTuple):
 
 
 def launch_description(configuration: Configuration) -> dict[str, Any]:
-    """The parameters of noisy_rows in order, with their types and the values of constexprs, as the launcher would choose them."""
+    """The parameters of noisy_rows in order, with their types and the values of constexprs, as the
+    launcher would choose them.
+    """
     target = TARGETS[configuration.target]
     d = configuration.embedding_dim
-    num_warps, values = triton_kernels.row_constants(DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size)
+    num_warps, values = triton_kernels.row_constants(
+        DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size
+    )
     constants = dict(zip(CONSTEXPRS, values, strict=True))
     parameters = []
     for parameter in triton_kernels.noisy_rows.params:
         name = parameter.name
         if name in constants:
             parameters.append({"name": name, "type": "constexpr", "value": constants[name]})
-        elif name in ("document", "position", "lengths", "cu_seqlens") and name not in LAYOUT_POINTERS[configuration.layout]:
+        elif (
+            name in ("document", "position", "lengths", "cu_seqlens")
+            and name not in LAYOUT_POINTERS[configuration.layout]
+        ):
             parameters.append({"name": name, "type": "constexpr", "value": None})
         elif name in POINTERS:
             kind = TRITON_TYPES[configuration.dtype] if name in ("out", "source") else "i64"
@@ -105,15 +120,28 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
 
 @functools.cache
 def compile_rows(configuration: Configuration, enable_fp_fusion: bool = False) -> Any:
-    """Triton's CompiledKernel of noisy_rows, with the launcher's own options; fusion only to show what it would do."""
+    """Triton's CompiledKernel of noisy_rows, with the launcher's own options; fusion only to show
+    what it would do.
+    """
     description = launch_description(configuration)
     signature = {parameter["name"]: parameter["type"] for parameter in description["parameters"]}
-    constants = {parameter["name"]: parameter["value"] for parameter in description["parameters"] if parameter["type"] == "constexpr"}
+    constants = {
+        parameter["name"]: parameter["value"]
+        for parameter in description["parameters"]
+        if parameter["type"] == "constexpr"
+    }
     aligned = {(POINTERS.index(name),): [["tt.divisibility", 16]] for name in ("out", "source")}
     target = TARGETS[configuration.target]
-    options = {"num_warps": description["num_warps"], **triton_kernels.compile_options(target.backend)}
+    options = {
+        "num_warps": description["num_warps"],
+        **triton_kernels.compile_options(target.backend),
+    }
     options["enable_fp_fusion"] |= enable_fp_fusion
-    return triton.compile(ASTSource(triton_kernels.noisy_rows, signature, constants, aligned), target=target, options=options)
+    return triton.compile(
+        ASTSource(triton_kernels.noisy_rows, signature, constants, aligned),
+        target=target,
+        options=options,
+    )
 
 
 @functools.cache
@@ -142,8 +170,17 @@ def opcode(line: str) -> str:
 @functools.cache
 def measure(configuration: Configuration) -> Code:
     if configuration.backend == "cuda":
-        instructions, used_registers, stack_bytes, shared_bytes, found = cuda_code.measure(*configuration[:5])
-        return Code(instructions, configuration.embedding_dim / cuda_code.LANES, used_registers, found, stack_bytes, shared_bytes)
+        instructions, used_registers, stack_bytes, shared_bytes, found = cuda_code.measure(
+            *configuration[:5]
+        )
+        return Code(
+            instructions,
+            configuration.embedding_dim / cuda_code.LANES,
+            used_registers,
+            found,
+            stack_bytes,
+            shared_bytes,
+        )
     lines = instruction_lines(configuration)
     opcodes = Counter(map(opcode, lines))
     kernel, target = compile_rows(configuration), TARGETS[configuration.target]
@@ -156,7 +193,14 @@ def measure(configuration: Configuration) -> Code:
     else:
         registers, stack = resources(kernel.asm["cubin"])
         instructions = len(lines)
-    return Code(instructions, configuration.embedding_dim / threads, registers, opcodes, stack, kernel.metadata.shared)
+    return Code(
+        instructions,
+        configuration.embedding_dim / threads,
+        registers,
+        opcodes,
+        stack,
+        kernel.metadata.shared,
+    )
 
 
 class Target(NamedTuple):
@@ -189,34 +233,71 @@ def target_of(configuration: Configuration) -> Target:
 
 
 REGISTER_TARGET = Target(40, 32)
-FORBIDDEN = re.compile(r"^(LDS|STS|LDL|STL|SHFL|BAR|ATOM|RED)\b|^(ds_|scratch_|buffer_.*lds|s_barrier)")
+FORBIDDEN = re.compile(
+    r"^(LDS|STS|LDL|STL|SHFL|BAR|ATOM|RED)\b|^(ds_|scratch_|buffer_.*lds|s_barrier)"
+)
 
 
 def row_accesses(configuration: Configuration) -> tuple[int, int]:
-    """(128-bit, narrower) accesses of rows; scalars (ids, seed, lengths, bounds) are of no weight and not counted."""
+    """(128-bit, narrower) accesses of rows; scalars (ids, seed, lengths, bounds) are of no weight
+    and not counted.
+    """
     opcodes = measure(configuration).opcodes
     if TARGETS[configuration.target].backend == "hip":
-        wide = sum(n for name, n in opcodes.items() if re.match(r"(global|flat|buffer)_(load|store)_dwordx4", name))
-        narrow = sum(n for name, n in opcodes.items() if re.match(r"(global|flat|buffer)_store_(?!dwordx4)", name))
+        wide = sum(
+            n
+            for name, n in opcodes.items()
+            if re.match(r"(global|flat|buffer)_(load|store)_dwordx4", name)
+        )
+        narrow = sum(
+            n
+            for name, n in opcodes.items()
+            if re.match(r"(global|flat|buffer)_store_(?!dwordx4)", name)
+        )
         return wide, narrow
-    wide = sum(n for name, n in opcodes.items() if name.startswith(("LDG", "STG")) and "128" in name)
-    return wide, sum(n for name, n in opcodes.items() if name.startswith("STG") and "128" not in name)
+    wide = sum(
+        n for name, n in opcodes.items() if name.startswith(("LDG", "STG")) and "128" in name
+    )
+    return wide, sum(
+        n for name, n in opcodes.items() if name.startswith("STG") and "128" not in name
+    )
 
 
 def forbidden(configuration: Configuration) -> dict[str, int]:
     """Spills, local and shared memory, shuffles and barriers."""
-    return {name: count for name, count in measure(configuration).opcodes.items() if FORBIDDEN.match(name)}
+    return {
+        name: count
+        for name, count in measure(configuration).opcodes.items()
+        if FORBIDDEN.match(name)
+    }
 
 
 CONFIGURATIONS = [
-    *(Configuration(t, dtype, 4096, layout) for t in NVIDIA for dtype in ("bfloat16", "float16") for layout in LAYOUT_POINTERS),
-    *(Configuration(t, dtype, 4096, scaled=True) for t in NVIDIA for dtype in ("bfloat16", "float16")),
+    *(
+        Configuration(t, dtype, 4096, layout)
+        for t in NVIDIA
+        for dtype in ("bfloat16", "float16")
+        for layout in LAYOUT_POINTERS
+    ),
+    *(
+        Configuration(t, dtype, 4096, scaled=True)
+        for t in NVIDIA
+        for dtype in ("bfloat16", "float16")
+    ),
     *(Configuration(t, "float32", 4096) for t in NVIDIA),
-    *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (768, 896, 1024, 1536, 2048, 3072, 5120, 8192)),
+    *(
+        Configuration("sm_90", "bfloat16", d, "lengths")
+        for d in (768, 896, 1024, 1536, 2048, 3072, 5120, 8192)
+    ),
     *(Configuration(t, "bfloat16", 4096) for t in ("gfx942", "gfx950")),
 ]
 CUDA_CONFIGURATIONS = [
-    *(Configuration(t, dtype, 4096, layout, False, "cuda") for t in NVIDIA for dtype in DTYPES for layout in LAYOUT_POINTERS),
+    *(
+        Configuration(t, dtype, 4096, layout, False, "cuda")
+        for t in NVIDIA
+        for dtype in DTYPES
+        for layout in LAYOUT_POINTERS
+    ),
     *(Configuration(t, dtype, 4096, "nothing", True, "cuda") for t in NVIDIA for dtype in DTYPES),
 ]
 
@@ -226,7 +307,12 @@ def row(configuration: Configuration) -> dict[str, Any]:
     wide, narrow = row_accesses(configuration)
     met = code.per_element <= target.per_element
     if TARGETS[configuration.target].backend == "cuda":
-        met = met and code.registers <= REGISTER_TARGET.per_element and not narrow and not forbidden(configuration)
+        met = (
+            met
+            and code.registers <= REGISTER_TARGET.per_element
+            and not narrow
+            and not forbidden(configuration)
+        )
     return {
         **configuration._asdict(),
         "per_element": round(code.per_element, 2),
@@ -251,7 +337,9 @@ def write_artefacts(configuration: Configuration, folder: pathlib.Path) -> None:
         cuda_code.write_artefacts(*configuration[:5], folder)
         return
     kernel = compile_rows(configuration)
-    (folder / "launch.json").write_text(json.dumps(launch_description(configuration), indent=1) + "\n")
+    (folder / "launch.json").write_text(
+        json.dumps(launch_description(configuration), indent=1) + "\n"
+    )
     if TARGETS[configuration.target].backend == "hip":
         (folder / "kernel.hsaco").write_bytes(kernel.asm["hsaco"])
         (folder / "kernel.amdgcn").write_text(disassembly(configuration))
@@ -263,36 +351,72 @@ def write_artefacts(configuration: Configuration, folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--out", type=pathlib.Path, help="folder for report.json and each configuration's code")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder for report.json and each configuration's code"
+    )
     arguments = parser.parse_args()
     try:
         configurations, nvcc = [*CONFIGURATIONS, *CUDA_CONFIGURATIONS], cuda_code.nvcc_version()
     except RuntimeError as error:
-        configurations, nvcc = CONFIGURATIONS, f"none, so the CUDA C++ kernels are left out: {error}"
-    print(f"triton {triton.__version__}, nvcc {nvcc}; product and sum separate; instructions per element up to EXIT\n")
+        configurations, nvcc = (
+            CONFIGURATIONS,
+            f"none, so the CUDA C++ kernels are left out: {error}",
+        )
+    print(
+        f"triton {triton.__version__}, nvcc {nvcc}; product and sum separate; instructions per "
+        f"element up to EXIT\n"
+    )
     titles = ("/element", "at most", "stretch", "regs", "128-bit")
-    print(f"{'':7}{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}" + "".join(f"{title:>9}" for title in titles) + "  verdict")
+    print(
+        f"{'':7}{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}"
+        + "".join(f"{title:>9}" for title in titles)
+        + "  verdict"
+    )
     rows = []
     for configuration in configurations:
         found = row(configuration)
         rows.append(found)
         stretch = found["stretch"]
-        verdict = "missed" if not found["met"] else "stretch" if stretch is not None and found["per_element"] <= stretch else "met"
+        verdict = (
+            "missed"
+            if not found["met"]
+            else "stretch"
+            if stretch is not None and found["per_element"] <= stretch
+            else "met"
+        )
         print(
-            f"{configuration.backend:7}{configuration.target:8}{configuration.dtype:10}{configuration.embedding_dim:6}  "
-            f"{configuration.layout:11}{'yes' if configuration.scaled else '':6}{found['per_element']:9.2f}{found['target']:9}"
-            f"{stretch if stretch is not None else '-':>9}{found['registers']:9}{found['accesses_128_bit']:9}  {verdict}"
-            + (f" {found['forbidden']} stack {found['stack_bytes']} shared {found['shared_bytes']}" if verdict == "missed" else "")
+            f"{configuration.backend:7}{configuration.target:8}{configuration.dtype:10}"
+            f"{configuration.embedding_dim:6}  {configuration.layout:11}"
+            f"{'yes' if configuration.scaled else '':6}"
+            f"{found['per_element']:9.2f}{found['target']:9}"
+            f"{stretch if stretch is not None else '-':>9}"
+            f"{found['registers']:9}{found['accesses_128_bit']:9}  {verdict}"
+            + (
+                f" {found['forbidden']} stack {found['stack_bytes']} shared {found['shared_bytes']}"
+                if verdict == "missed"
+                else ""
+            )
         )
         if arguments.out:
             write_artefacts(configuration, arguments.out / configuration.name)
     missed = sum(not found["met"] for found in rows)
-    print(f"\n{len(rows) - missed} of {len(rows)} targets met, {missed} missed; each is one launch and reads and writes every row once\n")
+    print(
+        f"\n{len(rows) - missed} of {len(rows)} targets met, {missed} missed; each is one launch "
+        f"and reads and writes every row once\n"
+    )
     rivals = inductor_code.rivals()
-    print(f"What torch.compile (torch {torch.__version__}) makes of the same on sm_90, bfloat16, d = {inductor_code.D}")
+    print(
+        f"What torch.compile (torch {torch.__version__}) makes of the same on sm_90, bfloat16, d "
+        f"= {inductor_code.D}"
+    )
     inductor_code.print_rows(rivals)
     if arguments.out:
-        report = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows, "rivals": rivals}
+        report = {
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "rows": rows,
+            "rivals": rivals,
+        }
         (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {arguments.out}")
 

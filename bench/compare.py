@@ -1,8 +1,9 @@
 """Ours against the floors and the rivals, interleaved in one run: `python -m bench.compare`.
 
-Every provider is first checked (ours bit for bit against the reference backend), then all of a case are timed in rounds, each round in a
-new random order, on inputs and buffers that rotate through more memory than the caches hold. Ratios are taken within a round, so a slow
-moment of the machine hits both sides; figures are medians, with the 10th and 90th percentile beside them.
+Every provider is first checked (ours bit for bit against the reference backend), then all of a case
+are timed in rounds, each round in a new random order, on inputs and buffers that rotate through
+more memory than the caches hold. Ratios are taken within a round, so a slow moment of the machine
+hits both sides; figures are medians, with the 10th and 90th percentile beside them.
 """
 
 import argparse
@@ -15,7 +16,17 @@ from typing import NamedTuple
 import torch
 
 from . import figures
-from .cases import DTYPES, SHAPES, Case, Inputs, Provider, check, make_case, make_inputs, make_providers
+from .cases import (
+    DTYPES,
+    SHAPES,
+    Case,
+    Inputs,
+    Provider,
+    check,
+    make_case,
+    make_inputs,
+    make_providers,
+)
 from .machine import Floors, Load, describe, describe_load, last_level_cache, measure_floors
 
 SAMPLE_SECONDS = 0.003  # one sample of a fast provider is a loop of about this length
@@ -31,7 +42,9 @@ class Spread(NamedTuple):
 
 
 def spread(values: list[float]) -> Spread:
-    quantiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64))
+    quantiles = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    )
     return Spread(*quantiles.tolist())
 
 
@@ -51,7 +64,11 @@ class Comparison(NamedTuple):
     def verdict(self) -> str:
         if not self.judged:
             return "-"
-        met = self.ratio.median <= self.target.limit if self.target.at_most else self.ratio.median >= self.target.limit
+        met = (
+            self.ratio.median <= self.target.limit
+            if self.target.at_most
+            else self.ratio.median >= self.target.limit
+        )
         return "met" if met else "MISSED"
 
     @property
@@ -90,7 +107,9 @@ def targets(case: Case) -> list[tuple[Target, bool]]:
 def time_once(provider: Provider, inputs: list[Inputs], cursor: int, iterations: int) -> float:
     if provider.cached:
         inputs = inputs[:1]
-    provider.run(inputs[(cursor - 1) % len(inputs)])  # whose freed memory the allocator hands out next is not the neighbour's luck
+    provider.run(
+        inputs[(cursor - 1) % len(inputs)]
+    )  # whose freed memory the allocator hands out next is not the neighbour's luck
     chosen = [inputs[(cursor + i) % len(inputs)] for i in range(iterations)]
     start = time.perf_counter()
     for one in chosen:
@@ -98,7 +117,9 @@ def time_once(provider: Provider, inputs: list[Inputs], cursor: int, iterations:
     return (time.perf_counter() - start) / iterations
 
 
-def time_all(providers: list[Provider], inputs: list[Inputs], repeats: int) -> dict[str, list[float]]:
+def time_all(
+    providers: list[Provider], inputs: list[Inputs], repeats: int
+) -> dict[str, list[float]]:
     plans = {}
     for provider in providers:
         seconds = min(time_once(provider, inputs, i, 1) for i in range(2))
@@ -112,7 +133,8 @@ def time_all(providers: list[Provider], inputs: list[Inputs], repeats: int) -> d
             iterations, rounds = plans[providers[i].name]
             if round_index < rounds:
                 taken[providers[i].name].append(time_once(providers[i], inputs, cursor, iterations))
-                cursor += iterations  # the next provider never meets rows that this one left in the caches
+                # the next provider never meets rows that this one left in the caches
+                cursor += iterations
     return taken
 
 
@@ -120,7 +142,9 @@ def compare(case: Case, seconds: dict[str, list[float]]) -> list[Comparison]:
     comparisons = []
     for target, judged in targets(case):
         if target.ours in seconds and target.rival in seconds:
-            pairs = zip(seconds[target.ours], seconds[target.rival], strict=False)  # the rounds that both took part in
+            pairs = zip(
+                seconds[target.ours], seconds[target.rival], strict=False
+            )  # the rounds that both took part in
             ratios = [a / b if target.at_most else b / a for a, b in pairs]
             comparisons.append(Comparison(target, spread(ratios), judged))
     return comparisons
@@ -129,7 +153,9 @@ def compare(case: Case, seconds: dict[str, list[float]]) -> list[Comparison]:
 def relative(seconds: dict[str, list[float]], base: str = "F.embedding") -> dict[str, float]:
     """Provider → median ratio to `base` within a round; `base` itself → its median in seconds."""
     pairs = {name: zip(values, seconds[base], strict=False) for name, values in seconds.items()}
-    return {name: spread([a / b for a, b in pair]).median for name, pair in pairs.items()} | {base: spread(seconds[base]).median}
+    return {name: spread([a / b for a, b in pair]).median for name, pair in pairs.items()} | {
+        base: spread(seconds[base]).median
+    }
 
 
 def run_case(case: Case, repeats: int, compiled: bool, floors: Floors, threads: int) -> Result:
@@ -143,10 +169,14 @@ def run_case(case: Case, repeats: int, compiled: bool, floors: Floors, threads: 
         except Exception as error:
             if "compiled" not in provider.name:
                 raise
-            print(f"  left out: {provider.name}: torch.compile failed: {str(error).splitlines()[0]}")
+            print(
+                f"  left out: {provider.name}: torch.compile failed: {str(error).splitlines()[0]}"
+            )
             continue
         if wrong:
-            raise AssertionError(f"{case.model} {case.shape} {case.dtype_name}: {provider.name} {wrong}")
+            raise AssertionError(
+                f"{case.model} {case.shape} {case.dtype_name}: {provider.name} {wrong}"
+            )
         providers.append(provider)
     load = Load()
     seconds = time_all(providers, inputs, repeats)
@@ -157,10 +187,15 @@ def run_case(case: Case, repeats: int, compiled: bool, floors: Floors, threads: 
 
 def print_case(result: Result) -> None:
     case = result.case
-    print(f"\n{case.model} {case.shape} V={case.num_embeddings} {case.dtype_name}: {case.elements / 1e6:.3g}M elements")
     print(
-        f"  must move {case.bytes_moved / 1e6:.3g} MB = 2·{case.tokens}·{case.embedding_dim}·{case.dtype.itemsize} B of rows + "
-        f"8·{case.tokens} B of ids; floors: memory {result.memory_seconds * 1e3:.3g} ms at copy speed, "
+        f"\n{case.model} {case.shape} V={case.num_embeddings} {case.dtype_name}: "
+        f"{case.elements / 1e6:.3g}M elements"
+    )
+    print(
+        f"  must move {case.bytes_moved / 1e6:.3g} MB = "
+        f"2·{case.tokens}·{case.embedding_dim}·{case.dtype.itemsize} B of rows + "
+        f"8·{case.tokens} B of ids; floors: memory {result.memory_seconds * 1e3:.3g} ms at copy "
+        f"speed, "
         f"arithmetic {result.arithmetic_seconds * 1e3:.3g} ms"
     )
     print(f"  {'':30} {'median ms':>10} {'p10':>9} {'p90':>9} {'GB/s':>7} {'rounds':>7}")
@@ -170,8 +205,15 @@ def print_case(result: Result) -> None:
         print(f"  {name:30} {median:10.4g} {low:9.4g} {high:9.4g} {rate:7.1f} {len(values):7}")
     for comparison in result.comparisons:
         ratio, target = comparison.ratio, comparison.target
-        limit = f"target {'<=' if target.at_most else '>='} {target.limit}" if comparison.judged else "no target"
-        print(f"  {comparison.text:55} {ratio.median:6.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]  {limit:15} {comparison.verdict}")
+        limit = (
+            f"target {'<=' if target.at_most else '>='} {target.limit}"
+            if comparison.judged
+            else "no target"
+        )
+        print(
+            f"  {comparison.text:55} {ratio.median:6.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]  "
+            f"{limit:15} {comparison.verdict}"
+        )
     if describe_load(result.others):
         print(f"  {describe_load(result.others)}")
 
@@ -180,39 +222,96 @@ def write_csv(path: pathlib.Path, results: list[Result], machine: dict[str, str]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         measured = ("rounds", "median_ms", "p10_ms", "p90_ms", "bytes_moved", "gb_per_s")
-        ratios = ("compared_with", "ratio", "ratio_p10", "ratio_p90", "target", "verdict", "others_cpu_share")
-        writer.writerow(("model", "batch", "columns", "embedding_dim", "num_embeddings", "dtype", "provider", *measured, *ratios, *machine))
+        ratios = (
+            "compared_with",
+            "ratio",
+            "ratio_p10",
+            "ratio_p90",
+            "target",
+            "verdict",
+            "others_cpu_share",
+        )
+        writer.writerow(
+            (
+                "model",
+                "batch",
+                "columns",
+                "embedding_dim",
+                "num_embeddings",
+                "dtype",
+                "provider",
+                *measured,
+                *ratios,
+                *machine,
+            )
+        )
         for case, seconds, comparisons, _, _, others in results:
             for name, values in seconds.items():
                 median, low, high = (value * 1e3 for value in spread(values))
-                row = [case.model, case.batch, case.columns, case.embedding_dim, case.num_embeddings, case.dtype_name, name, len(values)]
+                row = [
+                    case.model,
+                    case.batch,
+                    case.columns,
+                    case.embedding_dim,
+                    case.num_embeddings,
+                    case.dtype_name,
+                    name,
+                    len(values),
+                ]
                 row += [f"{value:.5g}" for value in (median, low, high)]
                 row += [case.bytes_moved, f"{case.bytes_moved / median / 1e6:.4g}"]
-                # a row carries the one comparison it stands for: a rival's with ours, or ours with its floor
-                own = next((c for c in comparisons if name == (c.target.ours if c.target.at_most else c.target.rival)), None)
+                # a row carries the one comparison it stands for: a rival's with ours, or ours with
+                # its floor
+                own = next(
+                    (
+                        c
+                        for c in comparisons
+                        if name == (c.target.ours if c.target.at_most else c.target.rival)
+                    ),
+                    None,
+                )
                 if own is None:
                     row += [""] * (len(ratios) - 1)
                 else:
                     against = own.target.rival if own.target.at_most else own.target.ours
-                    bound = f"{'<=' if own.target.at_most else '>='} {own.target.limit}" if own.judged else ""
-                    row += [against, *(f"{value:.4g}" for value in own.ratio), bound, own.verdict if own.judged else ""]
-                writer.writerow((*row, "" if others is None else f"{others:.3f}", *machine.values()))
+                    bound = (
+                        f"{'<=' if own.target.at_most else '>='} {own.target.limit}"
+                        if own.judged
+                        else ""
+                    )
+                    row += [
+                        against,
+                        *(f"{value:.4g}" for value in own.ratio),
+                        bound,
+                        own.verdict if own.judged else "",
+                    ]
+                writer.writerow(
+                    (*row, "" if others is None else f"{others:.3f}", *machine.values())
+                )
 
 
 def machine_line(machine: dict[str, str]) -> str:
     return (
-        f"{machine['cpu']}, {machine['caches']}; SIMD {machine['simd']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['cpu']}, {machine['caches']}; SIMD {machine['simd']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}, "
         f"neftune_kernels {machine['neftune_kernels']}, backend {machine['backend']}"
     )
 
 
 def floor_line(floors: dict[str, Floors]) -> str:
     rates = "; ".join(
-        f"{dtype}: " + ", ".join(f"{rate / 1e9:.3g}e9 with {count} thread{'s'[: count > 1]}" for count, rate in floor.arithmetic.items())
+        f"{dtype}: "
+        + ", ".join(
+            f"{rate / 1e9:.3g}e9 with {count} thread{'s'[: count > 1]}"
+            for count, rate in floor.arithmetic.items()
+        )
         for dtype, floor in floors.items()
     )
     copy = next(iter(floors.values())).copy_bytes / 1e9
-    return f"Arithmetic floor (noise alone in cache, no row traffic), elements per second and core: {rates}. Copy: {copy:.1f} GB/s."
+    return (
+        "Arithmetic floor (noise alone in cache, no row traffic), elements per second and core: "
+        f"{rates}. Copy: {copy:.1f} GB/s."
+    )
 
 
 def markdown(results: list[Result], machine: dict[str, str], floors: dict[str, Floors]) -> str:
@@ -221,9 +320,14 @@ def markdown(results: list[Result], machine: dict[str, str], floors: dict[str, F
     head = ("shape", "dtype", "gather floor", "kernel alone", "`F.embedding`", "**ours**", *rivals)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 2 + "---:|" * (len(head) - 2)]
     for case, seconds, comparisons, *_ in results:
-        ratio = {c.target.ours if c.target.at_most else c.target.rival: c.ratio.median for c in comparisons}
+        ratio = {
+            c.target.ours if c.target.at_most else c.target.rival: c.ratio.median
+            for c in comparisons
+        }
 
-        def cell(name: str, seconds: dict[str, list[float]] = seconds, ratio: dict[str, float] = ratio) -> str:
+        def cell(
+            name: str, seconds: dict[str, list[float]] = seconds, ratio: dict[str, float] = ratio
+        ) -> str:
             if name not in seconds:
                 return "-"
             milliseconds = f"{spread(seconds[name]).median * 1e3:.3g}"
@@ -234,8 +338,10 @@ def markdown(results: list[Result], machine: dict[str, str], floors: dict[str, F
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Milliseconds, medians of interleaved rounds on rotating inputs. Kernel alone: over the gather floor (`index_select(out=)`). Ours: "
-        "over `F.embedding`, both with a fresh output. Rivals: how many times ours (for the official code: ours given the same "
+        "Milliseconds, medians of interleaved rounds on rotating inputs. Kernel alone: over the "
+        "gather floor (`index_select(out=)`). Ours: "
+        "over `F.embedding`, both with a fresh output. Rivals: how many times ours (for the "
+        "official code: ours given the same "
         "attention_mask) is faster.",
         "",
         f"{machine_line(machine)}. {floor_line(floors)}",
@@ -247,12 +353,21 @@ def markdown(results: list[Result], machine: dict[str, str], floors: dict[str, F
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="5 rounds, no compiled rivals")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench/results"), help="folder for compare.csv, .png and .md")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("bench/results"),
+        help="folder for compare.csv, .png and .md",
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=None, metavar="N", help="rounds; default 41, 5 with --quick")
+    parser.add_argument(
+        "--repeats", type=int, default=None, metavar="N", help="rounds; default 41, 5 with --quick"
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)
 
@@ -271,25 +386,48 @@ def main() -> int:
     for key in options.shapes:
         for dtype in options.dtypes:
             try:
-                results.append(run_case(make_case(key, DTYPES[dtype]), repeats, not options.quick, floors[dtype], options.threads))
+                results.append(
+                    run_case(
+                        make_case(key, DTYPES[dtype]),
+                        repeats,
+                        not options.quick,
+                        floors[dtype],
+                        options.threads,
+                    )
+                )
             except AssertionError as error:
                 print(f"\nNOT EQUAL, nothing is timed: {error}", file=sys.stderr)
                 return 1
             print_case(results[-1])
-    judged = [comparison for result in results for comparison in result.comparisons if comparison.judged]
+    judged = [
+        comparison for result in results for comparison in result.comparisons if comparison.judged
+    ]
     missed = sum(comparison.verdict == "MISSED" for comparison in judged)
     busy = sum(bool(describe_load(result.others)) for result in results)
     if busy:
-        print(f"\nVOID: {busy} of {len(results)} tables were taken on a busy machine; take them again, their verdicts mean nothing")
+        print(
+            f"\nVOID: {busy} of {len(results)} tables were taken on a busy machine; take them "
+            f"again, their verdicts mean nothing"
+        )
     else:
         print(f"\n{len(judged) - missed} of {len(judged)} targets met, {missed} missed")
     if machine["simd"] == "none":
-        print(f"The C++ kernel is missing, these are times of the {machine['backend']}: no target is meant for it.")
+        print(
+            f"The C++ kernel is missing, these are times of the {machine['backend']}: no target "
+            f"is meant for it."
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "compare.csv", results, machine)
     (options.out / "compare.md").write_text(markdown(results, machine, floors))
-    figures.draw(options.out / "compare.png", {result.case: relative(result.seconds) for result in results}, machine_line(machine))
-    print(f"wrote {options.out}/compare.csv, compare.md, compare.png; {time.perf_counter() - start:.0f} s")
+    figures.draw(
+        options.out / "compare.png",
+        {result.case: relative(result.seconds) for result in results},
+        machine_line(machine),
+    )
+    print(
+        f"wrote {options.out}/compare.csv, compare.md, compare.png; "
+        f"{time.perf_counter() - start:.0f} s"
+    )
     return 0
 
 

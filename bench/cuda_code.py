@@ -1,7 +1,10 @@
-"""What nvcc makes of csrc/cuda/kernels.cu, without a GPU; the rows of bench.codegen beside Triton's.
+"""What nvcc makes of csrc/cuda/kernels.cu, without a GPU; the rows of bench.codegen beside
+Triton's.
 
-The kernels take d as an argument, so their columns are a loop. Counted are the instructions that a warp issues for a row with noise, at
-most: the longest way through the code up to EXIT that enters the noisy loop, whose body counts once for each trip.
+The kernels take d as an argument, so their columns are a loop. Counted are the instructions that a
+warp issues for a row with noise, at
+most: the longest way through the code up to EXIT that enters the noisy loop, whose body counts once
+    for each trip.
 """
 
 import functools
@@ -41,30 +44,56 @@ class Loop(NamedTuple):
 
 
 def nvcc_version() -> str:
-    text = subprocess.run([str(find_toolkit().nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [str(find_toolkit().nvcc), "--version"], capture_output=True, text=True, check=True
+    ).stdout
     return re.search(r"release [\d.]+, V([\d.]+)", text)[1]  # type: ignore[index]
 
 
 @functools.cache
-def compile_kernels(target: str, source: pathlib.Path = KERNELS, *options: str) -> tuple[bytes, str]:
+def compile_kernels(
+    target: str, source: pathlib.Path = KERNELS, *options: str
+) -> tuple[bytes, str]:
     """(cubin, PTX) of all kernels."""
     nvcc = str(find_toolkit().nvcc)
     flags = [flag for flag in NVCC_FLAGS if flag not in ("-Xfatbin", "-compress-all")]
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("cubin", "ptx"):
-            command = [nvcc, *flags, f"-arch={target}", *options, f"-{kind}", str(source), "-o", f"{folder}/kernels.{kind}"]
+            command = [
+                nvcc,
+                *flags,
+                f"-arch={target}",
+                *options,
+                f"-{kind}",
+                str(source),
+                "-o",
+                f"{folder}/kernels.{kind}",
+            ]
             subprocess.run(command, check=True, capture_output=True, text=True)
-        return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(folder, "kernels.ptx").read_text()
+        return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(
+            folder, "kernels.ptx"
+        ).read_text()
 
 
 @functools.cache
 def sections(target: str, source: pathlib.Path = KERNELS, *options: str) -> dict[str, str]:
     """Each kernel's disassembly by its mangled name."""
-    parts = re.split(r"^\.text\.(\S+):$", on_binary("nvdisasm", compile_kernels(target, source, *options)[0], "-c"), flags=re.M)
+    parts = re.split(
+        r"^\.text\.(\S+):$",
+        on_binary("nvdisasm", compile_kernels(target, source, *options)[0], "-c"),
+        flags=re.M,
+    )
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def kernel_name(target: str, dtype: str, layout: str, scaled: bool, source: pathlib.Path = KERNELS, *options: str) -> str:
+def kernel_name(
+    target: str,
+    dtype: str,
+    layout: str,
+    scaled: bool,
+    source: pathlib.Path = KERNELS,
+    *options: str,
+) -> str:
     """Of the instance that serves such calls; a scale has one kernel for all layouts."""
     flags = rf"LNS0_10LayoutKindE{ANY_LAYOUT if scaled else LAYOUT_KINDS[layout]}ELb{int(scaled)}E"
     (name,) = [
@@ -103,10 +132,17 @@ def loops(code: Function) -> list[Loop]:
 
 
 def noisy_loop(code: Function) -> Loop:
-    """The one with most Philox rounds in it; further loops serve columns left over and rows without noise."""
+    """The one with most Philox rounds in it; further loops serve columns left over and rows without
+    noise.
+    """
     found = loops(code)
     inner = [loop for loop in found if not any(loop.holds(other) for other in found)]
-    return max(inner, key=lambda loop: sum(line.startswith("I2F") for line in code.lines[loop.first : loop.last + 1]))
+    return max(
+        inner,
+        key=lambda loop: sum(
+            line.startswith("I2F") for line in code.lines[loop.first : loop.last + 1]
+        ),
+    )
 
 
 def columns_of(code: Function, loop: Loop) -> int:
@@ -115,7 +151,9 @@ def columns_of(code: Function, loop: Loop) -> int:
 
 
 def path_length(code: Function, embedding_dim: int) -> float:
-    """Instructions of the longest way to an EXIT through the noisy loop, for a d that leaves no columns over."""
+    """Instructions of the longest way to an EXIT through the noisy loop, for a d that leaves no
+    columns over.
+    """
     main = noisy_loop(code)
     trips = embedding_dim / LANES / columns_of(code, main)
     assert trips == int(trips), f"{embedding_dim} columns do not fill the loop's trips"
@@ -124,9 +162,12 @@ def path_length(code: Function, embedding_dim: int) -> float:
     for loop in sorted(found, key=lambda loop: loop.first - loop.last):
         if any(loop.holds(other) for other in found):
             continue
-        rows = any(opcode(line).startswith("STG") for line in code.lines[loop.first : loop.last + 1])
+        rows = any(
+            opcode(line).startswith("STG") for line in code.lines[loop.first : loop.last + 1]
+        )
         weights[loop.first : loop.last + 1] = [
-            trips if loop == main else 0.0 if rows else float(BISECTIONS) for _ in range(loop.first, loop.last + 1)
+            trips if loop == main else 0.0 if rows else float(BISECTIONS)
+            for _ in range(loop.first, loop.last + 1)
         ]
     length = [-math.inf] * (len(code.lines) + 1)
     length[0], ends = 0.0, []
@@ -158,17 +199,24 @@ def usage(target: str) -> dict[str, dict[str, int]]:
     """cuobjdump's resources of every kernel."""
     text = on_binary("cuobjdump", compile_kernels(target)[0], "-res-usage")
     found = re.findall(r"Function (\S+):\s+(REG:.*)", text)
-    return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        for name, line in found
+    }
 
 
 def measure(target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool) -> Measured:
     code = function(target, kernel_name(target, dtype, layout, scaled))
     used = usage(target)[code.name]
     opcodes = Counter(map(opcode, code.lines))
-    return Measured(path_length(code, embedding_dim), used["REG"], used["STACK"], used["SHARED"], opcodes)
+    return Measured(
+        path_length(code, embedding_dim), used["REG"], used["STACK"], used["SHARED"], opcodes
+    )
 
 
-def write_artefacts(target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool, folder: pathlib.Path) -> None:
+def write_artefacts(
+    target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool, folder: pathlib.Path
+) -> None:
     """The kernel's code and how launch_rows would launch it."""
     name = kernel_name(target, dtype, layout, scaled)
     cubin, ptx = compile_kernels(target)

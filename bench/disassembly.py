@@ -14,7 +14,11 @@ def on_binary(tool: str, binary: bytes, *arguments: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
-        command = [str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool), *arguments, str(path)]
+        command = [
+            str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool),
+            *arguments,
+            str(path),
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -23,8 +27,14 @@ def sass(cubin: bytes) -> str:
 
 
 def sass_instructions(text: str) -> list[str]:
-    """One text per instruction, predicates included, up to the last EXIT: what lies behind are subroutines for denormals and the like."""
-    lines = [re.sub(r"/\*.*?\*/", "", line).strip(" ;\t") for line in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
+    """One text per instruction, predicates included, up to the last EXIT: what lies behind are
+    subroutines for denormals and the like.
+    """
+    lines = [
+        re.sub(r"/\*.*?\*/", "", line).strip(" ;\t")
+        for line in text.splitlines()
+        if re.search(r"/\*[0-9a-f]{4,}\*/", line)
+    ]
     return lines[: max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line)) + 1]
 
 

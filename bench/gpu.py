@@ -1,7 +1,8 @@
 """Time on a GPU: `python -m bench.gpu [--device cuda] [--shapes ...] [--dtypes ...] [--rounds N]`.
 
-Every shape: ours beside F.embedding without noise, the time a device copy of the same bytes takes, HF's hook, the official code and
-both compiled; interleaved rounds on rotating inputs, device events, medians with p10 and p90. Writes results/gpu.{csv,md,png}.
+Every shape: ours beside F.embedding without noise, the time a device copy of the same bytes takes,
+HF's hook, the official code and both compiled; interleaved rounds on rotating inputs, device
+events, medians with p10 and p90. Writes results/gpu.{csv,md,png}.
 """
 
 import argparse
@@ -28,7 +29,14 @@ def to_device(inputs: list[cases.Inputs], device: torch.device) -> list[cases.In
     """alpha stays on the CPU, as the operators take it; the weight is shared."""
     weight = inputs[0].weight.to(device)
     return [
-        cases.Inputs(i.input_ids.to(device), i.attention_mask.to(device), weight, i.out.to(device), i.seed.to(device), i.alpha)
+        cases.Inputs(
+            i.input_ids.to(device),
+            i.attention_mask.to(device),
+            weight,
+            i.out.to(device),
+            i.seed.to(device),
+            i.alpha,
+        )
         for i in inputs
     ]
 
@@ -40,22 +48,37 @@ def copy(inputs: cases.Inputs) -> Tensor:
 
 def with_lengths(inputs: cases.Inputs) -> Tensor:
     lengths = inputs.attention_mask[:, 0] * inputs.attention_mask.shape[1]
-    return noisy_embedding(inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, lengths=lengths, seed=inputs.seed)
+    return noisy_embedding(
+        inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, lengths=lengths, seed=inputs.seed
+    )
 
 
 def by_cuda(inputs: cases.Inputs) -> Tensor:
-    return noisy_embedding(inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, seed=inputs.seed, backend="cuda")
+    return noisy_embedding(
+        inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, seed=inputs.seed, backend="cuda"
+    )
 
 
 def by_cuda_masked(inputs: cases.Inputs) -> Tensor:
     mask = inputs.attention_mask
-    return noisy_embedding(inputs.input_ids, inputs.weight, cases.NOISE_ALPHA, attention_mask=mask, seed=inputs.seed, backend="cuda")
+    return noisy_embedding(
+        inputs.input_ids,
+        inputs.weight,
+        cases.NOISE_ALPHA,
+        attention_mask=mask,
+        seed=inputs.seed,
+        backend="cuda",
+    )
 
 
 def cuda_providers(device: torch.device) -> list[cases.Provider]:
-    """The CUDA C++ kernels' rows, equal to the default backend's bit for bit or there is nothing to time."""
+    """The CUDA C++ kernels' rows, equal to the default backend's bit for bit or there is nothing to
+    time.
+    """
     if device.type == "cpu" or (reason := available_backends(device.type)["cuda"]) != "available":
-        print(f"no rows of the CUDA C++ kernels: {'not on a CPU' if device.type == 'cpu' else reason}")
+        print(
+            f"no rows of the CUDA C++ kernels: {'not on a CPU' if device.type == 'cpu' else reason}"
+        )
         return []
     return [
         cases.Provider("ours, CUDA C++", by_cuda, "ours"),
@@ -63,7 +86,9 @@ def cuda_providers(device: torch.device) -> list[cases.Provider]:
     ]
 
 
-def seconds(run: Callable[[cases.Inputs], Tensor], inputs: list[cases.Inputs], device: torch.device) -> float:
+def seconds(
+    run: Callable[[cases.Inputs], Tensor], inputs: list[cases.Inputs], device: torch.device
+) -> float:
     """Per call, over the whole rotation."""
     if device.type == "cpu":
         begin = time.perf_counter()
@@ -71,7 +96,10 @@ def seconds(run: Callable[[cases.Inputs], Tensor], inputs: list[cases.Inputs], d
             run(one)
         return (time.perf_counter() - begin) / len(inputs)
     accelerator = torch.get_device_module(device)
-    begin_event, end_event = accelerator.Event(enable_timing=True), accelerator.Event(enable_timing=True)
+    begin_event, end_event = (
+        accelerator.Event(enable_timing=True),
+        accelerator.Event(enable_timing=True),
+    )
     accelerator.synchronize()
     begin_event.record()
     for one in inputs:
@@ -82,7 +110,9 @@ def seconds(run: Callable[[cases.Inputs], Tensor], inputs: list[cases.Inputs], d
 
 
 def measure(case: cases.Case, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    inputs = to_device(cases.make_inputs(case, ROTATED_BYTES if device.type != "cpu" else 0), device)
+    inputs = to_device(
+        cases.make_inputs(case, ROTATED_BYTES if device.type != "cpu" else 0), device
+    )
     providers = [cases.Provider("copy", copy, "plain"), *cases.make_providers()]
     providers.append(cases.Provider("ours, lengths", with_lengths, "ours"))
     for provider in (cuda := cuda_providers(device)):
@@ -99,32 +129,48 @@ def measure(case: cases.Case, device: torch.device, rounds: int) -> dict[str, li
 
 
 def describe(device: torch.device) -> str:
-    name = platform.processor() or "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    name = (
+        platform.processor() or "cpu"
+        if device.type == "cpu"
+        else torch.get_device_module(device).get_device_name(device)
+    )
     try:
         import triton
 
         version = triton.__version__
     except ImportError:
         version = "none"
-    return f"{name}, torch {torch.__version__}, triton {version}, backends {available_backends(device.type)}"
+    backends = available_backends(device.type)
+    return f"{name}, torch {torch.__version__}, triton {version}, backends {backends}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", nargs="+", default=list(cases.SHAPES), choices=list(cases.SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=list(cases.DTYPES), choices=list(cases.DTYPES))
+    parser.add_argument(
+        "--shapes", nargs="+", default=list(cases.SHAPES), choices=list(cases.SHAPES)
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", default=list(cases.DTYPES), choices=list(cases.DTYPES)
+    )
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
-        parser.exit(2, f"torch sees no {device.type} device: nothing was measured (--device cpu checks this program, not a GPU)\n")
+        parser.exit(
+            2,
+            f"torch sees no {device.type} device: nothing was measured (--device cpu checks this "
+            f"program, not a GPU)\n",
+        )
     machine = describe(device)
     print(machine)
     rows: list[dict[str, object]] = []
     ratios: dict[cases.Case, dict[str, float]] = {}
-    lines = ["| shape | dtype | provider | median ms | p10 | p90 | GB/s | over F.embedding |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| shape | dtype | provider | median ms | p10 | p90 | GB/s | over F.embedding |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
     for key in arguments.shapes:
         for dtype in arguments.dtypes:
             case = cases.make_case(key, cases.DTYPES[dtype])
@@ -144,15 +190,21 @@ def main() -> None:
                     "over_embedding": ratio,
                 }
                 rows.append(row)
-                numbers = [f"{row[column]:.4g}" for column in ("median_ms", "p10_ms", "p90_ms", "gb_per_s")]
-                lines.append(f"| {row['shape']} | {dtype} | {name} | {' | '.join(numbers)} | {ratio:.2f}x |")
+                numbers = [
+                    f"{row[column]:.4g}" for column in ("median_ms", "p10_ms", "p90_ms", "gb_per_s")
+                ]
+                lines.append(
+                    f"| {row['shape']} | {dtype} | {name} | {' | '.join(numbers)} | {ratio:.2f}x |"
+                )
                 print(lines[-1])
     arguments.results.mkdir(parents=True, exist_ok=True)
     with (arguments.results / "gpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "machine"])
         writer.writeheader()
         writer.writerows(row | {"machine": machine} for row in rows)
-    (arguments.results / "gpu.md").write_text("\n".join(lines) + f"\n\n{machine}. Medians of {arguments.rounds} interleaved rounds.\n")
+    (arguments.results / "gpu.md").write_text(
+        "\n".join(lines) + f"\n\n{machine}. Medians of {arguments.rounds} interleaved rounds.\n"
+    )
     draw(arguments.results / "gpu.png", ratios, machine)
     print(f"wrote {arguments.results}/gpu.csv, gpu.md, gpu.png")
 

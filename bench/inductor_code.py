@@ -1,6 +1,8 @@
-"""What torch.compile makes of NEFTune for an NVIDIA GPU, without one: `python -m bench.inductor_code [--json]`.
+"""What torch.compile makes of NEFTune for an NVIDIA GPU, without one: `python -m
+bench.inductor_code [--json]`.
 
-Both rivals are captured on the CPU, their ATen graphs moved to a stubbed sm_90 device, and Inductor's Triton kernels compiled offline.
+Both rivals are captured on the CPU, their ATen graphs moved to a stubbed sm_90 device, and
+Inductor's Triton kernels compiled offline.
 """
 
 import argparse
@@ -30,7 +32,10 @@ BATCH, LENGTH, VOCABULARY, D = 8, 512, 32000, 4096
 ALPHA = 5.0
 TARGET = GPUTarget("cuda", 90, 32)
 ITEMSIZES = {"*bf16": 2, "*fp16": 2, "*fp32": 4}
-UNIFORM_KERNELS = ("clone", "uniform_")  # what the extern call aten.uniform launches, read in ATen: a copy of its argument, then the draw
+UNIFORM_KERNELS = (
+    "clone",
+    "uniform_",
+)  # what the extern call aten.uniform launches, read in ATen: a copy of its argument, then the draw
 UNIFORM_BYTES = 3 * 2  # the copy's read and write, the draw's write
 H100 = types.SimpleNamespace(
     name="NVIDIA H100",
@@ -55,7 +60,9 @@ def hook(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def rewrite(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     output = torch.nn.functional.embedding(input_ids, weight)
-    return output + (torch.rand_like(output) * 2 - 1) * (ALPHA / math.sqrt(output.size(1) * output.size(2)))
+    return output + (torch.rand_like(output) * 2 - 1) * (
+        ALPHA / math.sqrt(output.size(1) * output.size(2))
+    )
 
 
 RIVALS = {"HF hook, compiled": hook, "rand_like rewrite, compiled": rewrite}
@@ -79,12 +86,23 @@ def stubbed_device() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-            for holder in (CudaInterface, CudaInterface.Worker):  # they keep their own references, taken at import
+            for holder in (
+                CudaInterface,
+                CudaInterface.Worker,
+            ):  # they keep their own references, taken at import
                 if hasattr(holder, name):
                     stack.enter_context(mock.patch.object(holder, name, staticmethod(answer)))
         has_triton.cache_clear()  # the capture on the CPU asked before
-        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))  # the driver wants libcuda
-        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", types.SimpleNamespace(get_current_target=lambda: TARGET)))
+        stack.enter_context(
+            mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None)
+        )  # the driver wants libcuda
+        stack.enter_context(
+            mock.patch.object(
+                triton.runtime.driver,
+                "_active",
+                types.SimpleNamespace(get_current_target=lambda: TARGET),
+            )
+        )
         yield
 
 
@@ -93,7 +111,9 @@ class Captured(Exception):
 
 
 def captured_graph(function: Callable[..., torch.Tensor]) -> torch.fx.GraphModule:
-    """The ATen graph that AOTAutograd and the joint-graph passes hand to Inductor's lowering; fails at a graph break."""
+    """The ATen graph that AOTAutograd and the joint-graph passes hand to Inductor's lowering; fails
+    at a graph break.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     graphs: list[torch.fx.GraphModule] = []
@@ -108,7 +128,9 @@ def captured_graph(function: Callable[..., torch.Tensor]) -> torch.fx.GraphModul
     input_ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     weight = torch.empty(VOCABULARY, D, dtype=torch.bfloat16)
     torch._dynamo.reset()
-    with contextlib.suppress(Exception):  # Captured comes back wrapped in the compiler's own exceptions
+    with contextlib.suppress(
+        Exception
+    ):  # Captured comes back wrapped in the compiler's own exceptions
         torch.compile(function, backend=backend, fullgraph=True)(input_ids, weight)
     if len(graphs) != 1:
         raise RuntimeError(f"{len(graphs)} graphs captured instead of one")
@@ -116,8 +138,9 @@ def captured_graph(function: Callable[..., torch.Tensor]) -> torch.fx.GraphModul
 
 
 def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
-    """Moves devices and fake values from CPU to GPU in place and returns the inputs. Running the operators on fake GPU tensors
-    instead would ask for device guards that a CPU build lacks."""
+    """Moves devices and fake values from CPU to GPU in place and returns the inputs. Running the
+    operators on fake GPU tensors instead would ask for device guards that a CPU build lacks.
+    """
     gpu = torch.device("cuda", 0)
     inputs: list[torch.Tensor] = []
 
@@ -126,7 +149,9 @@ def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
             return gpu
         if isinstance(value, torch._subclasses.FakeTensor):
             with value.fake_mode:
-                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=gpu)
+                return torch.empty_strided(
+                    value.size(), value.stride(), dtype=value.dtype, device=gpu
+                )
         return value
 
     for node in graph.graph.nodes:
@@ -152,7 +177,11 @@ def wrapper_code(function: Callable[..., torch.Tensor]) -> str:
         record_original_output_strides(graph)
         fake_mode = inputs[0].fake_mode  # type: ignore[attr-defined]
         lowering = GraphLowering(graph, example_inputs=inputs, shape_env=fake_mode.shape_env)
-        with V.set_fake_mode(fake_mode), V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
+        with (
+            V.set_fake_mode(fake_mode),
+            V.set_graph_handler(lowering),
+            V.set_debug_handler(DebugContext()),
+        ):
             lowering.run(*inputs)
             code, _ = lowering.codegen()
     return str(code.value)
@@ -170,7 +199,9 @@ def load(name: str, source: str, folder: pathlib.Path) -> Any:
 
 
 def measure(name: str, source: str) -> dict[str, Any]:
-    """Compiled with the first configuration of Inductor's heuristics; the autotuner of a GPU may settle on another."""
+    """Compiled with the first configuration of Inductor's heuristics; the autotuner of a GPU may
+    settle on another.
+    """
     with tempfile.TemporaryDirectory() as folder, stubbed_device():
         tuner = load(name, source, pathlib.Path(folder))
         meta, config = tuner.triton_meta, tuner.configs[0]
@@ -178,9 +209,18 @@ def measure(name: str, source: str) -> dict[str, Any]:
         signature = {n: meta["signature"].get(n, "constexpr") for n in tuner.fn.arg_names}
         constants = {n: value for n, value in constants.items() if n in signature}
         signature.update(dict.fromkeys(constants, "constexpr"))
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "debug": True, "sanitize_overflow": False}
+        options = {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "debug": True,
+            "sanitize_overflow": False,
+        }
         options["enable_fp_fusion"] = meta.get("enable_fp_fusion", True)
-        kernel: Any = triton.compile(ASTSource(tuner.fn, signature, constants, meta["configs"][0]), target=TARGET, options=options)
+        kernel: Any = triton.compile(
+            ASTSource(tuner.fn, signature, constants, meta["configs"][0]),
+            target=TARGET,
+            options=options,
+        )
     instructions = len(sass_instructions(sass(kernel.asm["cubin"])))
     block = math.prod(value for key, value in config.kwargs.items() if key.endswith("BLOCK"))
     accesses = re.findall(r"tl\.(?:load|store)\((\w+)", source)
@@ -194,16 +234,29 @@ def measure(name: str, source: str) -> dict[str, Any]:
 
 def rival(name: str) -> dict[str, Any]:
     code = wrapper_code(RIVALS[name])
-    sources = dict(re.findall(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'", code, re.DOTALL | re.MULTILINE))
+    sources = dict(
+        re.findall(
+            r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'",
+            code,
+            re.DOTALL | re.MULTILINE,
+        )
+    )
     body = code[code.index("def call(") :].split("def benchmark_compiled_module")[0]
-    measured = {kernel: measure(kernel, sources[kernel]) for kernel in re.findall(r"^\s+(\w+)\.run\(", body, re.MULTILINE)}
+    measured = {
+        kernel: measure(kernel, sources[kernel])
+        for kernel in re.findall(r"^\s+(\w+)\.run\(", body, re.MULTILINE)
+    }
     uniforms = body.count("torch.ops.aten.uniform.default(")
     seeds = len(re.findall(r"aten\.randint\.\w+\(", body))
     return {
         "name": name,
         "launches": len(measured) + uniforms * len(UNIFORM_KERNELS) + seeds,
-        "bytes_per_element": float(sum(found["bytes"] for found in measured.values()) + uniforms * UNIFORM_BYTES),
-        "instructions_per_element": round(sum(found["per_element"] for found in measured.values()), 2),
+        "bytes_per_element": float(
+            sum(found["bytes"] for found in measured.values()) + uniforms * UNIFORM_BYTES
+        ),
+        "instructions_per_element": round(
+            sum(found["per_element"] for found in measured.values()), 2
+        ),
         "uncounted": [*UNIFORM_KERNELS] * uniforms,  # ATen's own kernels: no code here to count
         "registers": max(found["registers"] for found in measured.values()),
         "kernels": [
@@ -219,14 +272,17 @@ def rivals() -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "bench.inductor_code", "--json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
-        about = f"bench.inductor_code failed with torch {torch.__version__}: it follows Inductor's internals"
+        version = torch.__version__
+        about = f"bench.inductor_code failed with torch {version}: it follows Inductor's internals"
         raise RuntimeError(f"{about}\n{done.stderr[-2000:]}")
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    print(f"{'rival':30}{'launches':>9}{'bytes/element':>15}{'instructions/element':>22}{'regs':>6}")
+    print(
+        f"{'rival':30}{'launches':>9}{'bytes/element':>15}{'instructions/element':>22}{'regs':>6}"
+    )
     for row in rows:
         uncounted = f" + {' and '.join(row['uncounted'])}, not counted" if row["uncounted"] else ""
         print(
@@ -247,7 +303,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found))
         return
-    print(f"torch {torch.__version__}, triton {triton.__version__}, sm_90, bfloat16, ({BATCH}, {LENGTH}, {D}); instructions up to EXIT\n")
+    print(
+        f"torch {torch.__version__}, triton {triton.__version__}, sm_90, bfloat16, ({BATCH}, "
+        f"{LENGTH}, {D}); instructions up to EXIT\n"
+    )
     print_rows(found)
 
 

@@ -1,8 +1,10 @@
 """Host time of a launch without a GPU: `python -m bench.launch`.
 
-Triton kernels are compiled for sm_90 and the driver's last step, which would hand them to the GPU, does nothing. Beside our launcher stands
-Triton's own `kernel[grid](...)` with the same arguments and the same step left out. The CUDA C++ operator is csrc/cuda/ops.cpp on CPU
-tensors, from the operator's call to the kernel's launch, device guard and stream left out; F.embedding is a whole call of 8 tokens, d = 64.
+Triton kernels are compiled for sm_90 and the driver's last step, which would hand them to the GPU,
+does nothing. Beside our launcher stands Triton's own `kernel[grid](...)` with the same arguments
+and the same step left out. The CUDA C++ operator is csrc/cuda/ops.cpp on CPU tensors, from the
+operator's call to the kernel's launch, device guard and stream left out; F.embedding is a whole
+call of 8 tokens, d = 64.
 """
 
 import argparse
@@ -55,9 +57,19 @@ def load_cuda_operators() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source, library = pathlib.Path(folder, "stub.cpp"), pathlib.Path(folder, "stub.so")
         source.write_text(STUB)
-        flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "-fPIC",
+            "-shared",
+            "-fvisibility=hidden",
+            "-w",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        ]
         paths = [f"-I{CSRC}", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
-        subprocess.run(["g++", *flags, *paths, str(source), "-ltorch_cpu", "-o", str(library)], check=True)
+        subprocess.run(
+            ["g++", *flags, *paths, str(source), "-ltorch_cpu", "-o", str(library)], check=True
+        )
         ctypes.CDLL(str(library))
     return True
 
@@ -94,7 +106,9 @@ class StubDriver:
         return torch.device("cpu")
 
 
-def microseconds(runs: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, list[float]]:
+def microseconds(
+    runs: dict[str, Callable[[], object]], rounds: int, calls: int
+) -> dict[str, list[float]]:
     """Per call, the runs in turns."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds):
@@ -114,13 +128,22 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=500)
     arguments = parser.parse_args()
     driver.set_active(StubDriver())  # type: ignore[no-untyped-call]
-    ids, weight = torch.zeros(8, 512, dtype=torch.int64), torch.zeros(32, 4096, dtype=torch.bfloat16)
+    ids, weight = (
+        torch.zeros(8, 512, dtype=torch.int64),
+        torch.zeros(32, 4096, dtype=torch.bfloat16),
+    )
     out = torch.empty(8, 512, 4096, dtype=torch.bfloat16)
-    seed, alpha, lengths = torch.zeros((), dtype=torch.int64), torch.tensor(5.0, dtype=torch.float64), torch.full((8,), 512)
+    seed, alpha, lengths = (
+        torch.zeros((), dtype=torch.int64),
+        torch.tensor(5.0, dtype=torch.float64),
+        torch.full((8,), 512),
+    )
     recorded: list[Any] = []
     launch = triton_kernels.Launcher.__call__
 
-    def recording(self: Any, key: Any, found: Any, index: Any, grid: Any, args: Any, num_warps: int) -> None:
+    def recording(
+        self: Any, key: Any, found: Any, index: Any, grid: Any, args: Any, num_warps: int
+    ) -> None:
         recorded[:] = [grid, args, num_warps]
         launch(self, key, found, index, grid, args, num_warps)
 
@@ -130,19 +153,26 @@ def main() -> int:
     grid, args, num_warps = recorded
     options = {"num_warps": num_warps, **triton_kernels.compile_options("cuda")}
     runs: dict[str, Callable[[], object]] = {
-        "ours: nothing given": lambda: triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, out=out),
-        "ours: lengths": lambda: triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, None, None, lengths, out=out),
+        "ours: nothing given": lambda: triton_kernels.noisy_embedding_out(
+            ids, weight, seed, alpha, out=out
+        ),
+        "ours: lengths": lambda: triton_kernels.noisy_embedding_out(
+            ids, weight, seed, alpha, None, None, lengths, out=out
+        ),
         "kernel[grid]": lambda: triton_kernels.noisy_rows[grid](*args, **options),
     }
     if load_cuda_operators():
         cuda = ops.EMBEDDING_OUT["cuda"]
         runs["CUDA C++: nothing given"] = lambda: cuda(ids, weight, seed, alpha, out=out)
-        runs["CUDA C++: lengths"] = lambda: cuda(ids, weight, seed, alpha, None, None, lengths, out=out)
+        runs["CUDA C++: lengths"] = lambda: cuda(
+            ids, weight, seed, alpha, None, None, lengths, out=out
+        )
     few_ids, few_rows = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(32, 64)
     runs["F.embedding"] = lambda: torch.nn.functional.embedding(few_ids, few_rows)
     taken = microseconds(runs, arguments.rounds, arguments.calls)
     print(
-        f"host time of one launch, microseconds, median of {arguments.rounds} interleaved rounds [p10, p90]; triton {triton.__version__}\n"
+        f"host time of one launch, microseconds, median of {arguments.rounds} interleaved rounds "
+        f"[p10, p90]; triton {triton.__version__}\n"
     )
     missed, shares = 0, relative(taken, "kernel[grid]") | {"kernel[grid]": 1.0}
     for name, values in taken.items():
@@ -152,7 +182,9 @@ def main() -> int:
         if name not in ("kernel[grid]", "F.embedding"):
             met = median <= MOST_MICROSECONDS and share <= MOST_SHARE
             missed += not met
-            line += f"  target <= {MOST_MICROSECONDS} and <= {MOST_SHARE}: {'met' if met else 'missed'}"
+            line += (
+                f"  target <= {MOST_MICROSECONDS} and <= {MOST_SHARE}: {'met' if met else 'missed'}"
+            )
         print(line)
     return 1 if missed else 0
 

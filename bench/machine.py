@@ -1,4 +1,6 @@
-"""What this machine can do: `python -m bench.machine` prints the floors that NOTES.md and the tables refer to."""
+"""What this machine can do: `python -m bench.machine` prints the floors that NOTES.md and the
+tables refer to.
+"""
 
 import argparse
 import os
@@ -22,10 +24,16 @@ BUSY = 0.05  # share of the CPU time that others may take
 def cpu_model() -> str:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = dict(
+            line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line
+        )
         named = {key.strip(): value.strip() for key, value in fields.items()}
         if "model name" in named:
-            family = f" (family {named['cpu family']}, model {named['model']})" if "cpu family" in named else ""
+            family = (
+                f" (family {named['cpu family']}, model {named['model']})"
+                if "cpu family" in named
+                else ""
+            )
             return named["model name"] + family
     return platform.processor() or platform.machine()
 
@@ -36,7 +44,9 @@ def cache_sizes() -> dict[str, int]:
     for index in sorted(pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind, level = (index / "type").read_text().strip(), (index / "level").read_text().strip()
         if kind != "Instruction":
-            sizes[f"L{level}{'d' if kind == 'Data' else ''}"] = int((index / "size").read_text().strip().removesuffix("K")) << 10
+            sizes[f"L{level}{'d' if kind == 'Data' else ''}"] = (
+                int((index / "size").read_text().strip().removesuffix("K")) << 10
+            )
     return sizes
 
 
@@ -51,7 +61,10 @@ def describe_bytes(count: int) -> str:
 def describe(threads: int) -> dict[str, str]:
     return {
         "cpu": cpu_model(),
-        "caches": ", ".join(f"{level} {describe_bytes(size)}" for level, size in cache_sizes().items()) or "unknown",
+        "caches": ", ".join(
+            f"{level} {describe_bytes(size)}" for level, size in cache_sizes().items()
+        )
+        or "unknown",
         "simd": ops.simd_level(),
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "threads": str(threads),
@@ -62,7 +75,10 @@ def describe(threads: int) -> dict[str, str]:
 
 
 def best_seconds(run: Callable[[], object], samples: int = 25, at_least: float = 0.002) -> float:
-    """The fastest of several samples: a floor is what the machine can do. Rivals are compared by medians, interleaved, in compare.py."""
+    """The fastest of several samples: a floor is what the machine can do.
+
+    Rivals are compared by medians, interleaved, in compare.py.
+    """
     run()
     first = time.perf_counter()
     run()
@@ -79,7 +95,9 @@ def best_seconds(run: Callable[[], object], samples: int = 25, at_least: float =
 
 
 class Load:
-    """What the rest of the machine does meanwhile: `others()` is the share of all CPU time since construction that went elsewhere."""
+    """What the rest of the machine does meanwhile: `others()` is the share of all CPU time since
+    construction that went elsewhere.
+    """
 
     def __init__(self) -> None:
         self._start = self._now()
@@ -90,9 +108,15 @@ class Load:
         stat = pathlib.Path("/proc/stat")
         if not stat.exists():
             return None
-        ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]  # user nice system idle iowait irq softirq steal
+        ticks = [
+            int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]
+        ]  # user nice system idle iowait irq softirq steal
         second, own = os.sysconf("SC_CLK_TCK"), os.times()
-        return sum(ticks) / second, (sum(ticks) - ticks[3] - ticks[4]) / second, own.user + own.system
+        return (
+            sum(ticks) / second,
+            (sum(ticks) - ticks[3] - ticks[4]) / second,
+            own.user + own.system,
+        )
 
     def others(self) -> float | None:
         end = self._now()
@@ -106,11 +130,15 @@ def describe_load(others: float | None) -> str:
     """ "" for a machine that is ours, else the warning."""
     if others is None or others <= BUSY:
         return ""
-    return f"BUSY MACHINE: {others:.0%} of its CPU time went to other processes, no figure here counts"
+    return (
+        f"BUSY MACHINE: {others:.0%} of its CPU time went to other processes, no figure here counts"
+    )
 
 
 class Floors(NamedTuple):
-    copy_bytes: float  # bytes read and written per second by a copy far larger than the caches, all threads
+    copy_bytes: (
+        float  # bytes read and written per second by a copy far larger than the caches, all threads
+    )
     arithmetic: dict[int, float]  # threads → elements per second and core of the noise alone
 
     def seconds(self, bytes_moved: int, elements: int, threads: int) -> tuple[float, float]:
@@ -119,7 +147,9 @@ class Floors(NamedTuple):
 
 
 def measure_floors(threads: int, dtype: torch.dtype = torch.float32) -> Floors:
-    """Bandwidth of `Tensor.copy_`; and the noise alone: add_noise into one buffer of 64 rows that stays in cache, its input one row."""
+    """Bandwidth of `Tensor.copy_`; and the noise alone: add_noise into one buffer of 64 rows that
+    stays in cache, its input one row.
+    """
     source = torch.ones(max(1 << 26, last_level_cache()), dtype=torch.float32)
     target = torch.zeros_like(source)
     copy_bytes = 2 * source.nbytes / best_seconds(lambda: target.copy_(source))
@@ -129,7 +159,9 @@ def measure_floors(threads: int, dtype: torch.dtype = torch.float32) -> Floors:
     arithmetic = {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        seconds = best_seconds(lambda: torch.ops.neftune_kernels.add_noise.out(embeddings, seed, alpha, out=out))
+        seconds = best_seconds(
+            lambda: torch.ops.neftune_kernels.add_noise.out(embeddings, seed, alpha, out=out)
+        )
         arithmetic[count] = out.numel() / seconds / count
     torch.set_num_threads(threads)
     return Floors(copy_bytes, arithmetic)
@@ -144,10 +176,19 @@ def main() -> None:
         print(f"{name:16} {value}")
     for dtype in (torch.float32, torch.bfloat16):
         floors = measure_floors(threads, dtype)
-        rates = ", ".join(f"{rate / 1e9:.3g}e9 at {count} thread{'s'[: count > 1]}" for count, rate in floors.arithmetic.items())
+        rates = ", ".join(
+            f"{rate / 1e9:.3g}e9 at {count} thread{'s'[: count > 1]}"
+            for count, rate in floors.arithmetic.items()
+        )
         if dtype == torch.float32:
-            print(f"{'copy':16} {floors.copy_bytes / 1e9:.1f} GB/s read + written ({threads} threads, far beyond the caches)")
-        print(f"{'noise alone':16} {str(dtype).removeprefix('torch.')}: {rates} elements per second and core")
+            print(
+                f"{'copy':16} {floors.copy_bytes / 1e9:.1f} GB/s read + written ({threads} "
+                f"threads, far beyond the caches)"
+            )
+        print(
+            f"{'noise alone':16} {str(dtype).removeprefix('torch.')}: {rates} elements per second "
+            f"and core"
+        )
 
 
 if __name__ == "__main__":

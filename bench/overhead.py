@@ -1,6 +1,8 @@
-"""Host time of one call on a handful of tokens, where nothing but overhead is left: `python -m bench.overhead`.
+"""Host time of one call on a handful of tokens, where nothing but overhead is left: `python -m
+bench.overhead`.
 
-All calls are interleaved in one run, each round in a new random order; ratios are taken within a round against nn.Embedding.
+All calls are interleaved in one run, each round in a new random order; ratios are taken within a
+round against nn.Embedding.
 """
 
 import argparse
@@ -44,13 +46,27 @@ def make_calls(frozen: bool) -> list[Call]:
     return [
         Call(BASE, share(nn.Embedding(*sizes)), None),
         Call("bare subclass of nn.Embedding", share(BareSubclass(*sizes)), None),
-        Call("NEFTuneEmbedding, training", share(NEFTuneEmbedding(*sizes, noise_alpha=5.0)), 3.0, 2.0),
-        Call("NEFTuneEmbedding, noise_alpha=0", share(NEFTuneEmbedding(*sizes, noise_alpha=0.0)), 1.15),
-        Call("NEFTuneEmbedding, eval", share(NEFTuneEmbedding(*sizes, noise_alpha=5.0)).eval(), 1.15),
+        Call(
+            "NEFTuneEmbedding, training", share(NEFTuneEmbedding(*sizes, noise_alpha=5.0)), 3.0, 2.0
+        ),
+        Call(
+            "NEFTuneEmbedding, noise_alpha=0",
+            share(NEFTuneEmbedding(*sizes, noise_alpha=0.0)),
+            1.15,
+        ),
+        Call(
+            "NEFTuneEmbedding, eval", share(NEFTuneEmbedding(*sizes, noise_alpha=5.0)).eval(), 1.15
+        ),
         Call("noisy_embedding", lambda ids: noisy_embedding(ids, weight, 5.0), None),
-        Call("noisy_embedding, seed=tensor", lambda ids: noisy_embedding(ids, weight, 5.0, seed=seed), None),
+        Call(
+            "noisy_embedding, seed=tensor",
+            lambda ids: noisy_embedding(ids, weight, 5.0, seed=seed),
+            None,
+        ),
         Call("add_noise", lambda ids: add_noise(embeds, 5.0), None),
-        Call("torch.nn.functional.embedding", lambda ids: nn.functional.embedding(ids, weight), None),
+        Call(
+            "torch.nn.functional.embedding", lambda ids: nn.functional.embedding(ids, weight), None
+        ),
     ]
 
 
@@ -85,16 +101,24 @@ def report(calls: list[Call], taken: dict[str, list[float]]) -> int:
             missed += not met
             verdict = f"target <= {call.limit} {'met' if met else 'MISSED'}"
             if call.stretch is not None:
-                verdict += f", stretch <= {call.stretch} {'met' if ratio.median <= call.stretch else 'missed'}"
+                stretched = "met" if ratio.median <= call.stretch else "missed"
+                verdict += f", stretch <= {call.stretch} {stretched}"
         over = f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
         print(f"  {call.name:32} {median:9.2f} {low:7.2f} {high:7.2f}   {over}  {verdict}".rstrip())
     return missed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=501, metavar="N", help="rounds")
-    parser.add_argument("--iterations", type=int, default=40, help="calls in one sample, short beside a time slice of the scheduler")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=40,
+        help="calls in one sample, short beside a time slice of the scheduler",
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -102,7 +126,10 @@ def main() -> int:
     missed = 0
     for frozen in (False, True):
         calls = make_calls(frozen)
-        print(f"\n{SHAPE} tokens, d={EMBEDDING_DIM}, float32, grad mode on, weight {'frozen' if frozen else 'requires grad'}")
+        print(
+            f"\n{SHAPE} tokens, d={EMBEDDING_DIM}, float32, grad mode on, weight "
+            f"{'frozen' if frozen else 'requires grad'}"
+        )
         load = Load()
         taken = time_calls(calls, options.repeats, options.iterations)
         others = load.others()

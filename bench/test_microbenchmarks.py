@@ -1,4 +1,7 @@
-"""`pytest bench --benchmark-only`: every provider on every case, one at a time. No assertion on time; ratios are compare.py's business."""
+"""`pytest bench --benchmark-only`: every provider on every case, one at a time.
+
+No assertion on time; ratios are compare.py's business.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import DTYPES, SHAPES, Case, Inputs, Provider, check, compiled_providers, hf_hook, make_case, make_inputs, make_providers
+from .cases import (
+    DTYPES,
+    SHAPES,
+    Case,
+    Inputs,
+    Provider,
+    check,
+    compiled_providers,
+    hf_hook,
+    make_case,
+    make_inputs,
+    make_providers,
+)
 from .machine import last_level_cache
 
 PROVIDERS = [provider.name for provider in make_providers(compiled=False)]
@@ -14,7 +29,9 @@ COMPILED = ["HF hook, compiled", "official, compiled"]
 
 
 @pytest.fixture(
-    scope="module", params=[(key, dtype) for key in SHAPES for dtype in DTYPES.values()], ids=lambda param: f"{param[0]}-{param[1]}"
+    scope="module",
+    params=[(key, dtype) for key in SHAPES for dtype in DTYPES.values()],
+    ids=lambda param: f"{param[0]}-{param[1]}",
 )
 def case(request: pytest.FixtureRequest) -> Case:
     return make_case(*request.param)

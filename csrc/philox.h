@@ -1,15 +1,19 @@
-// Philox-4x32: a counter and a key to four uniform words (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
+// Philox-4x32: a counter and a key to four uniform words (Salmon, Moraes, Dror, Shaw 2011,
+// "Parallel random numbers: as easy as 1, 2, 3").
 //
-// Written once for a uint32_t on a CPU or GPU thread and for SIMD vectors of words. A vector type V brings, found by argument lookup,
-//     multiply(uint32_t, V) → product,  high(product), low(product) → V,  xor3(a, b, key) → V for any mix of V and uint32_t in a and b,
-//     swapped_xor(product, V, key) → pair of words: high(product) ^ V ^ key, then low(product).
-// Each counter word keeps its own type: those that are equal for a whole row stay scalars, so the first two rounds cost a vector one
-// multiplication each instead of two.
+// Written once for a uint32_t on a CPU or GPU thread and for SIMD vectors of words. A vector type V
+// brings, found by argument lookup,
+//     multiply(uint32_t, V) → product,  high(product), low(product) → V,  xor3(a, b, key) → V for
+//     any mix of V and uint32_t in a and b, swapped_xor(product, V, key) → pair of words:
+//     high(product) ^ V ^ key, then low(product).
+// Each counter word keeps its own type: those that are equal for a whole row stay scalars, so the
+// first two rounds cost a vector one multiplication each instead of two.
 #pragma once
 
 #include <cstdint>
 
-// Internal linkage matters: a copy compiled for one instruction set must never be the one another set's code is linked to.
+// Internal linkage matters: a copy compiled for one instruction set must never be the one another
+// set's code is linked to.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define NEFTUNE_INLINE static __host__ __device__ __forceinline__
 #else
@@ -31,7 +35,8 @@ struct PhiloxCounter {
   W3 w3;
 };
 
-// The four result words, two and two: for uint32_t a pair is a uint64_t with the earlier word in its low half.
+// The four result words, two and two: for uint32_t a pair is a uint64_t with the earlier word in
+// its low half.
 template <class Pair01, class Pair23>
 struct PhiloxPairs {
   Pair01 words01;
@@ -43,11 +48,14 @@ struct PhiloxKey {
   uint32_t k1;
 };
 
-NEFTUNE_INLINE PhiloxKey next_key(PhiloxKey key) { return {key.k0 + kPhiloxKeyStep0, key.k1 + kPhiloxKeyStep1}; }
+NEFTUNE_INLINE PhiloxKey next_key(PhiloxKey key) {
+  return {key.k0 + kPhiloxKeyStep0, key.k1 + kPhiloxKeyStep1};
+}
 
 NEFTUNE_INLINE uint64_t multiply(uint32_t multiplier, uint32_t word) {
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
-  return static_cast<uint64_t>(__umulhi(multiplier, word)) << 32 | multiplier * word;  // the 64-bit product compiles to three instructions
+  return static_cast<uint64_t>(__umulhi(multiplier, word)) << 32 |
+         multiplier * word;  // the 64-bit product compiles to three instructions
 #else
   return static_cast<uint64_t>(multiplier) * word;
 #endif

@@ -1,4 +1,5 @@
-// What the operators of every device ask of tensors. Only torch's stable ABI is used, so one library serves every torch from 2.10 on.
+// What the operators of every device ask of tensors. Only torch's stable ABI is used, so one
+// library serves every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +18,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// std::invalid_argument becomes Python's ValueError, std::out_of_range IndexError, std::runtime_error RuntimeError.
+// std::invalid_argument becomes Python's ValueError, std::out_of_range IndexError,
+// std::runtime_error RuntimeError.
 template <class Error, class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -31,7 +33,9 @@ std::vector<int64_t> shape_of(const Tensor& tensor) {
 }
 
 std::vector<int64_t> embedded_shape(const Tensor& input_ids, const Tensor& weight) {
-  if (weight.dim() != 2) fail<std::runtime_error>("weight must have shape (num_embeddings, embedding_dim), got ", weight.dim(), " axes");
+  if (weight.dim() != 2)
+    fail<std::runtime_error>("weight must have shape (num_embeddings, embedding_dim), got ",
+                             weight.dim(), " axes");
   std::vector<int64_t> shape = shape_of(input_ids);
   shape.push_back(weight.size(1));
   return shape;
@@ -41,22 +45,27 @@ std::vector<int64_t> embedded_shape(const Tensor& input_ids, const Tensor& weigh
 std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   int64_t last = 0;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis)
+    last += (tensor.size(axis) - 1) * tensor.stride(axis);
   return {begin, begin + (last + 1) * tensor.element_size()};
 }
 
-void check_out(const Tensor& out, const Tensor& source, const char* source_name, bool may_be_source, const std::vector<int64_t>& shape) {
+void check_out(const Tensor& out, const Tensor& source, const char* source_name, bool may_be_source,
+               const std::vector<int64_t>& shape) {
   if (out.scalar_type() != source.scalar_type()) {
-    fail<std::runtime_error>("out must have the dtype of ", source_name, ", ", torch::headeronly::toString(source.scalar_type()), ", got ",
+    fail<std::runtime_error>("out must have the dtype of ", source_name, ", ",
+                             torch::headeronly::toString(source.scalar_type()), ", got ",
                              torch::headeronly::toString(out.scalar_type()));
   }
   if (shape_of(out) != shape) fail<std::runtime_error>("out must have the result's shape");
   if (!out.is_contiguous()) fail<std::runtime_error>("out must be contiguous");
   if (out.numel() == 0 || source.numel() == 0) return;
-  if (may_be_source && out.const_data_ptr() == source.const_data_ptr() && source.is_contiguous()) return;
+  if (may_be_source && out.const_data_ptr() == source.const_data_ptr() && source.is_contiguous())
+    return;
   const auto a = extent(out), b = extent(source);
   if (a.first < b.second && b.first < a.second) {
-    fail<std::runtime_error>("out must not overlap ", source_name, may_be_source ? " unless it is the same tensor" : "");
+    fail<std::runtime_error>("out must not overlap ", source_name,
+                             may_be_source ? " unless it is the same tensor" : "");
   }
 }
 

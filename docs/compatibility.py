@@ -1,4 +1,6 @@
-"""The README's compatibility table from what the tests proved: `python docs/compatibility.py FILE` after `pytest --compatibility FILE`."""
+"""The README's compatibility table from what the tests proved: `python docs/compatibility.py FILE`
+after `pytest --compatibility FILE`.
+"""
 
 import argparse
 import json
@@ -18,9 +20,20 @@ def table(lines: list[tuple[str, str, str]]) -> str:
     merged: dict[tuple[str, str], list[str]] = {}
     for (trainer, layout), families in layouts.items():
         merged.setdefault((trainer, ", ".join(sorted(families))), []).append(layout)
-    rows = [f"| {families} | {trainer} | {'; '.join(found)} |" for (trainer, families), found in sorted(merged.items())]
+    rows = [
+        f"| {families} | {trainer} | {'; '.join(found)} |"
+        for (trainer, families), found in sorted(merged.items())
+    ]
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    return "\n".join([f"Versions: {versions}.", "", "| models | used by | layouts and kinds |", "|---|---|---|", *rows])
+    return "\n".join(
+        [
+            f"Versions: {versions}.",
+            "",
+            "| models | used by | layouts and kinds |",
+            "|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""NEFTune noise for token embeddings, exact and fused. The specification is docs/specification.md; the paper arXiv 2310.05914."""
+"""NEFTune noise for token embeddings, exact and fused. The specification is docs/specification.md;
+the paper arXiv 2310.05914.
+"""
 
 from .functional import add_noise, neftune_noise, noisy_embedding
 from .integrations.models import NEFTuneHandle, apply_neftune

@@ -1,4 +1,6 @@
-"""python -m neftune_kernels: versions, backends with the reasons why not, instruction set and threads."""
+"""python -m neftune_kernels: versions, backends with the reasons why not, instruction set and
+threads.
+"""
 
 import importlib.metadata
 import platform
@@ -18,8 +20,16 @@ def _version(package: str) -> str:
 
 
 def report() -> str:
-    lines = [f"neftune_kernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}"]
-    lines.append(", ".join(f"{package} {_version(package)}" for package in ("triton", "transformers", "trl", "peft")))
+    lines = [
+        f"neftune_kernels {__version__}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}"
+    ]
+    lines.append(
+        ", ".join(
+            f"{package} {_version(package)}"
+            for package in ("triton", "transformers", "trl", "peft")
+        )
+    )
     lines.append("")
     devices = ["cpu"]
     if torch.accelerator.is_available():

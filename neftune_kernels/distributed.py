@@ -1,7 +1,8 @@
 """Many processes: which Philox stream is ours, and noise on DTensor embeddings.
 
-A DTensor stands for one logical tensor, so its noise is the noise one process would add to it, whatever its placements: the ranks of a
-tensor-parallel group share one stream and one seed, which its first rank draws. What differs between data-parallel replicas is the stream.
+A DTensor stands for one logical tensor, so its noise is the noise one process would add to it,
+whatever its placements: the ranks of a tensor-parallel group share one stream and one seed, which
+its first rank draws. What differs between data-parallel replicas is the stream.
 """
 
 import weakref
@@ -15,12 +16,21 @@ from . import reference
 from .functional import UNIFORM, Offsets, Samples, Variant, embeds_with_noise, seed_tensor
 from .ops import asked_outside_the_graph, choose_backend
 
-PASS_STREAM = "pass stream= to apply_neftune: a number that the ranks of one replica share and that no other replica has"
+PASS_STREAM = (
+    "pass stream= to apply_neftune: a number that the ranks of one replica share "
+    "and that no other replica has"
+)
 
 
 def is_dtensor(value: Any) -> bool:
-    """torch.distributed.tensor is imported only when somebody has a tensor that is neither a Tensor nor a Parameter."""
-    if not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter) or not dist.is_available():
+    """torch.distributed.tensor is imported only when somebody has a tensor that is neither a Tensor
+    nor a Parameter.
+    """
+    if (
+        not isinstance(value, Tensor)
+        or type(value) in (Tensor, nn.Parameter)
+        or not dist.is_available()
+    ):
         return False
     from torch.distributed.tensor import DTensor
 
@@ -30,12 +40,16 @@ def is_dtensor(value: Any) -> bool:
 # ---- streams
 
 
-def data_parallel_index(weight: Tensor, embedding: nn.Module | None = None, model: nn.Module | None = None) -> int:
-    """Which data-parallel replica this process belongs to, asked at call time: the `stream` of :func:`apply_neftune`.
+def data_parallel_index(
+    weight: Tensor, embedding: nn.Module | None = None, model: nn.Module | None = None
+) -> int:
+    """Which data-parallel replica this process belongs to, asked at call time: the `stream` of
+    :func:`apply_neftune`.
 
     - no process group, or one process: 0
     - FSDP2 (`fully_shard`, HSDP too): the rank in its flattened mesh
-    - a DTensor weight: the index over the root mesh's dimensions that the weight's own mesh does not span; 0 where it spans the world
+    - a DTensor weight: the index over the root mesh's dimensions that the weight's own mesh does
+      not span; 0 where it spans the world
     - otherwise (DDP, the old FSDP): the rank
 
     Args:
@@ -58,13 +72,16 @@ def data_parallel_index(weight: Tensor, embedding: nn.Module | None = None, mode
     if is_dtensor(weight):
         mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
         return (
-            _index_in(mesh_info.mesh) if mesh_info is not None and not getattr(mesh_info, "is_spmd_mesh", False) else _index_outside(mesh)
+            _index_in(mesh_info.mesh)
+            if mesh_info is not None and not getattr(mesh_info, "is_spmd_mesh", False)
+            else _index_outside(mesh)
         )
     if mesh_info is not None:
         return _index_in(mesh_info.mesh)
     if model is not None and any(is_dtensor(parameter) for parameter in model.parameters()):
         raise RuntimeError(
-            "the embedding's weight is an ordinary tensor while other parameters of the model are DTensors, so which ranks see the same "
+            "the embedding's weight is an ordinary tensor while other parameters of the model are "
+            "DTensors, so which ranks see the same "
             f"tokens cannot be known: {PASS_STREAM}"
         )
     return dist.get_rank()
@@ -81,12 +98,16 @@ def _index_in(mesh: Any) -> int:
 
 @asked_outside_the_graph  # Dynamo cannot follow the ranks, which are a tensor's values
 def _index_outside(mesh: Any) -> int:
-    """This rank's place in the root mesh, flattened over the dimensions along which `mesh` has no other rank."""
+    """This rank's place in the root mesh, flattened over the dimensions along which `mesh` has no
+    other rank.
+    """
     root = mesh._get_root_mesh()
     if root.size() != dist.get_world_size():
         raise RuntimeError(
-            f"the embedding's weight is a DTensor on {mesh}, whose root mesh has {root.size()} of {dist.get_world_size()} processes, so "
-            f"its data-parallel index cannot be known: slice it from a mesh of the whole world, or {PASS_STREAM}"
+            f"the embedding's weight is a DTensor on {mesh}, whose root mesh has {root.size()} of "
+            f"{dist.get_world_size()} processes, so "
+            f"its data-parallel index cannot be known: slice it from a mesh of the whole world, "
+            f"or {PASS_STREAM}"
         )
     ranks, own = root.mesh, root.get_coordinate()
     inside = set(mesh.mesh.flatten().tolist())
@@ -104,18 +125,27 @@ _mesh_infos: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictiona
 def _parameter_groups(state: Any) -> list[Any]:
     """Of a module's FSDP2 state: several since torch 2.13, one or none before."""
     groups = getattr(state, "_fsdp_param_groups", None)
-    return [group for group in (groups or [getattr(state, "_fsdp_param_group", None)]) if group is not None]
+    return [
+        group
+        for group in (groups or [getattr(state, "_fsdp_param_group", None)])
+        if group is not None
+    ]
 
 
 def _fsdp_mesh_info(module: nn.Module) -> Any:
-    """FSDP2's mesh for this module's own parameters, None without FSDP2. In forward they are plain again: only FSDP's state knows."""
+    """FSDP2's mesh for this module's own parameters, None without FSDP2.
+
+    In forward they are plain again: only FSDP's state knows.
+    """
     if not module.__dict__.get("_is_fsdp_managed_module"):
         return None
     if module not in _mesh_infos:
         from torch.distributed._composable_state import _module_state_mapping
 
         states = [reference() for reference in list(_module_state_mapping.values())]
-        parameters = [p for state in states for group in _parameter_groups(state) for p in group.fsdp_params]
+        parameters = [
+            p for state in states for group in _parameter_groups(state) for p in group.fsdp_params
+        ]
         for parameter in parameters:
             owners = (parameter._module_info.module, *parameter._module_info.shared_modules)
             if any(owner is module for owner in owners):
@@ -146,9 +176,11 @@ class _AddConstant(torch.autograd.Function):
 
 
 def shared_seed(seed: Tensor, weight: Tensor) -> Tensor:
-    """The seed drawn by the first rank of a DTensor weight's mesh, on all of its ranks; for any other weight the seed itself.
+    """The seed drawn by the first rank of a DTensor weight's mesh, on all of its ranks; for any
+    other weight the seed itself.
 
-    Seeded alike they draw alike only while their generators stay in step, which dropout on shards of unlike size ends.
+    Seeded alike they draw alike only while their generators stay in step, which dropout on shards
+    of unlike size ends.
     """
     if not is_dtensor(weight):
         return seed
@@ -161,8 +193,16 @@ def shared_seed(seed: Tensor, weight: Tensor) -> Tensor:
 
 
 def replicated(samples: Samples) -> Samples:
-    """What tells the samples, as ordinary tensors of every token: the noise of one shard depends on the whole sample."""
-    return samples._replace(**{name: value.full_tensor() for name, value in samples._asdict().items() if is_dtensor(value)})
+    """What tells the samples, as ordinary tensors of every token: the noise of one shard depends on
+    the whole sample.
+    """
+    return samples._replace(
+        **{
+            name: value.full_tensor()
+            for name, value in samples._asdict().items()
+            if is_dtensor(value)
+        }
+    )
 
 
 def dtensor_with_noise(
@@ -175,15 +215,18 @@ def dtensor_with_noise(
     backend: str | None,
     variant: Variant = UNIFORM,
 ) -> Tensor:
-    """embeds_with_noise for a DTensor (..., T, d): the noise of the global tensor, each rank adding its own part.
+    """embeds_with_noise for a DTensor (..., T, d): the noise of the global tensor, each rank adding
+    its own part.
 
-    Partial sums (vocabulary-sharded lookups) are reduced first; every other placement stays. A given seed must be one for the whole mesh; a
-    drawn one is the first rank's.
+    Partial sums (vocabulary-sharded lookups) are reduced first; every other placement stays. A
+    given seed must be one for the whole mesh; a drawn one is the first rank's.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = embedded.device_mesh
-    placements = tuple(Replicate() if placement.is_partial() else placement for placement in embedded.placements)
+    placements = tuple(
+        Replicate() if placement.is_partial() else placement for placement in embedded.placements
+    )
     if placements != embedded.placements:
         embedded = embedded.redistribute(placements=placements)
     local, samples = embedded.to_local(), replicated(samples)
@@ -194,23 +237,39 @@ def dtensor_with_noise(
     else:
         choose_backend(backend, local.device, local.dtype)
         zeros = torch.zeros((), dtype=torch.float32, device=local.device).expand(embedded.shape)
-        given = (zeros, alpha, samples, seed, generator, offsets, backend if local.dtype != torch.float64 else None)
+        given = (
+            zeros,
+            alpha,
+            samples,
+            seed,
+            generator,
+            offsets,
+            backend if local.dtype != torch.float64 else None,
+        )
         whole = embeds_with_noise(*given, variant)
         everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         noisy = _AddConstant.apply(local, everywhere.redistribute(placements=placements).to_local())
-    return DTensor.from_local(noisy, mesh, placements, run_check=False, shape=embedded.shape, stride=embedded.stride())
+    return DTensor.from_local(
+        noisy, mesh, placements, run_check=False, shape=embedded.shape, stride=embedded.stride()
+    )
 
 
 # ---- classes and forwards that the frameworks put on an embedding
 
 
 def is_tensor_parallel_forward(forward: Any) -> bool:
-    """transformers' tensor-parallel plan puts a function on the module that shards ids and output around the module's own forward."""
-    return getattr(forward, "__name__", "") == "tp_forward" and getattr(forward, "__module__", "").startswith("transformers.")
+    """transformers' tensor-parallel plan puts a function on the module that shards ids and output
+    around the module's own forward.
+    """
+    return getattr(forward, "__name__", "") == "tp_forward" and getattr(
+        forward, "__module__", ""
+    ).startswith("transformers.")
 
 
 def class_without_noise(noisy: type, base: type) -> type | None:
-    """The class that fully_shard makes of `base`, for one that it made of `noisy`; None for any other class."""
+    """The class that fully_shard makes of `base`, for one that it made of `noisy`; None for any
+    other class.
+    """
     if not dist.is_available():
         return None
     from torch.distributed.fsdp import FSDPModule

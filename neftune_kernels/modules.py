@@ -27,25 +27,34 @@ from .functional import (
 )
 from .layout import check_layout
 
-HUGGING_FACE_MARK = "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
+HUGGING_FACE_MARK = (
+    "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
+)
 TWO_NOISES = (
-    "this embedding would get two noises: transformers' own NEFTune hook is active on it. Set neftune_noise_alpha=None in the training "
+    "this embedding would get two noises: transformers' own NEFTune hook is active on it. Set "
+    "neftune_noise_alpha=None in the training "
     "arguments, or take neftune_kernels off the model"
 )
 PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
 
 class NEFTuneEmbedding(nn.Embedding):
-    """A drop-in for nn.Embedding that adds NEFTune noise in training mode, like nn.Dropout, and is nn.Embedding in eval mode.
+    """A drop-in for nn.Embedding that adds NEFTune noise in training mode, like nn.Dropout, and is
+    nn.Embedding in eval mode.
 
-    Training: out[token] = weight[id]·embed_scale + noise_alpha/√(L·d) · u[token], L the real tokens of the token's own sample.
-    The state_dict, weight tying, padding_idx, max_norm, sparse, scale_grad_by_freq and every other argument are nn.Embedding's.
+    Training: out[token] = weight[id]·embed_scale + noise_alpha/√(L·d) · u[token], L the real tokens
+        of the token's own sample.
+    The state_dict, weight tying, padding_idx, max_norm, sparse, scale_grad_by_freq and every other
+    argument are nn.Embedding's.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as nn.Embedding.
-        noise_alpha: the paper's alpha, finite and >= 0; None or 0: no noise. Assign `module.noise_alpha` for a schedule.
+        num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            device, dtype: as nn.Embedding.
+        noise_alpha: the paper's alpha, finite and >= 0; None or 0: no noise. Assign
+            `module.noise_alpha` for a schedule.
         embed_scale: factor of the embedding, in eval mode too (Gemma, BART); not of the noise.
-        distribution, equal_variance: as in :func:`noisy_embedding`; only "uniform" is fused with the lookup.
+        distribution, equal_variance: as in :func:`noisy_embedding`; only "uniform" is fused with
+            the lookup.
         stream: word that separates data-parallel replicas: pass the data-parallel rank.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
 
@@ -90,7 +99,10 @@ class NEFTuneEmbedding(nn.Embedding):
         check_variant(distribution, equal_variance, 1)
         embed_scale, stream = check_scale(embed_scale), check_word("stream", stream)
         if backend is not None and backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be None or one of {', '.join(map(repr, ops.BACKENDS))}, got {backend!r}")
+            raise ValueError(
+                f"backend must be None or one of {', '.join(map(repr, ops.BACKENDS))}, got "
+                f"{backend!r}"
+            )
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -116,7 +128,9 @@ class NEFTuneEmbedding(nn.Embedding):
     def noise_alpha(self, value: float | None) -> None:
         self._noise_alpha = check_alpha(value)
         self._has_noise = self._noise_alpha > 0
-        self._alpha = torch.full((), self._noise_alpha, dtype=torch.float64, device="cpu")  # a graph input: no recompilation per value
+        self._alpha = torch.full(
+            (), self._noise_alpha, dtype=torch.float64, device="cpu"
+        )  # a graph input: no recompilation per value
 
     def forward(  # type: ignore[override]
         self,
@@ -134,23 +148,39 @@ class NEFTuneEmbedding(nn.Embedding):
         sample_offset: int = 0,
         position_offset: int = 0,
     ) -> Tensor:
-        """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as :func:`noisy_embedding`'s.
+        """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as
+        :func:`noisy_embedding`'s.
 
         noise_mask (..., T) says which tokens get noise, sign=-1 negates it exactly.
         """
         weight = self.weight
         noisy = self.training and self._has_noise
-        nothing = attention_mask is None and lengths is None and cu_seqlens is None and position_ids is None and noise_mask is None
+        nothing = (
+            attention_mask is None
+            and lengths is None
+            and cu_seqlens is None
+            and position_ids is None
+            and noise_mask is None
+        )
         if noisy or type(sign) is not int or sign != 1:  # without noise every check is host time
             variant = check_variant(self.distribution, self.equal_variance, sign)
         if noisy and HUGGING_FACE_MARK in self.__dict__:
             raise RuntimeError(TWO_NOISES)
-        if noisy and self.max_norm is None and not (self.sparse or self.scale_grad_by_freq) and type(weight) in PLAIN_WEIGHTS:
+        if (
+            noisy
+            and self.max_norm is None
+            and not (self.sparse or self.scale_grad_by_freq)
+            and type(weight) in PLAIN_WEIGHTS
+        ):
             args = (
                 input,
                 weight,
                 self._alpha,
-                NOTHING if nothing else Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask),
+                NOTHING
+                if nothing
+                else Samples(
+                    attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask
+                ),
                 -1 if self.padding_idx is None else self.padding_idx,
                 self.embed_scale,
                 seed,
@@ -158,13 +188,33 @@ class NEFTuneEmbedding(nn.Embedding):
                 self._offsets(stream, sample_offset, position_offset),
                 self.backend,
             )
-            return embed_with_noise(*args) if variant is UNIFORM else embed_with_variant(*args, variant)
-        embedded = F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+            return (
+                embed_with_noise(*args)
+                if variant is UNIFORM
+                else embed_with_variant(*args, variant)
+            )
+        embedded = F.embedding(
+            input,
+            weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
         if self.embed_scale != 1:
             embedded = embedded * self.embed_scale
         if not noisy:
             if not nothing:  # what would be refused with noise is refused all the same
-                check_layout(input.shape, input.device, attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+                check_layout(
+                    input.shape,
+                    input.device,
+                    attention_mask,
+                    lengths,
+                    cu_seqlens,
+                    position_ids,
+                    noise_mask,
+                )
             return embedded
         samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
@@ -191,10 +241,12 @@ class NEFTuneEmbedding(nn.Embedding):
         stream: int = 0,
         backend: str | None = None,
     ) -> "NEFTuneEmbedding":
-        """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training mode.
+        """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training
+        mode.
 
         Raises:
-            TypeError: not an nn.Embedding, or a subclass with a forward of its own, which this class would replace (use apply_neftune).
+            TypeError: not an nn.Embedding, or a subclass with a forward of its own, which this
+                class would replace (use apply_neftune).
 
         Example:
             >>> plain = nn.Embedding(10, 4)
@@ -204,10 +256,14 @@ class NEFTuneEmbedding(nn.Embedding):
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
         if isinstance(embedding, NEFTuneEmbedding):
-            raise TypeError("embedding is a NEFTuneEmbedding already: assign its noise_alpha, or convert its to_embedding()")
+            raise TypeError(
+                "embedding is a NEFTuneEmbedding already: assign its noise_alpha, or convert its "
+                "to_embedding()"
+            )
         if type(embedding).forward is not nn.Embedding.forward or "forward" in embedding.__dict__:
             raise TypeError(
-                f"{type(embedding).__name__} has a forward of its own, which NEFTuneEmbedding would replace: apply_neftune keeps it"
+                f"{type(embedding).__name__} has a forward of its own, which NEFTuneEmbedding "
+                f"would replace: apply_neftune keeps it"
             )
         noisy = cls(
             embedding.num_embeddings,
@@ -229,9 +285,15 @@ class NEFTuneEmbedding(nn.Embedding):
         return noisy.train(embedding.training)
 
     def to_embedding(self) -> nn.Embedding:
-        """A plain nn.Embedding with the same Parameter object. It has no embed_scale: a scale other than 1 warns."""
+        """A plain nn.Embedding with the same Parameter object. It has no embed_scale: a scale other
+        than 1 warns.
+        """
         if self.embed_scale != 1:
-            warnings.warn(f"nn.Embedding has no embed_scale: multiply its output by {self.embed_scale} yourself", stacklevel=2)
+            warnings.warn(
+                f"nn.Embedding has no embed_scale: multiply its output by {self.embed_scale} "
+                f"yourself",
+                stacklevel=2,
+            )
         plain = nn.Embedding(
             self.num_embeddings,
             self.embedding_dim,
@@ -257,14 +319,18 @@ class NEFTuneEmbedding(nn.Embedding):
         sparse: bool = False,
         **noise: Any,
     ) -> "NEFTuneEmbedding":
-        """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution, equal_variance, stream, backend.
+        """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution,
+        equal_variance, stream, backend.
 
         Example:
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
             10.0
         """
         if embeddings.dim() != 2:
-            raise ValueError(f"embeddings must have shape (num_embeddings, embedding_dim), got {tuple(embeddings.shape)}")
+            raise ValueError(
+                f"embeddings must have shape (num_embeddings, embedding_dim), got "
+                f"{tuple(embeddings.shape)}"
+            )
         return cls(
             num_embeddings=embeddings.shape[0],
             embedding_dim=embeddings.shape[1],

@@ -1,10 +1,13 @@
-"""The contract of the operators: schemas, fakes, autograd, registration, the native library and the table of backends.
+"""The contract of the operators: schemas, fakes, autograd, registration, the native library and the
+table of backends.
 
-`torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on embeddings made elsewhere) dispatch to the
-best kernel of the device; their twins `reference_noisy_embedding` and `reference_add_noise` always run `reference.py`, the family
-`cuda_...` the CUDA C++ kernels. Native libraries and the Triton kernels only add implementations of what is defined here, so an install
-without a compiler or without triton has the same operators. Each has an `out` overload without autograd. `add_variant_noise`, for the
-other distributions, is `add_noise` unfused: it asks the kernel for the uniform draws alone.
+`torch.ops.neftune_kernels.noisy_embedding` (lookup, scale, noise) and `add_noise` (noise on
+embeddings made elsewhere) dispatch to the best kernel of the device; their twins
+`reference_noisy_embedding` and `reference_add_noise` always run `reference.py`, the family
+`cuda_...` the CUDA C++ kernels. Native libraries and the Triton kernels only add implementations of
+what is defined here, so an install without a compiler or without triton has the same operators.
+Each has an `out` overload without autograd. `add_variant_noise`, for the other distributions, is
+`add_noise` unfused: it asks the kernel for the uniform draws alone.
 """
 
 import ctypes
@@ -27,10 +30,13 @@ from . import reference
 
 NAMESPACE = "neftune_kernels"
 NOISE_ARGS = (
-    "Tensor seed, Tensor noise_alpha, Tensor? document=None, Tensor? position=None, Tensor? lengths=None, Tensor? cu_seqlens=None, "
+    "Tensor seed, Tensor noise_alpha, Tensor? document=None, Tensor? position=None, Tensor? "
+    "lengths=None, Tensor? cu_seqlens=None, "
     "SymInt stream=0, SymInt sample_offset=0, SymInt position_offset=0"
 )
-EMBEDDING_ARGS = f"Tensor input_ids, Tensor weight, {NOISE_ARGS}, SymInt padding_idx=-1, float embed_scale=1.0"
+EMBEDDING_ARGS = (
+    f"Tensor input_ids, Tensor weight, {NOISE_ARGS}, SymInt padding_idx=-1, float embed_scale=1.0"
+)
 ADD_ARGS = f"Tensor inputs_embeds, {NOISE_ARGS}"
 FAMILIES = ("", "reference_", "cuda_")
 
@@ -38,31 +44,49 @@ REFERENCE_CHUNK = 1 << 20  # elements the reference computes at once: bounds its
 
 library = torch.library.Library(NAMESPACE, "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
-# alpha is read on the host at the launch, so a CUDA graph would replay the first one: Inductor is to launch these outside its graphs
-LAUNCH_TAGS = (*TAGS, torch.Tag.cudagraph_unsafe) if hasattr(torch.Tag, "cudagraph_unsafe") else TAGS
+# alpha is read on the host at the launch, so a CUDA graph would replay the first one: Inductor is
+# to launch these outside its graphs
+LAUNCH_TAGS = (
+    (*TAGS, torch.Tag.cudagraph_unsafe) if hasattr(torch.Tag, "cudagraph_unsafe") else TAGS
+)
 
 for _family in FAMILIES:
     for _name, _args in (("noisy_embedding", EMBEDDING_ARGS), ("add_noise", ADD_ARGS)):
         library.define(f"{_family}{_name}({_args}) -> Tensor", tags=LAUNCH_TAGS)
         library.define(f"{_family}{_name}.out({_args}, *, Tensor(a!) out) -> ()", tags=LAUNCH_TAGS)
     library.define(
-        f'{_family}add_variant_noise({ADD_ARGS}, str distribution="normal", bool equal_variance=True) -> Tensor', tags=LAUNCH_TAGS
+        f'{_family}add_variant_noise({ADD_ARGS}, str distribution="normal", bool '
+        f"equal_variance=True) -> Tensor",
+        tags=LAUNCH_TAGS,
     )
-    library.define(f"{_family}mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, Tensor)", tags=TAGS)
-    library.define(f"{_family}padding_layout(Tensor input_ids, SymInt padding_idx) -> (Tensor, Tensor, Tensor)", tags=TAGS)
+    library.define(
+        f"{_family}mask_layout(Tensor? attention_mask, Tensor? position_ids) -> (Tensor, Tensor, "
+        f"Tensor)",
+        tags=TAGS,
+    )
+    library.define(
+        f"{_family}padding_layout(Tensor input_ids, SymInt padding_idx) -> (Tensor, Tensor, "
+        f"Tensor)",
+        tags=TAGS,
+    )
 library.define(
-    "noisy_documents(Tensor noise_mask, Tensor? document=None, Tensor? position=None, Tensor? lengths=None, Tensor? cu_seqlens=None, "
+    "noisy_documents(Tensor noise_mask, Tensor? document=None, Tensor? position=None, Tensor? "
+    "lengths=None, Tensor? cu_seqlens=None, "
     "SymInt position_offset=0) -> Tensor",
     tags=TAGS,
 )
-# Its argument is a fresh torch.empty: the compiler merges equal calls whatever their tags say, but never two torch.empty, so that two
-# draws of one graph stay two.
+# Its argument is a fresh torch.empty: the compiler merges equal calls whatever their tags say, but
+# never two torch.empty, so that two draws of one graph stay two.
 library.define("draw_seed(Tensor like) -> Tensor", tags=(*TAGS, torch.Tag.nondeterministic_seeded))
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """One 64-bit draw from the device's default (or the given) generator: a 0-dim int64 tensor on the device."""
-    return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    """One 64-bit draw from the device's default (or the given) generator: a 0-dim int64 tensor on
+    the device.
+    """
+    return torch.empty((), dtype=torch.int64, device=device).random_(
+        -(2**63), None, generator=generator
+    )
 
 
 def _reference_embedding_out(
@@ -85,11 +109,16 @@ def _reference_embedding_out(
     ids = input_ids.reshape(-1).long()
     outside = (ids < 0) | (ids >= weight.shape[0])
     if ids.device.type == "cpu" and bool(outside.any()):
-        raise IndexError(f"input_ids must lie in [0, num_embeddings = {weight.shape[0]}), got {int(ids[outside][0])}")
+        raise IndexError(
+            f"input_ids must lie in [0, num_embeddings = {weight.shape[0]}), got "
+            f"{int(ids[outside][0])}"
+        )
     safe = torch.where(outside, 0, ids)
 
     def rows(chunk: slice) -> Tensor:
-        if weight.shape[0] == 0:  # only an accelerator gets here with tokens: every id is out of range
+        if (
+            weight.shape[0] == 0
+        ):  # only an accelerator gets here with tokens: every id is out of range
             return weight.new_full((outside[chunk].numel(), weight.shape[1]), float("nan"))
         embedded = reference.embed(safe[chunk], weight, embed_scale)
         if ids.device.type == "cpu":
@@ -150,11 +179,21 @@ def _reference_rows_out(
 ) -> None:
     """reference.py over all tokens, a bounded number of rows at a time."""
     stream, sample_offset, position_offset = offsets
-    sample, position, length = layouts.per_token(layout, shape, out.device, sample_offset, position_offset)
+    sample, position, length = layouts.per_token(
+        layout, shape, out.device, sample_offset, position_offset
+    )
     flat = out.view(sample.numel(), embedding_dim)
     for chunk in _chunks(sample.numel(), embedding_dim):
         noise = reference.neftune_noise(
-            sample[chunk], position[chunk], length[chunk], embedding_dim, noise_alpha, seed, stream, distribution, equal_variance
+            sample[chunk],
+            position[chunk],
+            length[chunk],
+            embedding_dim,
+            noise_alpha,
+            seed,
+            stream,
+            distribution,
+            equal_variance,
         )
         flat[chunk] = reference.add_noise(rows(chunk), noise)
 
@@ -180,21 +219,37 @@ def _add_variant(
     *,
     family: str,
 ) -> Tensor:
-    """reference.py; or the same with the draws of the family's own add_noise, as noise of step 1 on zeros."""
-    device, shape, embedding_dim = inputs_embeds.device, inputs_embeds.shape[:-1], inputs_embeds.shape[-1]
+    """reference.py; or the same with the draws of the family's own add_noise, as noise of step 1 on
+    zeros.
+    """
+    device, shape, embedding_dim = (
+        inputs_embeds.device,
+        inputs_embeds.shape[:-1],
+        inputs_embeds.shape[-1],
+    )
     embeddings = inputs_embeds.reshape(shape.numel(), embedding_dim)
     layout = layouts.Layout(document, position, lengths, cu_seqlens)
     out = inputs_embeds.new_empty(inputs_embeds.shape)
     if family == "reference_":
         offsets = (stream, sample_offset, position_offset)
         _reference_rows_out(
-            lambda chunk: embeddings[chunk], shape, embedding_dim, seed, noise_alpha, layout, offsets, out, distribution, equal_variance
+            lambda chunk: embeddings[chunk],
+            shape,
+            embedding_dim,
+            seed,
+            noise_alpha,
+            layout,
+            offsets,
+            out,
+            distribution,
+            equal_variance,
         )
         return out
     sample, place, length = layouts.per_token(layout, shape, device, 0, position_offset)
     counts = cu_seqlens if lengths is None else lengths
     samples = layouts.rows_and_columns(shape)[0] if counts is None else counts.numel()
-    # Every sample counts one token, so alpha / √(1·d) is 2³¹ exactly and the noise is the lattice value x itself.
+    # Every sample counts one token, so alpha / √(1·d) is 2³¹ exactly and the noise is the lattice
+    # value x itself.
     lattice = getattr(torch.ops.neftune_kernels, f"{family}add_noise")(
         torch.zeros((), dtype=torch.float32, device=device).expand(inputs_embeds.shape),
         seed,
@@ -208,7 +263,9 @@ def _add_variant(
     ).view_as(embeddings)
     flat = out.view_as(embeddings)
     for chunk in _chunks(shape.numel(), embedding_dim):
-        noise = reference.scaled_draws(lattice[chunk], length[chunk], embedding_dim, noise_alpha, distribution, equal_variance)
+        noise = reference.scaled_draws(
+            lattice[chunk], length[chunk], embedding_dim, noise_alpha, distribution, equal_variance
+        )
         flat[chunk] = reference.add_noise(embeddings[chunk], noise)
     return out
 
@@ -221,10 +278,14 @@ def _noisy_documents(
     cu_seqlens: Tensor | None = None,
     position_offset: int = 0,
 ) -> Tensor:
-    return layouts.noisy_documents(noise_mask, layouts.Layout(document, position, lengths, cu_seqlens), position_offset)
+    return layouts.noisy_documents(
+        noise_mask, layouts.Layout(document, position, lengths, cu_seqlens), position_offset
+    )
 
 
-def _functional(out_overload: Callable[..., None], new_output: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _functional(
+    out_overload: Callable[..., None], new_output: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     def call(*args: Any) -> Tensor:
         out = new_output(*args)
         out_overload(*args, out=out)
@@ -245,10 +306,14 @@ def _fake_out(*args: Any, out: Tensor) -> None:
     pass
 
 
-def _fake_mask_layout(attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_mask_layout(
+    attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
-    document, position, lengths = (given.new_empty((given.numel(),), dtype=torch.int64) for _ in range(3))
+    document, position, lengths = (
+        given.new_empty((given.numel(),), dtype=torch.int64) for _ in range(3)
+    )
     return document, position, lengths
 
 
@@ -269,11 +334,14 @@ def _padding_layout(family: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
 GRADIENT_STRIP = 64  # columns
 
 
-def embedding_weight_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, padding_idx: int, embed_scale: float) -> Tensor:
+def embedding_weight_grad(
+    grad: Tensor, input_ids: Tensor, num_embeddings: int, padding_idx: int, embed_scale: float
+) -> Tensor:
     """F.embedding's own dense gradient of `grad * embed_scale`, bit for bit.
 
-    A scale is applied in strips of columns, whose sums do not depend on each other, over the ids that occur: no second (tokens, d) or
-    (V, d) buffer is made. Where the compiler or torch.func traces, it fuses the product itself and cannot follow ids that depend on data.
+    A scale is applied in strips of columns, whose sums do not depend on each other, over the ids
+    that occur: no second (tokens, d) or (V, d) buffer is made. Where the compiler or torch.func
+    traces, it fuses the product itself and cannot follow ids that depend on data.
     """
     dense = torch.ops.aten.embedding_dense_backward
     if embed_scale == 1:
@@ -282,11 +350,17 @@ def embedding_weight_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, 
     if traced or type(grad) is not Tensor or grad.device.type != "cpu" or torch.is_grad_enabled():
         return dense(grad * embed_scale, input_ids, num_embeddings, padding_idx, False)
     rows, local_ids = input_ids.unique(return_inverse=True)
-    local_padding = int((rows == padding_idx).nonzero()[0]) if padding_idx >= 0 and bool((rows == padding_idx).any()) else -1
+    local_padding = (
+        int((rows == padding_idx).nonzero()[0])
+        if padding_idx >= 0 and bool((rows == padding_idx).any())
+        else -1
+    )
     weight_grad = grad.new_zeros((num_embeddings, grad.shape[-1]))
     for start in range(0, grad.shape[-1], GRADIENT_STRIP):
         strip = slice(start, start + GRADIENT_STRIP)
-        weight_grad[rows, strip] = dense(grad[..., strip] * embed_scale, local_ids, rows.numel(), local_padding, False)
+        weight_grad[rows, strip] = dense(
+            grad[..., strip] * embed_scale, local_ids, rows.numel(), local_padding, False
+        )
     return weight_grad
 
 
@@ -300,7 +374,9 @@ def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (input_ids,) = ctx.saved_tensors
     weight_grad = None
     if ctx.needs_input_grad[1]:
-        weight_grad = embedding_weight_grad(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
+        weight_grad = embedding_weight_grad(
+            grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale
+        )
     return (None, weight_grad, *(None,) * 11)
 
 
@@ -314,22 +390,46 @@ def _backward_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 for _family in FAMILIES:
     for _name, _out, _new, _fake, _setup, _backward in (
-        ("noisy_embedding", _reference_embedding_out, _fake_embedding, _fake_embedding, _setup_embedding, _backward_embedding),
+        (
+            "noisy_embedding",
+            _reference_embedding_out,
+            _fake_embedding,
+            _fake_embedding,
+            _setup_embedding,
+            _backward_embedding,
+        ),
         ("add_noise", _reference_add_out, _fake_add, _fake_add, _setup_add, _backward_add),
     ):
         _packet = getattr(torch.ops.neftune_kernels, _family + _name)
         library.impl(f"{_family}{_name}.out", _out, "CompositeExplicitAutograd")
-        library.impl(f"{_family}{_name}", _functional(_packet.out, _new), "CompositeExplicitAutograd")
+        library.impl(
+            f"{_family}{_name}", _functional(_packet.out, _new), "CompositeExplicitAutograd"
+        )
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}", _fake, lib=library)
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}.out", _fake_out, lib=library)
-        torch.library.register_autograd(f"{NAMESPACE}::{_family}{_name}", _backward, setup_context=_setup, lib=library)
-    library.impl(f"{_family}add_variant_noise", partial(_add_variant, family=_family), "CompositeExplicitAutograd")
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{_family}{_name}", _backward, setup_context=_setup, lib=library
+        )
+    library.impl(
+        f"{_family}add_variant_noise",
+        partial(_add_variant, family=_family),
+        "CompositeExplicitAutograd",
+    )
     torch.library.register_fake(f"{NAMESPACE}::{_family}add_variant_noise", _fake_add, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{_family}add_variant_noise", _backward_add, setup_context=_setup_add, lib=library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{_family}add_variant_noise",
+        _backward_add,
+        setup_context=_setup_add,
+        lib=library,
+    )
     library.impl(f"{_family}mask_layout", layouts.mask_layout, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_family}mask_layout", _fake_mask_layout, lib=library)
+    torch.library.register_fake(
+        f"{NAMESPACE}::{_family}mask_layout", _fake_mask_layout, lib=library
+    )
     library.impl(f"{_family}padding_layout", _padding_layout(_family), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_family}padding_layout", _fake_padding_layout, lib=library)
+    torch.library.register_fake(
+        f"{NAMESPACE}::{_family}padding_layout", _fake_padding_layout, lib=library
+    )
 library.impl("noisy_documents", _noisy_documents, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::noisy_documents", _fake_noisy_documents, lib=library)
 library.impl("draw_seed", lambda like: draw_seed(like.device), "CompositeExplicitAutograd")
@@ -337,7 +437,9 @@ torch.library.register_fake(f"{NAMESPACE}::draw_seed", lambda like: like.new_emp
 
 
 class NoisyEmbedding(torch.autograd.Function):
-    """noisy_embedding as a Function, for torch.func and torch.compile: `apply(operator_name, input_ids, weight, ...)`."""
+    """noisy_embedding as a Function, for torch.func and torch.compile: `apply(operator_name,
+    input_ids, weight, ...)`.
+    """
 
     generate_vmap_rule = True
 
@@ -354,12 +456,17 @@ class NoisyEmbedding(torch.autograd.Function):
         (input_ids,) = ctx.saved_tensors
         weight_grad = None
         if ctx.needs_input_grad[2]:
-            weight_grad = embedding_weight_grad(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
+            weight_grad = embedding_weight_grad(
+                grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale
+            )
         return (None, None, weight_grad, *(None,) * 11)
 
 
 class AddNoise(torch.autograd.Function):
-    """add_noise or add_variant_noise as a Function: the gradient passes through. `apply(operator_name, inputs_embeds, ...)`."""
+    """add_noise or add_variant_noise as a Function: the gradient passes through.
+
+    `apply(operator_name, inputs_embeds, ...)`.
+    """
 
     generate_vmap_rule = True
 
@@ -385,18 +492,30 @@ class NativeLibrary(NamedTuple):
 
 
 def _load_library(name: str, switch: str, log: str, unfit: str = "") -> NativeLibrary:
-    """The library `name` beside the package, unless the environment's `switch` is 1 or this torch is `unfit` for it."""
+    """The library `name` beside the package, unless the environment's `switch` is 1 or this torch
+    is `unfit` for it.
+    """
     if os.environ.get(switch) == "1":
         return NativeLibrary(None, f"switched off by {switch}=1")
     folder = pathlib.Path(__file__).parent
-    paths = sorted(path for suffix in ("so", "pyd") for path in (*folder.glob(f"{name}.{suffix}"), *folder.glob(f"{name}.*.{suffix}")))
+    paths = sorted(
+        path
+        for suffix in ("so", "pyd")
+        for path in (*folder.glob(f"{name}.{suffix}"), *folder.glob(f"{name}.*.{suffix}"))
+    )
     if not paths:
-        reason = (folder / log).read_text().strip() if (folder / log).exists() else "no library beside the package"
+        reason = (
+            (folder / log).read_text().strip()
+            if (folder / log).exists()
+            else "no library beside the package"
+        )
         return NativeLibrary(None, f"not built: {reason}")
     if unfit:
         return NativeLibrary(None, unfit)
     try:
-        return NativeLibrary(ctypes.CDLL(str(paths[0])), "")  # its static initialisers register the kernels
+        return NativeLibrary(
+            ctypes.CDLL(str(paths[0])), ""
+        )  # its static initialisers register the kernels
     except OSError as error:
         return NativeLibrary(None, f"{paths[0].name} failed to load: {error}")
 
@@ -408,11 +527,15 @@ def _unfit_for_cuda() -> str:
 
 
 native = _load_library("_C", "NEFTUNE_DISABLE_CPP", "_build_error.txt")
-native_cuda = _load_library("_C_cuda", "NEFTUNE_DISABLE_CUDA", "_build_error_cuda.txt", _unfit_for_cuda())
+native_cuda = _load_library(
+    "_C_cuda", "NEFTUNE_DISABLE_CUDA", "_build_error_cuda.txt", _unfit_for_cuda()
+)
 
 
 def simd_level() -> str:
-    """The instruction set the C++ kernel uses on this machine ("avx512", "avx2", "neon", "scalar"), or "none" without the library."""
+    """The instruction set the C++ kernel uses on this machine ("avx512", "avx2", "neon", "scalar"),
+    or "none" without the library.
+    """
     if native.handle is None:
         return "none"
     native.handle.neftune_kernels_simd_level.restype = ctypes.c_char_p
@@ -436,8 +559,12 @@ def _load_triton() -> ModuleType | str:
         return f"triton failed to load: {type(error).__name__}: {error}"
 
 
-def _on_gpu(name: str, otherwise: Callable[..., Any], cuda: Callable[..., Any] | None) -> Callable[..., Any]:
-    """An operator's implementation on a GPU: the Triton launcher of that name, without triton the CUDA library's, else the reference."""
+def _on_gpu(
+    name: str, otherwise: Callable[..., Any], cuda: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """An operator's implementation on a GPU: the Triton launcher of that name, without triton the
+    CUDA library's, else the reference.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kernels = _load_triton()
@@ -466,20 +593,29 @@ for _name, _overload, _launcher, _otherwise in (
     ("padding_layout", "default", "padding_layout", _padding_layout("reference_")),
 ):
     _schema = _name if _overload == "default" else f"{_name}.{_overload}"
-    _cuda = None if native_cuda.reason else getattr(getattr(torch.ops.neftune_kernels, f"cuda_{_name}"), _overload)
+    _cuda = (
+        None
+        if native_cuda.reason
+        else getattr(getattr(torch.ops.neftune_kernels, f"cuda_{_name}"), _overload)
+    )
     library.impl(_schema, _on_gpu(_launcher, _otherwise, _cuda), "CUDA")
     library.impl(_schema, _on_gpu(_launcher, _otherwise, None), "XPU")
 
 
 def asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.assume_constant_result, as Dynamo cannot trace the import machinery; but that imports Dynamo to set this mark."""
+    """torch.compiler.assume_constant_result, as Dynamo cannot trace the import machinery; but that
+    imports Dynamo to set this mark.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @asked_outside_the_graph
 def _triton_reason(device_type: str | None) -> str:
-    """Empty where Triton can serve tensors of that device (None: of any), else why not. Does not import triton."""
+    """Empty where Triton can serve tensors of that device (None: of any), else why not.
+
+    Does not import triton.
+    """
     if device_type is not None and device_type not in TRITON_DEVICES:
         return f"wrong device: runs on GPUs, not on {device_type}"
     if _load_triton.cache_info().currsize and isinstance(reason := _load_triton(), str):
@@ -497,10 +633,12 @@ def _triton_reason(device_type: str | None) -> str:
 
 @asked_outside_the_graph
 def _cuda_reason(device_type: str | None) -> str:
-    """Empty where the CUDA library can serve tensors of that device (None: of any), else why not."""
+    """Empty where the CUDA library serves tensors of that device (None: of any), else why not."""
     if device_type not in (None, "cuda"):
         return f"wrong device: runs on GPUs, not on {device_type}"
-    return native_cuda.reason or ("" if torch.cuda.is_available() else "no device: torch sees no cuda")
+    return native_cuda.reason or (
+        "" if torch.cuda.is_available() else "no device: torch sees no cuda"
+    )
 
 
 # ---- the table of backends
@@ -529,7 +667,10 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
     cpp = native.reason or "available"
     if cpp == "available" and device_type not in (None, "cpu"):
         cpp = f"wrong device: runs on cpu, not on {device_type}"
-    gpu = {"triton": _triton_reason(device_type) or "available", "cuda": _cuda_reason(device_type) or "available"}
+    gpu = {
+        "triton": _triton_reason(device_type) or "available",
+        "cuda": _cuda_reason(device_type) or "available",
+    }
     return {"reference": "available", "cpp": cpp, **gpu}
 
 
@@ -551,7 +692,9 @@ def _triton_fails(device_type: str) -> str:
 
 
 def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend's name for tensors of this device and dtype; ValueError with the reason where `backend` cannot serve them."""
+    """The backend's name for tensors of this device and dtype; ValueError with the reason where
+    `backend` cannot serve them.
+    """
     if dtype not in REFERENCE_DTYPES:
         raise TypeError(f"embeddings must be float32, bfloat16, float16 or float64, got {dtype}")
     if backend is None:
@@ -565,20 +708,26 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
         if device.type not in _warned_devices and not torch.compiler.is_compiling():
             _warned_devices.add(device.type)
             warnings.warn(
-                f"neftune_kernels has no fused kernel for {device.type} here and uses its slow reference backend: "
+                f"neftune_kernels has no fused kernel for {device.type} here and uses its slow "
+                f"reference backend: "
                 f"triton: {triton}; cuda: {cuda}",
                 stacklevel=4,
             )
         return "reference"
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ValueError(
+            f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
     reason = available_backends(device.type)[backend]
     if backend == "triton" and reason == "available":
         reason = _triton_fails(device.type) or reason
     if reason != "available":
         raise ValueError(f"backend {backend!r} is not available: {reason}")
     if backend != "reference" and dtype not in CPP_DTYPES:
-        raise ValueError(f"backend {backend!r} is not available: dtype {dtype} is served by the reference backend alone")
+        raise ValueError(
+            f"backend {backend!r} is not available: dtype {dtype} is served by the reference "
+            f"backend alone"
+        )
     return backend
 
 
@@ -587,18 +736,26 @@ def operator_name(name: str, backend: str) -> str:
 
 
 def _direct(name: str, backend: str) -> Callable[..., None]:
-    """An out overload's bound C++ entry: what OpOverload.__call__ itself calls, one Python frame sooner."""
+    """An out overload's bound C++ entry: what OpOverload.__call__ itself calls, one Python frame
+    sooner.
+    """
     overload = getattr(torch.ops.neftune_kernels, operator_name(name, backend)).out
     return getattr(overload, "_op", overload)
 
 
 def _past_the_dispatcher(name: str) -> Callable[..., None]:
-    """The Triton launcher itself, which spares the dispatcher's way into Python; the operator where a mode or subclass must see it."""
+    """The Triton launcher itself, which spares the dispatcher's way into Python; the operator where
+    a mode or subclass must see it.
+    """
     operator = _direct(name, "triton")
 
     def call(first: Tensor, *args: Any, out: Tensor) -> None:
         kernels = _load_triton()
-        if isinstance(kernels, str) or type(first) is not Tensor or torch._C._len_torch_dispatch_stack():
+        if (
+            isinstance(kernels, str)
+            or type(first) is not Tensor
+            or torch._C._len_torch_dispatch_stack()
+        ):
             operator(first, *args, out=out)
         else:
             getattr(kernels, f"{name}_out")(first, *args, out=out)
@@ -608,4 +765,7 @@ def _past_the_dispatcher(name: str) -> Callable[..., None]:
 
 EMBEDDING_OUT = {backend: _direct("noisy_embedding", backend) for backend in BACKENDS}
 ADD_OUT = {backend: _direct("add_noise", backend) for backend in BACKENDS}
-EMBEDDING_OUT["triton"], ADD_OUT["triton"] = _past_the_dispatcher("noisy_embedding"), _past_the_dispatcher("add_noise")
+EMBEDDING_OUT["triton"], ADD_OUT["triton"] = (
+    _past_the_dispatcher("noisy_embedding"),
+    _past_the_dispatcher("add_noise"),
+)

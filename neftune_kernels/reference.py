@@ -1,11 +1,14 @@
 """The NEFTune noise in plain PyTorch: the arbiter of every backend. Slow, exact, short.
 
-NEFTune (Jain et al. 2023, arXiv 2310.05914, Algorithm 1) adds to every real token of a sample of L real tokens, hidden size d,
+NEFTune (Jain et al. 2023, arXiv 2310.05914, Algorithm 1) adds to every real token of a sample of L
+real tokens, hidden size d,
 
     noise = alpha / √(L·d) · u,    u uniform on (-1, 1), one draw per column.
 
-Here u is a pure function of (seed, stream, sample, position, column): Philox-4x32 with 7 rounds (Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3"; 7 is their Crush-resistant count), so a token's noise does not depend on padding, packing, batching, sharding
+Here u is a pure function of (seed, stream, sample, position, column): Philox-4x32 with 7 rounds
+(Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"; 7 is their Crush-resistant count), so a token's noise does not depend
+    on padding, packing, batching, sharding
 or backend. One block serves 8 columns:
 
     key     = (seed mod 2³², seed ≫ 32)
@@ -14,18 +17,21 @@ or backend. One block serves 8 columns:
     x       = float32(int32((half << 16) | 0x8000))          exact: (int16(half) + ½)·65536
     step    = float32(alpha / √(L·d)) · 2⁻³¹                  the quotient in float64, rounded once
     noise   = x · step                                        one float32 rounding
-    out     = cast(W(e) + W(noise)),  e = cast(W(weight)·W(scale))    W = float32, float64 for float64; never an FMA
+    e       = cast(W(weight)·W(scale))                        W = float32, float64 for float64
+    out     = cast(W(e) + W(noise))                           never an FMA
 
 u takes 65 536 equally likely values, symmetric about 0, with mean 0 and variance (1 - 2⁻³²)/3.
 
 Other distributions make their draw z from the same u = x·2⁻³¹, so they share its counters:
 
     rademacher  z = sign(u)
-    normal      z = float32(√2·erfinv(u))                                the quantile at the middle of u's 65 536th of the probability
-    magnitude   = float32(alpha·c / √(L·d)),  c = 1 or 1/√3              in float64, rounded once; 1/√3 gives z the variance of u
-    noise       = z · magnitude                                          one float32 rounding
+    normal      z = float32(√2·erfinv(u))           the quantile at the middle of u's 65 536th part
+    magnitude   = float32(alpha·c / √(L·d))         in float64, rounded once; c = 1, or 1/√3,
+                                                    which gives z the variance of u
+    noise       = z · magnitude                     one float32 rounding
 
-A negative alpha negates the noise exactly: SymNoise (Yadav and Singh 2023, arXiv 2312.01523) and antithetic pairs need no more.
+A negative alpha negates the noise exactly: SymNoise (Yadav and Singh 2023, arXiv 2312.01523) and
+antithetic pairs need no more.
 """
 
 from functools import cache
@@ -41,12 +47,19 @@ DISTRIBUTIONS = ("uniform", "normal", "rademacher")
 UNIFORM_DEVIATION = 0.5773502691896257645  # 1/√3 to the nearest float64
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 7) -> tuple[Tensor, ...]:
-    """Philox-4x32: four uint32 counter words and two uint32 key words to four uint32 words, all held in int64 and broadcast together."""
+def philox4x32(
+    counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 7
+) -> tuple[Tensor, ...]:
+    """Philox-4x32: four uint32 counter words and two uint32 key words to four uint32 words, all
+    held in int64 and broadcast together.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # wrap mod 2⁶⁴: every bit below is right
+        product0, product1 = (
+            c0 * PHILOX_MULTIPLIERS[0],
+            c2 * PHILOX_MULTIPLIERS[1],
+        )  # wrap mod 2⁶⁴: every bit below is right
         c0, c1, c2, c3 = (
             ((product1 >> 32) & UINT32) ^ c1 ^ k0,
             product1 & UINT32,
@@ -57,20 +70,41 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
     return c0, c1, c2, c3
 
 
-def noise_magnitude(length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, factor: float = 1.0) -> Tensor:
-    """float32(alpha·factor / √(L·d)) for lengths L of any shape; 0 where L is 0 or its absolute value is below 2⁻⁹⁰."""
-    alpha = torch.as_tensor(noise_alpha, dtype=torch.float64)  # stays on the CPU, whose 0-dim tensors go with any device's
-    magnitude = (alpha * factor / (length.clamp(min=1).double() * float(embedding_dim)).sqrt()).float()
+def noise_magnitude(
+    length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, factor: float = 1.0
+) -> Tensor:
+    """float32(alpha·factor / √(L·d)) for lengths L of any shape; 0 where L is 0 or its absolute
+    value is below 2⁻⁹⁰.
+    """
+    alpha = torch.as_tensor(
+        noise_alpha, dtype=torch.float64
+    )  # stays on the CPU, whose 0-dim tensors go with any device's
+    magnitude = (
+        alpha * factor / (length.clamp(min=1).double() * float(embedding_dim)).sqrt()
+    ).float()
     return torch.where((length > 0) & (magnitude.abs() >= SMALLEST_MAGNITUDE), magnitude, 0.0)
 
 
-def uniform_lattice(seed: Tensor, stream: int, sample: Tensor, position: Tensor, embedding_dim: int) -> Tensor:
-    """x for every column: (N,) samples and positions, seed a 0-dim int64 tensor → (N, d) float32 odd multiples of 2¹⁵ in (-2³¹, 2³¹)."""
+def uniform_lattice(
+    seed: Tensor, stream: int, sample: Tensor, position: Tensor, embedding_dim: int
+) -> Tensor:
+    """x for every column: (N,) samples and positions, seed a 0-dim int64 tensor → (N, d) float32
+    odd multiples of 2¹⁵ in (-2³¹, 2³¹).
+    """
     block = torch.arange((embedding_dim + 7) // 8, device=sample.device)  # (d/8,)
     zero = torch.zeros_like(block)
-    counter = (block, position[:, None] & UINT32, sample[:, None] & UINT32, zero + (stream & UINT32))
-    words = torch.stack(philox4x32(counter, (seed & UINT32, (seed >> 32) & UINT32)), dim=-1)  # (N, d/8, 4)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :embedding_dim]  # (N, d)
+    counter = (
+        block,
+        position[:, None] & UINT32,
+        sample[:, None] & UINT32,
+        zero + (stream & UINT32),
+    )
+    words = torch.stack(
+        philox4x32(counter, (seed & UINT32, (seed >> 32) & UINT32)), dim=-1
+    )  # (N, d/8, 4)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[
+        :, :embedding_dim
+    ]  # (N, d)
     return ((halves << 16) | 0x8000).int().float()
 
 
@@ -81,23 +115,34 @@ def noise_step(length: Tensor, embedding_dim: int, noise_alpha: float | Tensor) 
 
 @cache
 def normal_quantiles(device: torch.device) -> Tensor:
-    """(32768,) float32 on the device: √2·erfinv((k + ½)/32768), the standard normal's quantiles at the middles of 65536ths above ½.
+    """(32768,) float32 on the device: √2·erfinv((k + ½)/32768), the standard normal's quantiles at
+    the middles of 65536ths above ½.
 
-    No value comes nearer to a float32 rounding boundary than 10⁻¹² of itself: any float64 erfinv gives these bits.
+    No value comes nearer to a float32 rounding boundary than 10⁻¹² of itself: any float64 erfinv
+    gives these bits.
     """
     u = (torch.arange(32768, dtype=torch.float64, device="cpu") + 0.5) / 32768
     return (torch.erfinv(u) * 2**0.5).float().to(device)
 
 
 def scaled_draws(
-    lattice: Tensor, length: Tensor, embedding_dim: int, noise_alpha: float | Tensor, distribution: str, equal_variance: bool
+    lattice: Tensor,
+    length: Tensor,
+    embedding_dim: int,
+    noise_alpha: float | Tensor,
+    distribution: str,
+    equal_variance: bool,
 ) -> Tensor:
-    """z · magnitude for the (N, d) lattice values x of :func:`uniform_lattice`: normal or rademacher noise, 0 where L is 0."""
+    """z · magnitude for the (N, d) lattice values x of :func:`uniform_lattice`: normal or
+    rademacher noise, 0 where L is 0.
+    """
     factor = UNIFORM_DEVIATION if equal_variance else 1.0
     magnitude = noise_magnitude(length, embedding_dim, noise_alpha, factor)[:, None]
     draws = lattice.sign()
     if distribution == "normal":
-        draws = draws * normal_quantiles(lattice.device)[(lattice.abs() * 2.0**-16).long()]  # |x|·2⁻¹⁶ = k + ½
+        draws = (
+            draws * normal_quantiles(lattice.device)[(lattice.abs() * 2.0**-16).long()]
+        )  # |x|·2⁻¹⁶ = k + ½
     return torch.where(magnitude != 0, draws * magnitude, 0.0)
 
 
@@ -126,22 +171,30 @@ def neftune_noise(
     """
     lattice = uniform_lattice(seed, stream, sample, position, embedding_dim)
     if distribution != "uniform":
-        return scaled_draws(lattice, length, embedding_dim, noise_alpha, distribution, equal_variance)
+        return scaled_draws(
+            lattice, length, embedding_dim, noise_alpha, distribution, equal_variance
+        )
     step = noise_step(length, embedding_dim, noise_alpha)[:, None]
     return torch.where(step != 0, lattice * step, 0.0)
 
 
 def add_noise(embeddings: Tensor, noise: Tensor) -> Tensor:
-    """cast(W(e) + W(noise)) for (N, d) embeddings; where there is no noise the bits stay, a -0.0 included (x·step itself is never 0)."""
+    """cast(W(e) + W(noise)) for (N, d) embeddings; where there is no noise the bits stay, a -0.0
+    included (x·step itself is never 0).
+    """
     wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     noisy = (embeddings.to(wide) + noise.to(wide)).to(embeddings.dtype)
     return torch.where(noise != 0, noisy, embeddings)
 
 
 def embed(input_ids: Tensor, weight: Tensor, embed_scale: float = 1.0) -> Tensor:
-    """e: rows of the (V, d) weight for (N,) ids, times embed_scale in W and rounded back to the weight's dtype."""
+    """e: rows of the (V, d) weight for (N,) ids, times embed_scale in W and rounded back to the
+    weight's dtype.
+    """
     rows = weight[input_ids]
     if embed_scale == 1:
         return rows
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return (rows.to(wide) * torch.tensor(embed_scale, dtype=wide, device=weight.device)).to(weight.dtype)
+    return (rows.to(wide) * torch.tensor(embed_scale, dtype=wide, device=weight.device)).to(
+        weight.dtype
+    )

@@ -1,4 +1,6 @@
-"""Schedules of noise_alpha: functions of the optimizer step, for NEFTuneCallback or a loop of one's own. No recompilation per value."""
+"""Schedules of noise_alpha: functions of the optimizer step, for NEFTuneCallback or a loop of one's
+own. No recompilation per value.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,7 +18,8 @@ def _check_steps(name: str, value: int, least: int) -> int:
 
 
 def linear_schedule(start: float, end: float, num_steps: int) -> Schedule:
-    """Alpha from `start` at step 0 to `end` at step `num_steps` on a straight line, `end` from there on.
+    """Alpha from `start` at step 0 to `end` at step `num_steps` on a straight line, `end` from
+    there on.
 
     Args:
         start, end: alphas, finite and >= 0.
@@ -33,12 +36,17 @@ def linear_schedule(start: float, end: float, num_steps: int) -> Schedule:
         >>> [schedule(step) for step in (0, 1, 4, 9)]
         [10.0, 7.5, 0.0, 0.0]
     """
-    start, end, num_steps = check_alpha(start), check_alpha(end), _check_steps("num_steps", num_steps, 1)
+    start, end, num_steps = (
+        check_alpha(start),
+        check_alpha(end),
+        _check_steps("num_steps", num_steps, 1),
+    )
     return lambda step: end if step >= num_steps else start + (end - start) * (step / num_steps)
 
 
 def cosine_schedule(start: float, end: float, num_steps: int) -> Schedule:
-    """Alpha from `start` to `end` along half a cosine, as the learning rate of Loshchilov and Hutter 2017 (arXiv 1608.03983).
+    """Alpha from `start` to `end` along half a cosine, as the learning rate of Loshchilov and
+    Hutter 2017 (arXiv 1608.03983).
 
     Arguments, result and errors as :func:`linear_schedule`.
 
@@ -47,12 +55,21 @@ def cosine_schedule(start: float, end: float, num_steps: int) -> Schedule:
         >>> [round(schedule(step), 3) for step in (0, 1, 2, 4)]
         [10.0, 8.536, 5.0, 0.0]
     """
-    start, end, num_steps = check_alpha(start), check_alpha(end), _check_steps("num_steps", num_steps, 1)
-    return lambda step: end if step >= num_steps else end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    start, end, num_steps = (
+        check_alpha(start),
+        check_alpha(end),
+        _check_steps("num_steps", num_steps, 1),
+    )
+    return lambda step: (
+        end
+        if step >= num_steps
+        else end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    )
 
 
 def warmup_schedule(num_warmup_steps: int, after: float | Schedule) -> Schedule:
-    """Alpha from 0 up to `after` on a straight line, then `after`: an alpha or another schedule, whose step 0 is the end of the warm-up.
+    """Alpha from 0 up to `after` on a straight line, then `after`: an alpha or another schedule,
+    whose step 0 is the end of the warm-up.
 
     Args:
         num_warmup_steps: optimizer steps, >= 0.
@@ -67,7 +84,11 @@ def warmup_schedule(num_warmup_steps: int, after: float | Schedule) -> Schedule:
     """
     num_warmup_steps = _check_steps("num_warmup_steps", num_warmup_steps, 0)
     rest = after if callable(after) else constant_schedule(after)
-    return lambda step: rest(0) * (step / num_warmup_steps) if step < num_warmup_steps else rest(step - num_warmup_steps)
+    return lambda step: (
+        rest(0) * (step / num_warmup_steps)
+        if step < num_warmup_steps
+        else rest(step - num_warmup_steps)
+    )
 
 
 def constant_schedule(noise_alpha: float | None) -> Schedule:

@@ -1,12 +1,15 @@
-"""The Triton backend: lookup, scale and noise in one launch; masks and position ids numbered in one more.
+"""The Triton backend: lookup, scale and noise in one launch; masks and position ids numbered in one
+more.
 
-The formula is that of reference.py, with one rewriting that changes no bit: x·step = (h + ½)·65536·step, where h is the signed 16-bit
-half, equals fma(h, 65536·step, 32768·step), because that sum is (h + ½)·65536·step exactly and is rounded once. So a noise value costs a
-16-bit conversion and one fma. (Not so for an infinite step: alphas beyond float32 are left to the reference.) Embedding and noise are
-added apart from it: `enable_fp_fusion=False` keeps the compiler from contracting them.
+The formula is that of reference.py, with one rewriting that changes no bit: x·step = (h +
+½)·65536·step, where h is the signed 16-bit half, equals fma(h, 65536·step, 32768·step), because
+that sum is (h + ½)·65536·step exactly and is rounded once. So a noise value costs a 16-bit
+conversion and one fma. (Not so for an infinite step: alphas beyond float32 are left to the
+reference.) Embedding and noise are added apart from it: `enable_fp_fusion=False` keeps the compiler
+from contracting them.
 
-Imported only when the backend is used. Triton: Tillet, Kung and Cox 2019, "Triton: an intermediate language and compiler for tiled neural
-network computations".
+Imported only when the backend is used. Triton: Tillet, Kung and Cox 2019, "Triton: an intermediate
+language and compiler for tiled neural network computations".
 """
 
 import ctypes
@@ -31,9 +34,13 @@ from .layout import rows_and_columns
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox-4x32-7: uint32 counter words (tensors or scalars that broadcast) and uint32 key words to four uint32 words."""
+    """Philox-4x32-7: uint32 counter words (tensors or scalars that broadcast) and uint32 key words
+    to four uint32 words.
+    """
     for _ in tl.static_range(7):
-        product0 = c0.to(tl.uint64) * 0xD2511F53  # one 32x32 → 64 multiplication; tl.umulhi would take a second one
+        product0 = (
+            c0.to(tl.uint64) * 0xD2511F53
+        )  # one 32x32 → 64 multiplication; tl.umulhi would take a second one
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
         c1 = product1.to(tl.uint32)
@@ -65,7 +72,9 @@ def uniform_noise(block, position, sample, stream, k0, k1, step):
 
 @triton.jit
 def noise_step(length, alpha, D: tl.constexpr):
-    """float32(alpha / √(L·d)) · 2⁻³¹ of an int64 length >= 1; 0 where the magnitude's absolute value is below 2⁻⁹⁰."""
+    """float32(alpha / √(L·d)) · 2⁻³¹ of an int64 length >= 1; 0 where the magnitude's absolute
+    value is below 2⁻⁹⁰.
+    """
     bound = alpha / tl.sqrt(length.to(tl.float64) * D)
     step = bound.to(tl.float32) * 4.656612873077393e-10
     return tl.where(tl.abs(step) >= 3.76158192263132e-37, step, 0.0)
@@ -81,7 +90,9 @@ def scaled(value, scale, DTYPE: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def interleaved(v0, v1, v2, v3, SIZE: tl.constexpr):
-    """v0[0], v1[0], v2[0], v3[0], v0[1], ...: in registers alone, as each thread holds whole blocks."""
+    """v0[0], v1[0], v2[0], v3[0], v0[1], ...: in registers alone, as each thread holds whole
+    blocks.
+    """
     return tl.join(tl.join(v0, v2), tl.join(v1, v3)).reshape(SIZE)
 
 
@@ -89,7 +100,9 @@ def interleaved(v0, v1, v2, v3, SIZE: tl.constexpr):
 def unpacked(words, DTYPE: tl.constexpr):
     """The two 16-bit floats in each uint32, as float32."""
     if DTYPE.is_bf16():
-        return (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return (words << 16).to(tl.float32, bitcast=True), (words & 0xFFFF0000).to(
+            tl.float32, bitcast=True
+        )
     low = words.to(tl.uint16).to(tl.float16, bitcast=True)
     high = (words >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
     return low.to(tl.float32), high.to(tl.float32)
@@ -97,15 +110,27 @@ def unpacked(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def row_piece(
-    piece, source, target, source_column, counter, step, scale,
-    D: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr, NOISY: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    piece,
+    source,
+    target,
+    source_column,
+    counter,
+    step,
+    scale,
+    D: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+    NOISY: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """Columns piece·8·BLOCKS onwards of one row: load, scale, add noise, round, store."""
     DTYPE: tl.constexpr = target.dtype.element_ty
     position, sample, stream, k0, k1 = counter
     block = piece * BLOCKS + tl.arange(0, BLOCKS)
     if NOISY:
-        n0, n1, n2, n3, n4, n5, n6, n7 = uniform_noise(block, position, sample, stream, k0, k1, step)
+        n0, n1, n2, n3, n4, n5, n6, n7 = uniform_noise(
+            block, position, sample, stream, k0, k1, step
+        )
     if KIND == "pairs":  # 16-bit rows, 16-byte aligned: a thread's block is one 128-bit access
         pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
         words = tl.load(source.to(tl.pointer_type(tl.uint32)) + pair, mask=pair < D // 2, other=0)
@@ -117,14 +142,22 @@ def row_piece(
                 even += interleaved(n0, n2, n4, n6, 4 * BLOCKS)
                 odd += interleaved(n1, n3, n5, n7, 4 * BLOCKS)
             column = piece * (8 * BLOCKS) + tl.arange(0, 8 * BLOCKS)
-            tl.store(target + column, tl.join(even, odd).reshape(8 * BLOCKS).to(DTYPE), mask=column < D)
+            tl.store(
+                target + column, tl.join(even, odd).reshape(8 * BLOCKS).to(DTYPE), mask=column < D
+            )
         else:
             tl.store(target.to(tl.pointer_type(tl.uint32)) + pair, words, mask=pair < D // 2)
-    elif KIND == "quads":  # float32 rows, 16-byte aligned: a thread's block is two 128-bit accesses, so that no layout is converted
+    elif (
+        KIND == "quads"
+        # float32 rows, 16-byte aligned: a thread's block is two 128-bit accesses, so that no layout
+        # is converted
+    ):
         lane = tl.arange(0, 4 * BLOCKS)
         column = piece * (8 * BLOCKS) + lane // 4 * 8 + lane % 4
         first = scaled(tl.load(source + column, mask=column < D, other=0), scale, DTYPE, SCALED)
-        last = scaled(tl.load(source + column + 4, mask=column + 4 < D, other=0), scale, DTYPE, SCALED)
+        last = scaled(
+            tl.load(source + column + 4, mask=column + 4 < D, other=0), scale, DTYPE, SCALED
+        )
         if NOISY:
             first += interleaved(n0, n1, n2, n3, 4 * BLOCKS)
             last += interleaved(n4, n5, n6, n7, 4 * BLOCKS)
@@ -145,20 +178,56 @@ def row_piece(
 
 @triton.jit
 def row_pieces(
-    source, target, source_column, counter, step, scale,
-    D: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, KIND: tl.constexpr, NOISY: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    source,
+    target,
+    source_column,
+    counter,
+    step,
+    scale,
+    D: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    KIND: tl.constexpr,
+    NOISY: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     if NOISY and PIECES <= 16:
         for piece in tl.static_range(PIECES):
-            row_piece(piece, source, target, source_column, counter, step, scale, D, BLOCKS, KIND, NOISY, SCALED)
+            row_piece(
+                piece,
+                source,
+                target,
+                source_column,
+                counter,
+                step,
+                scale,
+                D,
+                BLOCKS,
+                KIND,
+                NOISY,
+                SCALED,
+            )
     else:
         for piece in range(PIECES):
-            row_piece(piece, source, target, source_column, counter, step, scale, D, BLOCKS, KIND, NOISY, SCALED)
+            row_piece(
+                piece,
+                source,
+                target,
+                source_column,
+                counter,
+                step,
+                scale,
+                D,
+                BLOCKS,
+                KIND,
+                NOISY,
+                SCALED,
+            )
 
 
 @triton.jit
 def document_of(token, cu_seqlens, samples):
-    """The document whose bounds hold the token, by bisection; -1 or `samples` outside all of them."""
+    """The document whose bounds hold the token, by bisection; -1 or `samples` outside of all."""
     high = (samples + 1).to(tl.int32)
     low = high * 0
     while low < high:
@@ -173,27 +242,71 @@ def document_of(token, cu_seqlens, samples):
 # ---- kernels
 
 NOISY_ROWS_INTEGERS = (
-    "num_embeddings", "rows", "columns", "samples", "ids_row", "ids_column", "source_row", "source_column", "lengths_stride",
-    "alpha_bits", "stream", "sample_offset", "position_offset",
-)  # fmt: skip
+    "num_embeddings",
+    "rows",
+    "columns",
+    "samples",
+    "ids_row",
+    "ids_column",
+    "source_row",
+    "source_column",
+    "lengths_stride",
+    "alpha_bits",
+    "stream",
+    "sample_offset",
+    "position_offset",
+)
 
 
 @triton.jit(
     do_not_specialize=[*NOISY_ROWS_INTEGERS, "step", "scale"],
-    do_not_specialize_on_alignment=["input_ids", "seed", "document", "position", "lengths", "cu_seqlens"],
+    do_not_specialize_on_alignment=[
+        "input_ids",
+        "seed",
+        "document",
+        "position",
+        "lengths",
+        "cu_seqlens",
+    ],
 )
 def noisy_rows(
-    out, source, input_ids, seed, document, position, lengths, cu_seqlens,
-    num_embeddings: tl.int64, rows: tl.int32, columns: tl.int64, samples: tl.int64, ids_row: tl.int64, ids_column: tl.int64,
-    source_row: tl.int64, source_column: tl.int64, lengths_stride: tl.int64, step: tl.float32, scale: tl.float32, alpha_bits: tl.int64,
-    stream: tl.int64, sample_offset: tl.int64, position_offset: tl.int64,
-    D: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
+    out,
+    source,
+    input_ids,
+    seed,
+    document,
+    position,
+    lengths,
+    cu_seqlens,
+    num_embeddings: tl.int64,
+    rows: tl.int32,
+    columns: tl.int64,
+    samples: tl.int64,
+    ids_row: tl.int64,
+    ids_column: tl.int64,
+    source_row: tl.int64,
+    source_column: tl.int64,
+    lengths_stride: tl.int64,
+    step: tl.float32,
+    scale: tl.float32,
+    alpha_bits: tl.int64,
+    stream: tl.int64,
+    sample_offset: tl.int64,
+    position_offset: tl.int64,
+    D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
     DEBUG: tl.constexpr,
-):  # fmt: skip
-    """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to 65535, the rest of the rows).
+):
+    """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to
+    65535, the rest of the rows).
 
-    input_ids None: source holds the embeddings themselves. The four layout pointers are those of layout.Layout, None where not given; with
-    none of them the launcher knows the one length and gives `step`. ROW_STRIDE 0: it is source_row.
+    input_ids None: source holds the embeddings themselves. The four layout pointers are those of
+    layout.Layout, None where not given; with none of them the launcher knows the one length and
+    gives `step`. ROW_STRIDE 0: it is source_row.
     """
     column = tl.program_id(0)
     row = tl.program_id(1) + tl.program_id(2) * 65535
@@ -207,7 +320,9 @@ def noisy_rows(
             place = (token - start + position_offset).to(tl.uint32)
             real = real & (length > 0)
             if DEBUG:
-                tl.device_assert(real, "cu_seqlens must run from 0 to the number of tokens and not decrease")
+                tl.device_assert(
+                    real, "cu_seqlens must run from 0 to the number of tokens and not decrease"
+                )
         else:
             place = column.to(tl.int64)
             if position is not None:
@@ -230,12 +345,16 @@ def noisy_rows(
                 step = noise_step(length, alpha_bits.to(tl.float64, bitcast=True), D)
         index = token
         if input_ids is not None:
-            index = tl.load(input_ids + row.to(tl.int64) * ids_row + column.to(tl.int64) * ids_column).to(tl.int64)
+            index = tl.load(
+                input_ids + row.to(tl.int64) * ids_row + column.to(tl.int64) * ids_column
+            ).to(tl.int64)
             inside = (index >= 0) & (index < num_embeddings)
             if DEBUG:
                 tl.device_assert(inside, "input_ids must lie in [0, num_embeddings)")
             index = tl.where(inside, index, 0)
-            step = tl.where(inside, step, float("nan"))  # the noise of such a row is NaN, and so is the row
+            step = tl.where(
+                inside, step, float("nan")
+            )  # the noise of such a row is NaN, and so is the row
         if ROW_STRIDE == 0:
             source += index * source_row
         else:
@@ -245,9 +364,35 @@ def noisy_rows(
             k0 = tl.load(seed.to(tl.pointer_type(tl.uint32)))
             k1 = tl.load(seed.to(tl.pointer_type(tl.uint32)) + 1)
             counter = (place, (sample + sample_offset).to(tl.uint32), stream.to(tl.uint32), k0, k1)
-            row_pieces(source, target, source_column, counter, step, scale, D, BLOCKS, PIECES, KIND, True, SCALED)
+            row_pieces(
+                source,
+                target,
+                source_column,
+                counter,
+                step,
+                scale,
+                D,
+                BLOCKS,
+                PIECES,
+                KIND,
+                True,
+                SCALED,
+            )
         else:
-            row_pieces(source, target, source_column, (0, 0, 0, 0, 0), step, scale, D, BLOCKS, PIECES, KIND, False, SCALED)
+            row_pieces(
+                source,
+                target,
+                source_column,
+                (0, 0, 0, 0, 0),
+                step,
+                scale,
+                D,
+                BLOCKS,
+                PIECES,
+                KIND,
+                False,
+                SCALED,
+            )
 
 
 @triton.jit
@@ -268,7 +413,9 @@ def added(a, b):
 
 
 @triton.jit
-def real_at(row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE: tl.constexpr):
+def real_at(
+    row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE: tl.constexpr
+):
     if mask is not None:
         value = tl.load(mask + row * mask_row + column * mask_column, mask=valid, other=0)
         valid = valid & (value.to(tl.int64) != padding_value if HAS_PADDING_VALUE else value != 0)
@@ -277,36 +424,76 @@ def real_at(row, column, valid, mask, mask_row, mask_column, padding_value, HAS_
 
 @triton.jit
 def real_and_further(
-    index, end, last_real, columns, mask, position_ids, mask_row, mask_column, ids_row, ids_column, padding_value,
-    HAS_PADDING_VALUE: tl.constexpr, NUMBERED: tl.constexpr,
-):  # fmt: skip
-    """Of flat tokens below `end`: whether real, the real token before in its row (-1: none), whether it opens a further document.
+    index,
+    end,
+    last_real,
+    columns,
+    mask,
+    position_ids,
+    mask_row,
+    mask_column,
+    ids_row,
+    ids_column,
+    padding_value,
+    HAS_PADDING_VALUE: tl.constexpr,
+    NUMBERED: tl.constexpr,
+):
+    """Of flat tokens below `end`: whether real, the real token before in its row (-1: none),
+    whether it opens a further document.
 
     last_real carries the scan from block to block.
     """
     valid = index < end
     row = index // columns
     column = index - row * columns
-    real = real_at(row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE)
-    before_real = real_at(row, column - 1, valid & (column > 0), mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE)
-    last = tl.maximum(tl.associative_scan(tl.where(before_real, index - 1, -1), 0, larger), last_real)
+    real = real_at(
+        row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE
+    )
+    before_real = real_at(
+        row,
+        column - 1,
+        valid & (column > 0),
+        mask,
+        mask_row,
+        mask_column,
+        padding_value,
+        HAS_PADDING_VALUE,
+    )
+    last = tl.maximum(
+        tl.associative_scan(tl.where(before_real, index - 1, -1), 0, larger), last_real
+    )
     previous = tl.where(last >= row * columns, last, -1)
     further = index < 0
     has_previous = real & (previous >= 0)
     previous_column = previous - row * columns
     if NUMBERED:
         value = tl.load(mask + row * mask_row + column * mask_column, mask=has_previous, other=0)
-        previous_value = tl.load(mask + row * mask_row + previous_column * mask_column, mask=has_previous, other=0)
+        previous_value = tl.load(
+            mask + row * mask_row + previous_column * mask_column, mask=has_previous, other=0
+        )
         further = further | (value != previous_value)
     if position_ids is not None:
-        place = tl.load(position_ids + row * ids_row + column * ids_column, mask=has_previous, other=0).to(tl.int64)
-        previous_place = tl.load(position_ids + row * ids_row + previous_column * ids_column, mask=has_previous, other=0).to(tl.int64)
+        place = tl.load(
+            position_ids + row * ids_row + column * ids_column, mask=has_previous, other=0
+        ).to(tl.int64)
+        previous_place = tl.load(
+            position_ids + row * ids_row + previous_column * ids_column, mask=has_previous, other=0
+        ).to(tl.int64)
         jump = place - previous_place
         further = further | ((jump != 1) & (jump != index - previous))
     return real, previous, further & has_previous, tl.max(last)
 
 
-NUMBER_DOCUMENTS_INTEGERS = ("rows", "columns", "rows_each", "mask_row", "mask_column", "ids_row", "ids_column", "padding_value")
+NUMBER_DOCUMENTS_INTEGERS = (
+    "rows",
+    "columns",
+    "rows_each",
+    "mask_row",
+    "mask_column",
+    "ids_row",
+    "ids_column",
+    "padding_value",
+)
 
 
 @triton.jit(
@@ -314,14 +501,28 @@ NUMBER_DOCUMENTS_INTEGERS = ("rows", "columns", "rows_each", "mask_row", "mask_c
     do_not_specialize_on_alignment=["document", "position", "lengths", "mask", "position_ids"],
 )
 def number_documents(
-    document, position, lengths, mask, position_ids,
-    rows: tl.int64, columns: tl.int64, rows_each: tl.int64, mask_row: tl.int64, mask_column: tl.int64, ids_row: tl.int64,
-    ids_column: tl.int64, padding_value: tl.int64,
-    HAS_PADDING_VALUE: tl.constexpr, NUMBERED: tl.constexpr, BLOCK: tl.constexpr, DEBUG: tl.constexpr,
-):  # fmt: skip
+    document,
+    position,
+    lengths,
+    mask,
+    position_ids,
+    rows: tl.int64,
+    columns: tl.int64,
+    rows_each: tl.int64,
+    mask_row: tl.int64,
+    mask_column: tl.int64,
+    ids_row: tl.int64,
+    ids_column: tl.int64,
+    padding_value: tl.int64,
+    HAS_PADDING_VALUE: tl.constexpr,
+    NUMBERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEBUG: tl.constexpr,
+):
     """layout.mask_layout in one launch. Grid (programs,), each with `rows_each` whole rows.
 
-    A program first counts the documents of the rows before its own, so none waits for another and no scratch must be cleared.
+    A program first counts the documents of the rows before its own, so none waits for another and
+    no scratch must be cleared.
     """
     first_row = tl.program_id(0).to(tl.int64) * rows_each
     begin = first_row * columns
@@ -332,9 +533,20 @@ def number_documents(
         last_real = begin * 0 - 1
         for start in range(0, begin, BLOCK):
             real, previous, further, last_real = real_and_further(
-                start + lane, begin, last_real, columns, mask, position_ids, mask_row, mask_column, ids_row, ids_column, padding_value,
-                HAS_PADDING_VALUE, NUMBERED,
-            )  # fmt: skip
+                start + lane,
+                begin,
+                last_real,
+                columns,
+                mask,
+                position_ids,
+                mask_row,
+                mask_column,
+                ids_row,
+                ids_column,
+                padding_value,
+                HAS_PADDING_VALUE,
+                NUMBERED,
+            )
             documents += tl.sum(further.to(tl.int64))
     last_real = begin * 0 - 1
     reals = begin * 0  # real tokens of this program so far
@@ -343,22 +555,44 @@ def number_documents(
     for start in range(begin, end, BLOCK):
         index = start + lane
         real, previous, further, last_real = real_and_further(
-            index, end, last_real, columns, mask, position_ids, mask_row, mask_column, ids_row, ids_column, padding_value,
-            HAS_PADDING_VALUE, NUMBERED,
-        )  # fmt: skip
+            index,
+            end,
+            last_real,
+            columns,
+            mask,
+            position_ids,
+            mask_row,
+            mask_column,
+            ids_row,
+            ids_column,
+            padding_value,
+            HAS_PADDING_VALUE,
+            NUMBERED,
+        )
         if DEBUG and mask is not None and not HAS_PADDING_VALUE:
-            value = tl.load(mask + index // columns * mask_row + index % columns * mask_column, mask=index < end, other=0)
+            value = tl.load(
+                mask + index // columns * mask_row + index % columns * mask_column,
+                mask=index < end,
+                other=0,
+            )
             tl.device_assert(value >= 0, "attention_mask must not have negative or NaN values")
         opens = further | ((index < end) & (index % columns == 0))
         number = documents + tl.associative_scan(opens.to(tl.int64), 0, added) - 1
         count = reals + tl.associative_scan(real.to(tl.int64), 0, added)
         count_before = count - real.to(tl.int64)
-        last_opened, opened_before = tl.associative_scan((tl.where(opens, count_before, -1), tl.zeros_like(index) - 1), 0, last_two)
+        last_opened, opened_before = tl.associative_scan(
+            (tl.where(opens, count_before, -1), tl.zeros_like(index) - 1), 0, last_two
+        )
         opened_before = tl.where(opened_before >= 0, opened_before, opened)
-        firsts = tl.maximum(tl.associative_scan(tl.where(further | (real & (previous < 0)), index, -1), 0, larger), first)
+        firsts = tl.maximum(
+            tl.associative_scan(tl.where(further | (real & (previous < 0)), index, -1), 0, larger),
+            first,
+        )
         tl.store(document + index, tl.where(real, number, -1), mask=index < end)
         tl.store(position + index, index - firsts, mask=index < end)
-        tl.store(lengths + number - 1, count_before - opened_before, mask=opens & (opened_before >= 0))
+        tl.store(
+            lengths + number - 1, count_before - opened_before, mask=opens & (opened_before >= 0)
+        )
         documents += tl.sum(opens.to(tl.int64))
         reals += tl.sum(real.to(tl.int64))
         opened = tl.maximum(opened, tl.max(last_opened))
@@ -371,41 +605,94 @@ def number_documents(
 
 
 class Launcher:
-    """Compiled kernels by a key of their own: Triton's launcher works out types and alignments anew at every call.
+    """Compiled kernels by a key of their own: Triton's launcher works out types and alignments anew
+    at every call.
 
-    The key must hold all that the compiled code depends on: dtypes, constexprs, which pointers are None, the alignment of `out` and
-    `source` (no other argument is specialised).
+    The key must hold all that the compiled code depends on: dtypes, constexprs, which pointers are
+    None, the alignment of `out` and `source` (no other argument is specialised).
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.compiled: dict[Any, tuple[Any, ...]] = {}
 
-    def __call__(self, key: Any, found: Any, index: int, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
-        """found: self.compiled.get(key), which the caller has looked up for the constexprs among its args; index: of the device."""
-        if found is None or ENTER_HOOKS or EXIT_HOOKS:  # profilers' hooks want the launch as Triton describes it
+    def __call__(
+        self,
+        key: Any,
+        found: Any,
+        index: int,
+        grid: tuple[int, int, int],
+        args: tuple[Any, ...],
+        num_warps: int,
+    ) -> None:
+        """found: self.compiled.get(key), which the caller has looked up for the constexprs among
+        its args; index: of the device.
+        """
+        if (
+            found is None or ENTER_HOOKS or EXIT_HOOKS
+        ):  # profilers' hooks want the launch as Triton describes it
             with on_device(args[0].device):
                 self._compile(key, grid, args, num_warps)
             return
         _, run, function, packed_metadata, current_device, current_stream = found
         if current_device() == index:
-            run(grid[0], grid[1], grid[2], current_stream(index), function, packed_metadata, None, None, None, *args)
+            run(
+                grid[0],
+                grid[1],
+                grid[2],
+                current_stream(index),
+                function,
+                packed_metadata,
+                None,
+                None,
+                None,
+                *args,
+            )
         else:
             with on_device(args[0].device):
-                run(grid[0], grid[1], grid[2], current_stream(index), function, packed_metadata, None, None, None, *args)
+                run(
+                    grid[0],
+                    grid[1],
+                    grid[2],
+                    current_stream(index),
+                    function,
+                    packed_metadata,
+                    None,
+                    None,
+                    None,
+                    *args,
+                )
 
-    def _compile(self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int) -> None:
-        options = {} if knobs.runtime.interpret else compile_options(driver.active.get_current_target().backend)
+    def _compile(
+        self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int
+    ) -> None:
+        options = (
+            {}
+            if knobs.runtime.interpret
+            else compile_options(driver.active.get_current_target().backend)
+        )
         compiled = self.kernel[grid](*args, num_warps=num_warps, **options)  # launches, too
         if compiled is not None:
             active = driver.active
             devices = active.get_current_device, active.get_current_stream
-            constants = (num_warps, args[-sum(parameter.is_constexpr for parameter in self.kernel.params) :])
-            self.compiled[key] = (constants, compiled.run, compiled.function, compiled.packed_metadata, *devices)
+            constants = (
+                num_warps,
+                args[-sum(parameter.is_constexpr for parameter in self.kernel.params) :],
+            )
+            self.compiled[key] = (
+                constants,
+                compiled.run,
+                compiled.function,
+                compiled.packed_metadata,
+                *devices,
+            )
 
 
 # Triton's own lists, which fill when somebody adds a hook.
-ENTER_HOOKS, EXIT_HOOKS = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
+ENTER_HOOKS, EXIT_HOOKS = (
+    knobs.runtime.launch_enter_hook.calls,
+    knobs.runtime.launch_exit_hook.calls,
+)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -432,7 +719,9 @@ launch_documents = Launcher(number_documents)
 
 
 def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
-    """(blocks of a piece, pieces, warps) of one program, which serves one row: a thread takes one block of 8 columns of every piece."""
+    """(blocks of a piece, pieces, warps) of one program, which serves one row: a thread takes one
+    block of 8 columns of every piece.
+    """
     blocks = max(1, (embedding_dim + 7) // 8)
     warps = 1
     while warps < 8 and blocks > 16 * warp_size * warps:
@@ -441,9 +730,17 @@ def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
     return piece, (blocks + piece - 1) // piece, warps
 
 
-def row_kind(dtype: torch.dtype, embedding_dim: int, row_stride: int, column_stride: int, aligned: bool) -> str:
+def row_kind(
+    dtype: torch.dtype, embedding_dim: int, row_stride: int, column_stride: int, aligned: bool
+) -> str:
     """Whether rows can be read and written 16 bytes at a time."""
-    vectors = aligned and column_stride == 1 and embedding_dim % 8 == 0 and row_stride % 8 == 0 and 0 < embedding_dim <= 1 << 28
+    vectors = (
+        aligned
+        and column_stride == 1
+        and embedding_dim % 8 == 0
+        and row_stride % 8 == 0
+        and 0 < embedding_dim <= 1 << 28
+    )
     if not vectors:
         return "columns"
     return "quads" if dtype == torch.float32 else "pairs"
@@ -452,7 +749,10 @@ def row_kind(dtype: torch.dtype, embedding_dim: int, row_stride: int, column_str
 @lru_cache(maxsize=256)
 def host_step(noise_alpha: float, length: int, embedding_dim: int) -> float:
     """noise_step on the host, where every sample has the same length."""
-    step = ctypes.c_float(noise_alpha / math.sqrt(float(length) * float(embedding_dim))).value * 2.0**-31
+    step = (
+        ctypes.c_float(noise_alpha / math.sqrt(float(length) * float(embedding_dim))).value
+        * 2.0**-31
+    )
     return step if abs(step) >= 2.0**-121 else 0.0
 
 
@@ -487,13 +787,27 @@ def noisy_embedding_out(
     *,
     out: Tensor,
 ) -> None:
-    """The operator `noisy_embedding.out` on a GPU, for a contiguous `out`: one launch on the current stream, no synchronisation."""
+    """The operator `noisy_embedding.out` on a GPU, for a contiguous `out`: one launch on the
+    current stream, no synchronisation.
+    """
     alpha = noise_alpha.item()
     if abs(alpha) > FLOAT32_MAX:
         ops.EMBEDDING_OUT["reference"](
-            input_ids, weight, seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset,
-            padding_idx, embed_scale, out=out,
-        )  # fmt: skip
+            input_ids,
+            weight,
+            seed,
+            noise_alpha,
+            document,
+            position,
+            lengths,
+            cu_seqlens,
+            stream,
+            sample_offset,
+            position_offset,
+            padding_idx,
+            embed_scale,
+            out=out,
+        )
         return
     shape = input_ids.shape
     if len(shape) == 2:
@@ -503,13 +817,28 @@ def noisy_embedding_out(
         rows, columns = rows_and_columns(shape)
         input_ids, ids_row, ids_column = rows_view(input_ids, rows, columns)
     num_embeddings, embedding_dim = weight.shape
-    if num_embeddings == 0 and rows * columns > 0:  # every id is out of range and there is no row to read
+    if (
+        num_embeddings == 0 and rows * columns > 0
+    ):  # every id is out of range and there is no row to read
         out.fill_(float("nan"))
         return
     _launch_rows(
-        out, weight, input_ids, (rows, columns, num_embeddings, embedding_dim, ids_row, ids_column), weight.stride(), seed, alpha,
-        document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, embed_scale,
-    )  # fmt: skip
+        out,
+        weight,
+        input_ids,
+        (rows, columns, num_embeddings, embedding_dim, ids_row, ids_column),
+        weight.stride(),
+        seed,
+        alpha,
+        document,
+        position,
+        lengths,
+        cu_seqlens,
+        stream,
+        sample_offset,
+        position_offset,
+        embed_scale,
+    )
 
 
 def add_noise_out(
@@ -526,69 +855,166 @@ def add_noise_out(
     *,
     out: Tensor,
 ) -> None:
-    """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds itself."""
+    """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds
+    itself.
+    """
     alpha = noise_alpha.item()
     if abs(alpha) > FLOAT32_MAX:
         ops.ADD_OUT["reference"](
-            inputs_embeds, seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, out=out
+            inputs_embeds,
+            seed,
+            noise_alpha,
+            document,
+            position,
+            lengths,
+            cu_seqlens,
+            stream,
+            sample_offset,
+            position_offset,
+            out=out,
         )
         return
     rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
     embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
     _launch_rows(
-        out, embeddings, None, (rows, columns, 0, embeddings.shape[1], 0, 0), embeddings.stride(), seed, alpha,
-        document, position, lengths, cu_seqlens, stream, sample_offset, position_offset, 1.0,
-    )  # fmt: skip
+        out,
+        embeddings,
+        None,
+        (rows, columns, 0, embeddings.shape[1], 0, 0),
+        embeddings.stride(),
+        seed,
+        alpha,
+        document,
+        position,
+        lengths,
+        cu_seqlens,
+        stream,
+        sample_offset,
+        position_offset,
+        1.0,
+    )
 
 
 def _launch_rows(
-    out: Tensor, source: Tensor, input_ids: Tensor | None, sizes: tuple[int, int, int, int, int, int], source_strides: tuple[int, ...],
-    seed: Tensor, alpha: float, document: Tensor | None, position: Tensor | None, lengths: Tensor | None,
-    cu_seqlens: Tensor | None, stream: int, sample_offset: int, position_offset: int, embed_scale: float,
-) -> None:  # fmt: skip
+    out: Tensor,
+    source: Tensor,
+    input_ids: Tensor | None,
+    sizes: tuple[int, int, int, int, int, int],
+    source_strides: tuple[int, ...],
+    seed: Tensor,
+    alpha: float,
+    document: Tensor | None,
+    position: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    stream: int,
+    sample_offset: int,
+    position_offset: int,
+    embed_scale: float,
+) -> None:
     rows, columns, num_embeddings, embedding_dim, ids_row, ids_column = sizes
     if rows == 0 or columns == 0 or embedding_dim == 0:
         return
     step, samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
     if lengths is not None:
-        samples, (lengths_stride,), alpha_bits = lengths.numel(), lengths.stride(), float_bits(alpha)
+        samples, (lengths_stride,), alpha_bits = (
+            lengths.numel(),
+            lengths.stride(),
+            float_bits(alpha),
+        )
     elif cu_seqlens is not None:
         samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha)
     else:
         step = host_step(alpha, columns, embedding_dim)
     dtype, device_index = source.dtype, out.get_device()
     key = (
-        device_index, dtype, embedding_dim, source_strides, out.data_ptr() & 15, source.data_ptr() & 15, embed_scale == 1,
-        None if input_ids is None else input_ids.dtype, None if document is None else document.dtype,
-        None if position is None else position.dtype, None if lengths is None else lengths.dtype,
+        device_index,
+        dtype,
+        embedding_dim,
+        source_strides,
+        out.data_ptr() & 15,
+        source.data_ptr() & 15,
+        embed_scale == 1,
+        None if input_ids is None else input_ids.dtype,
+        None if document is None else document.dtype,
+        None if position is None else position.dtype,
+        None if lengths is None else lengths.dtype,
         None if cu_seqlens is None else cu_seqlens.dtype,
-    )  # fmt: skip
+    )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
     if found is None:
         aligned = (out.data_ptr() | source.data_ptr()) % 16 == 0
         num_warps, constexprs = row_constants(
-            dtype, embedding_dim, source_row, source_column, aligned, embed_scale != 1, _warp_size(out.device)
+            dtype,
+            embedding_dim,
+            source_row,
+            source_column,
+            aligned,
+            embed_scale != 1,
+            _warp_size(out.device),
         )
     else:
         num_warps, constexprs = found[0]
     args = (
-        out, source, input_ids, seed, document, position, lengths, cu_seqlens, num_embeddings, rows, columns, samples, ids_row,
-        ids_column, source_row, source_column, lengths_stride, step, embed_scale, alpha_bits, stream, sample_offset,
-        position_offset, *constexprs,
-    )  # fmt: skip
+        out,
+        source,
+        input_ids,
+        seed,
+        document,
+        position,
+        lengths,
+        cu_seqlens,
+        num_embeddings,
+        rows,
+        columns,
+        samples,
+        ids_row,
+        ids_column,
+        source_row,
+        source_column,
+        lengths_stride,
+        step,
+        embed_scale,
+        alpha_bits,
+        stream,
+        sample_offset,
+        position_offset,
+        *constexprs,
+    )
     launch_rows(
-        key, found, device_index, (columns, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535), args, num_warps
+        key,
+        found,
+        device_index,
+        (columns, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535),
+        args,
+        num_warps,
     )
 
 
 def row_constants(
-    dtype: torch.dtype, embedding_dim: int, row_stride: int, column_stride: int, aligned: bool, has_scale: bool, warp_size: int
+    dtype: torch.dtype,
+    embedding_dim: int,
+    row_stride: int,
+    column_stride: int,
+    aligned: bool,
+    has_scale: bool,
+    warp_size: int,
 ) -> tuple[int, tuple[Any, ...]]:
-    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, KIND, SCALED, DEBUG."""
+    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, KIND, SCALED,
+    DEBUG.
+    """
     blocks, pieces, num_warps = row_shape(embedding_dim, warp_size)
     kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
-    return num_warps, (embedding_dim, 0 if kind == "columns" else row_stride, blocks, pieces, kind, has_scale, DEBUG)
+    return num_warps, (
+        embedding_dim,
+        0 if kind == "columns" else row_stride,
+        blocks,
+        pieces,
+        kind,
+        has_scale,
+        DEBUG,
+    )
 
 
 @lru_cache(maxsize=16)
@@ -607,34 +1033,71 @@ DOCUMENT_PROGRAMS = 128
 def mask_layout(
     attention_mask: Tensor | None, position_ids: Tensor | None, padding_value: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `mask_layout` on a GPU, in one launch. `lengths` beyond the documents and `position` on padding are not set."""
+    """The operator `mask_layout` on a GPU, in one launch.
+
+    `lengths` beyond the documents and `position` on padding are not set.
+    """
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
     rows, columns = rows_and_columns(given.shape)
     device, num_tokens = given.device, rows * columns
-    document, position, lengths = (torch.empty(num_tokens, dtype=torch.int64, device=device) for _ in range(3))
+    document, position, lengths = (
+        torch.empty(num_tokens, dtype=torch.int64, device=device) for _ in range(3)
+    )
     if num_tokens == 0:
         return document, position, lengths
     mask, mask_row, mask_column, ids_row, ids_column = None, 0, 0, 0, 0
     if attention_mask is not None:
-        readable = attention_mask.view(torch.uint8) if attention_mask.dtype == torch.bool else attention_mask
+        readable = (
+            attention_mask.view(torch.uint8)
+            if attention_mask.dtype == torch.bool
+            else attention_mask
+        )
         mask, mask_row, mask_column = rows_view(readable, rows, columns)
     if position_ids is not None:
         position_ids, ids_row, ids_column = rows_view(position_ids, rows, columns)
     numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
     rows_each = -(-rows // DOCUMENT_PROGRAMS)
     key = (
-        given.get_device(), None if mask is None else mask.dtype, None if position_ids is None else position_ids.dtype,
-        padding_value is None, numbered, DOCUMENT_BLOCK,
-    )  # fmt: skip
+        given.get_device(),
+        None if mask is None else mask.dtype,
+        None if position_ids is None else position_ids.dtype,
+        padding_value is None,
+        numbered,
+        DOCUMENT_BLOCK,
+    )
     args = (
-        document, position, lengths, mask, position_ids, rows, columns, rows_each, mask_row, mask_column, ids_row, ids_column,
-        padding_value or 0, padding_value is not None, numbered, DOCUMENT_BLOCK, DEBUG,
-    )  # fmt: skip
-    launch_documents(key, launch_documents.compiled.get(key), key[0], (-(-rows // rows_each), 1, 1), args, DOCUMENT_WARPS)
+        document,
+        position,
+        lengths,
+        mask,
+        position_ids,
+        rows,
+        columns,
+        rows_each,
+        mask_row,
+        mask_column,
+        ids_row,
+        ids_column,
+        padding_value or 0,
+        padding_value is not None,
+        numbered,
+        DOCUMENT_BLOCK,
+        DEBUG,
+    )
+    launch_documents(
+        key,
+        launch_documents.compiled.get(key),
+        key[0],
+        (-(-rows // rows_each), 1, 1),
+        args,
+        DOCUMENT_WARPS,
+    )
     return document, position, lengths
 
 
 def padding_layout(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `padding_layout` on a GPU: mask_layout of `input_ids != padding_idx`, compared inside its launch."""
+    """The operator `padding_layout` on a GPU: mask_layout of `input_ids != padding_idx`, compared
+    inside its launch.
+    """
     return mask_layout(input_ids, None, padding_idx)

@@ -1,4 +1,6 @@
-"""What every test shares: NaN-poisoned memory, the backends of this machine, hard batches, exact comparison."""
+"""What every test shares: NaN-poisoned memory, the backends of this machine, hard batches, exact
+comparison.
+"""
 
 import contextlib
 import ctypes
@@ -19,8 +21,13 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty, new_empty, empty_like and resize_ hand out NaN (integers: the largest), so a cell nobody writes is seen."""
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """torch.empty, new_empty, empty_like and resize_ hand out NaN (integers: the largest), so a
+    cell nobody writes is seen.
+    """
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -45,13 +52,19 @@ def usable_simd_levels() -> tuple[str, ...]:
     return levels
 
 
-CUDA_SHIM = os.environ.get("NEFTUNE_CUDA_SHIM")  # the CUDA kernels' bodies for CPU tensors; see tests/test_cuda_build.py
+CUDA_SHIM = os.environ.get(
+    "NEFTUNE_CUDA_SHIM"
+)  # the CUDA kernels' bodies for CPU tensors; see tests/test_cuda_build.py
 cuda_shim = ctypes.CDLL(CUDA_SHIM) if CUDA_SHIM else None
-KERNELS = ("cuda",) if CUDA_SHIM else tuple(f"cpp-{level}" for level in usable_simd_levels()) or ("cpp",)
+KERNELS = (
+    ("cuda",) if CUDA_SHIM else tuple(f"cpp-{level}" for level in usable_simd_levels()) or ("cpp",)
+)
 
 
 def require_native() -> None:
-    """Skip, saying why, without the native library; fail instead where NEFTUNE_REQUIRE_CPP=1 promises it."""
+    """Skip, saying why, without the native library; fail instead where NEFTUNE_REQUIRE_CPP=1
+    promises it.
+    """
     if ops.native.handle is None:
         message = f"native library: {ops.native.reason}"
         if os.environ.get("NEFTUNE_REQUIRE_CPP") == "1":
@@ -61,7 +74,9 @@ def require_native() -> None:
 
 @contextlib.contextmanager
 def running(name: str):
-    """The `backend=` argument of "reference", "cuda" or "cpp-<SIMD level>", with the library switched to that level meanwhile."""
+    """The `backend=` argument of "reference", "cuda" or "cpp-<SIMD level>", with the library
+    switched to that level meanwhile.
+    """
     if name == "reference":
         yield name
         return
@@ -109,11 +124,24 @@ class Batch(NamedTuple):
     lengths: torch.Tensor  # (B,) int64, real tokens of each row
 
 
-MASK_KINDS = ("full", "ragged", "left", "holes", "empty_rows", "empty_first", "nothing_real", "numbered")
+MASK_KINDS = (
+    "full",
+    "ragged",
+    "left",
+    "holes",
+    "empty_rows",
+    "empty_first",
+    "nothing_real",
+    "numbered",
+)
 
 
-def make_batch(kind: str, rows: int = 4, columns: int = 13, vocabulary: int = 11, seed: int = 0) -> Batch:
-    """Ids and a mask that is hard in the named way; "ragged" has a zero length, and row lengths are unequal wherever they can be."""
+def make_batch(
+    kind: str, rows: int = 4, columns: int = 13, vocabulary: int = 11, seed: int = 0
+) -> Batch:
+    """Ids and a mask that is hard in the named way; "ragged" has a zero length, and row lengths are
+    unequal wherever they can be.
+    """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(vocabulary, (rows, columns), generator=generator)
     column = torch.arange(columns).expand(rows, columns)
@@ -136,37 +164,64 @@ def make_batch(kind: str, rows: int = 4, columns: int = 13, vocabulary: int = 11
         mask[0] = 0
     elif kind == "nothing_real":
         mask = torch.zeros(rows, columns, dtype=torch.int64)
-    elif kind == "numbered":  # 1 1 2 2 0 3 1 0 0 ...: documents, holes between and within them, a number used again
-        mask = torch.randint(0, 4, (rows, columns), generator=generator).repeat_interleave(2, dim=1)[:, :columns].contiguous()
+    elif (
+        kind == "numbered"
+    ):  # 1 1 2 2 0 3 1 0 0 ...: documents, holes between and within them, a number used again
+        mask = (
+            torch.randint(0, 4, (rows, columns), generator=generator)
+            .repeat_interleave(2, dim=1)[:, :columns]
+            .contiguous()
+        )
     else:
         raise ValueError(f"no such batch: {kind}")
     return Batch(input_ids, mask, (mask != 0).sum(1))
 
 
-BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Same dtype, shape and every bit: unlike torch.equal it tells -0.0 from 0.0. NaN equals NaN, its payload is nobody's promise."""
+    """Same dtype, shape and every bit: unlike torch.equal it tells -0.0 from 0.0.
+
+    NaN equals NaN, its payload is nobody's promise.
+    """
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    left, right = (torch.where(value.isnan(), math.nan, value).contiguous().view(BITS[value.dtype]) for value in (left, right))
+    left, right = (
+        torch.where(value.isnan(), math.nan, value).contiguous().view(BITS[value.dtype])
+        for value in (left, right)
+    )
     return torch.equal(left, right)
 
 
 def equals_oracle(out: torch.Tensor, expected) -> bool:
-    """Whether (..., d) of any float dtype holds the very values of the oracle's (N, d) array, which is in float32 or float64."""
-    wide = out.double() if out.dtype == torch.float64 else out.float()  # exact, sign of zero included
+    """Whether (..., d) of any float dtype holds the very values of the oracle's (N, d) array, which
+    is in float32 or float64.
+    """
+    wide = (
+        out.double() if out.dtype == torch.float64 else out.float()
+    )  # exact, sign of zero included
     return same_bits(wide.reshape(-1, out.shape[-1]), torch.from_numpy(expected))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--compatibility", metavar="FILE", help="write what tests proved of models, trainers and layouts, as JSON")
+    parser.addoption(
+        "--compatibility",
+        metavar="FILE",
+        help="write what tests proved of models, trainers and layouts, as JSON",
+    )
 
 
 @pytest.fixture
 def proves(request):
-    """proves(family, trainer, layout): a line of the README's compatibility table, if the test passes."""
+    """proves(family, trainer, layout): a line of the README's compatibility table, if the test
+    passes.
+    """
     return lambda *line: request.node.user_properties.append(("compatibility", line))
 
 
@@ -175,6 +230,13 @@ def pytest_terminal_summary(terminalreporter):
     if path is None:
         return
     passed = [report.user_properties for report in terminalreporter.stats.get("passed", [])]
-    lines = sorted({tuple(line) for properties in passed for name, line in properties if name == "compatibility"})
+    lines = sorted(
+        {
+            tuple(line)
+            for properties in passed
+            for name, line in properties
+            if name == "compatibility"
+        }
+    )
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(path).write_text(json.dumps(lines, indent=1) + "\n")

@@ -1,4 +1,5 @@
-// The documents' kernel, whose threads share memory, on random masks under ThreadSanitizer; compiled by tests/test_cuda_build.py.
+// The documents' kernel, whose threads share memory, on random masks under ThreadSanitizer;
+// compiled by tests/test_cuda_build.py.
 #include <cstdlib>
 
 #include "cuda_shim.h"
@@ -7,7 +8,8 @@
 
 int main() {
   for (int trial = 0; trial < 20; ++trial) {
-    const int64_t rows = 1 + std::rand() % 7, columns = 1 + std::rand() % 90, tokens = rows * columns;
+    const int64_t rows = 1 + std::rand() % 7, columns = 1 + std::rand() % 90,
+                  tokens = rows * columns;
     std::vector<int64_t> mask(tokens), document(tokens), position(tokens), lengths(tokens);
     for (int64_t& value : mask) value = std::rand() % 3;
     neftune_kernels::DocumentArguments arguments{};

@@ -1,7 +1,9 @@
-// csrc/cuda on the CPU, for the sanitizers: force-included by tests/test_cuda.py before kernels.cu and ops.cpp, both compiled as C++.
+// csrc/cuda on the CPU, for the sanitizers: force-included by tests/test_cuda.py before kernels.cu
+// and ops.cpp, both compiled as C++.
 //
-// The threads of a block run one after another, or at once where the kernel has barriers. neftune_shim_grid_limit makes grids smaller than
-// the tokens, so that folds and strides over them count.
+// The threads of a block run one after another, or at once where the kernel has barriers.
+// neftune_shim_grid_limit makes grids smaller than the tokens, so that folds and strides over them
+// count.
 #pragma once
 
 #include <barrier>
@@ -35,7 +37,10 @@ struct alignas(4) __half2 {
 };
 
 inline int64_t grid_limit = 65535;
-extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_grid_limit(int64_t limit) { grid_limit = limit; }
+extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_grid_limit(
+    int64_t limit) {
+  grid_limit = limit;
+}
 
 inline thread_local dim3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
@@ -56,10 +61,15 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline uint16_t rounded_to_bfloat16(float value) {
   const uint32_t bits = __float_as_uint(value);
-  return std::isnan(value) ? 0x7FFF : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  return std::isnan(value) ? 0x7FFF
+                           : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
-inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {rounded_to_bfloat16(low), rounded_to_bfloat16(high)}; }
-inline __half2 __floats2half2_rn(float low, float high) { return {static_cast<_Float16>(low), static_cast<_Float16>(high)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+  return {rounded_to_bfloat16(low), rounded_to_bfloat16(high)};
+}
+inline __half2 __floats2half2_rn(float low, float high) {
+  return {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+}
 inline float __low2float(__half2 pair) { return static_cast<float>(pair.x); }
 inline float __high2float(__half2 pair) { return static_cast<float>(pair.y); }
 
@@ -71,7 +81,8 @@ inline bool has_barriers(const DocumentArguments&) { return true; }
 inline bool has_barriers(const RowArguments&) { return false; }
 
 template <class Arguments>
-const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void*, const Arguments& arguments) {
+const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void*,
+                   const Arguments& arguments) {
   gridDim = grid;
   blockDim = block;
   for (dim3 b{0, 0, 0}; b.z < grid.z; ++b.z) {

@@ -1,16 +1,24 @@
-"""The specification a second time: plain loops over Python integers and numpy, written from its text alone and shared with nothing.
+"""The specification a second time: plain loops over Python integers and numpy, written from its
+text alone and shared with nothing.
 
-NEFTune noise of one token, in a sample of L real tokens and a model of hidden size d (Philox-4x32, 7 rounds):
+NEFTune noise of one token, in a sample of L real tokens and a model of hidden size d (Philox-4x32,
+7 rounds):
 
     counter   = (column // 8, position, sample, stream),  key = (seed mod 2³², seed ≫ 32)
-    word k of the block of columns 8j..8j+7 serves column 8j+2k with its low 16 bits and column 8j+2k+1 with its high 16 bits
-    x         = (int16(half) + ½)·65536,  step = float32(alpha / √(L·d)) · 2⁻³¹,  noise = float32(x · step)
-    out       = cast(W(e) + W(noise)),  e = weight[id] or cast(W(weight[id])·W(scale)),  W = float64 for float64, else float32
+    word k of the block of columns 8j..8j+7 serves column 8j+2k with its low 16 bits and column
+    8j+2k+1 with its high 16 bits
+    x         = (int16(half) + ½)·65536
+    step      = float32(alpha / √(L·d)) · 2⁻³¹
+    noise     = float32(x · step)
+    e         = weight[id] or cast(W(weight[id])·W(scale)),  W = float64 for float64, else float32
+    out       = cast(W(e) + W(noise))
 
 No noise where L is 0 or alpha / √(L·d) is below 2⁻⁹⁰. Sample and position count mod 2³².
 
-Variants: a sign of -1 negates the noise. The other distributions draw z from the half in place of u = (int16(half) + ½)/2¹⁵: rademacher
-its sign, normal float32(Φ⁻¹((int16(half) + 32768½)/65536)); noise = float32(z · float32(alpha·c / √(L·d))), c = 1/√3 or 1.
+Variants: a sign of -1 negates the noise. The other distributions draw z from the half in place of u
+    = (int16(half) + ½)/2¹⁵: rademacher
+its sign, normal float32(Φ⁻¹((int16(half) + 32768½)/65536)); noise = float32(z · float32(alpha·c /
+√(L·d))), c = 1/√3 or 1.
 """
 
 import decimal
@@ -24,7 +32,9 @@ DEVIATIONS = {True: float(1 / decimal.Decimal(3).sqrt()), False: 1.0}  # by equa
 
 
 def philox4x32(counter, key, rounds=7):
-    """Salmon et al. 2011: each round multiplies words 0 and 2, swaps the pairs and xors the keys in; the keys step by Weyl constants."""
+    """Salmon et al. 2011: each round multiplies words 0 and 2, swaps the pairs and xors the keys
+    in; the keys step by Weyl constants.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -41,7 +51,9 @@ def halves_row(seed, stream, sample, position, embedding_dim):
     words, halves = (), []
     for column in range(embedding_dim):
         if column % 8 == 0:
-            words = philox4x32((column // 8, position % WORD, sample % WORD, stream), (seed % WORD, seed // WORD))
+            words = philox4x32(
+                (column // 8, position % WORD, sample % WORD, stream), (seed % WORD, seed // WORD)
+            )
         word = words[column % 8 // 2]
         half = word // 65536 if column % 2 else word % 65536
         halves.append(half - 65536 if half >= 32768 else half)
@@ -55,17 +67,27 @@ def draw(signed, distribution):
     return np.float32(statistics.NormalDist().inv_cdf((signed + 32768.5) / 65536))
 
 
-def variant_row(seed, stream, sample, position, length, embedding_dim, alpha, sign, distribution, equal_variance):
-    """(d,) float32: one token's noise in any variant; `sign` and the distributions know nothing of each other."""
+def variant_row(
+    seed, stream, sample, position, length, embedding_dim, alpha, sign, distribution, equal_variance
+):
+    """(d,) float32: one token's noise in any variant; `sign` and the distributions know nothing of
+    each other.
+    """
     if distribution == "uniform":
         row = noise_row(seed, stream, sample, position, length, embedding_dim, alpha)
     else:
         row = np.zeros(embedding_dim, dtype=np.float32)
         if length and embedding_dim:
             with np.errstate(over="ignore"):
-                magnitude = np.float32(alpha * DEVIATIONS[equal_variance] / math.sqrt(float(length) * float(embedding_dim)))
+                magnitude = np.float32(
+                    alpha
+                    * DEVIATIONS[equal_variance]
+                    / math.sqrt(float(length) * float(embedding_dim))
+                )
                 if magnitude >= 2.0**-90:
-                    for column, signed in enumerate(halves_row(seed, stream, sample, position, embedding_dim)):
+                    for column, signed in enumerate(
+                        halves_row(seed, stream, sample, position, embedding_dim)
+                    ):
                         row[column] = draw(signed, distribution) * magnitude
     return -row if sign == -1 else row
 
@@ -73,10 +95,16 @@ def variant_row(seed, stream, sample, position, length, embedding_dim, alpha, si
 def noise_row(seed, stream, sample, position, length, embedding_dim, alpha):
     """(d,) float32: one token's noise."""
     row = np.zeros(embedding_dim, dtype=np.float32)
-    if length == 0 or embedding_dim == 0 or alpha / math.sqrt(float(length) * float(embedding_dim)) < 2.0**-90:
+    if (
+        length == 0
+        or embedding_dim == 0
+        or alpha / math.sqrt(float(length) * float(embedding_dim)) < 2.0**-90
+    ):
         return row
     with np.errstate(over="ignore"):
-        step = np.float32(alpha / math.sqrt(float(length) * float(embedding_dim))) * np.float32(2.0**-31)
+        step = np.float32(alpha / math.sqrt(float(length) * float(embedding_dim))) * np.float32(
+            2.0**-31
+        )
     for column, signed in enumerate(halves_row(seed, stream, sample, position, embedding_dim)):
         with np.errstate(over="ignore"):
             row[column] = np.float32((signed + 0.5) * 65536) * step
@@ -96,7 +124,8 @@ def places(
 ):
     """(sample, position, length) of every token of (..., T) in row-major order; None for padding.
 
-    Masks, ids and position ids come as flat lists of all tokens, lengths as a flat list of all rows, cu_seqlens as a list.
+    Masks, ids and position ids come as flat lists of all tokens, lengths as a flat list of all
+    rows, cu_seqlens as a list.
     """
     columns = shape[-1] if len(shape) else 1
     rows = math.prod(shape[:-1])
@@ -138,16 +167,30 @@ def places(
             for token in tokens:
                 found[token] = (document, token - tokens[0], len(tokens))
     return [
-        None if place is None else ((place[0] + sample_offset) % WORD, (place[1] + position_offset) % WORD, place[2]) for place in found
+        None
+        if place is None
+        else ((place[0] + sample_offset) % WORD, (place[1] + position_offset) % WORD, place[2])
+        for place in found
     ]
 
 
-def noise(token_places, embedding_dim, alpha, seed, stream=0, sign=1, distribution="uniform", equal_variance=True):
+def noise(
+    token_places,
+    embedding_dim,
+    alpha,
+    seed,
+    stream=0,
+    sign=1,
+    distribution="uniform",
+    equal_variance=True,
+):
     """(N, d) float32."""
     rows = [
         np.zeros(embedding_dim, dtype=np.float32)
         if place is None
-        else variant_row(seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance)
+        else variant_row(
+            seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance
+        )
         for place in token_places
     ]
     return np.stack(rows) if rows else np.zeros((0, embedding_dim), dtype=np.float32)
@@ -165,9 +208,21 @@ def cast(values, dtype):
 
 
 def noisy_embedding(
-    token_places, ids, weight, dtype, alpha, seed, stream=0, embed_scale=1.0, sign=1, distribution="uniform", equal_variance=True
+    token_places,
+    ids,
+    weight,
+    dtype,
+    alpha,
+    seed,
+    stream=0,
+    embed_scale=1.0,
+    sign=1,
+    distribution="uniform",
+    equal_variance=True,
 ):
-    """(N, d) in W, from a (V, d) weight given in W whose values all belong to `dtype`; -0.0 and infinities included."""
+    """(N, d) in W, from a (V, d) weight given in W whose values all belong to `dtype`; -0.0 and
+    infinities included.
+    """
     wide = np.float64 if dtype == "float64" else np.float32
     assert weight.dtype == wide
     embedding_dim = weight.shape[1]
@@ -178,7 +233,9 @@ def noisy_embedding(
             if embed_scale != 1:
                 row = cast(row * wide(embed_scale), dtype)
             if place is not None:
-                added = variant_row(seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance)
+                added = variant_row(
+                    seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance
+                )
                 if added.any():
                     row = cast(row + added.astype(wide), dtype)
         out[token] = row

@@ -1,4 +1,6 @@
-"""Known answers of Philox-4x32, from Random123's kat_vectors file (D. E. Shaw Research): rounds, counter, key, words."""
+"""Known answers of Philox-4x32, from Random123's kat_vectors file (D. E. Shaw Research): rounds,
+counter, key, words.
+"""
 
 ZEROS, ONES = (0, 0, 0, 0), (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
 PI_COUNTER, PI_KEY = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)

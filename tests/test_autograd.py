@@ -28,7 +28,9 @@ def test_weight_gradient_is_that_of_embedding(backend, dtype, shape, scale, padd
     ids = torch.randint(0, 50, shape).to(ids_dtype)  # repeats: sums are exercised
     values, grad = torch.randn(50, 300).to(dtype), torch.randn(*shape, 300).to(dtype)
     weight, expected = values.clone().requires_grad_(), values.clone().requires_grad_()
-    noisy_embedding(ids, weight, 5.0, padding_idx=padding_idx, embed_scale=scale, backend=backend).backward(grad)
+    noisy_embedding(
+        ids, weight, 5.0, padding_idx=padding_idx, embed_scale=scale, backend=backend
+    ).backward(grad)
     plain(ids, expected, padding_idx, scale).backward(grad)
     assert torch.equal(weight.grad, expected.grad)
 
@@ -39,14 +41,19 @@ def test_forward_bits_do_not_depend_on_requires_grad(shape):
     frozen = noisy_embedding(ids, weight, 5.0, seed=1)
     assert torch.equal(noisy_embedding(ids, weight.clone().requires_grad_(), 5.0, seed=1), frozen)
     with torch.no_grad():
-        assert torch.equal(noisy_embedding(ids, weight.clone().requires_grad_(), 5.0, seed=1), frozen)
+        assert torch.equal(
+            noisy_embedding(ids, weight.clone().requires_grad_(), 5.0, seed=1), frozen
+        )
     with torch.inference_mode():
         assert torch.equal(noisy_embedding(ids, weight, 5.0, seed=1), frozen)
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
 def test_frozen_weight_has_no_graph_and_no_gradient(shape, monkeypatch):
-    monkeypatch.setattr("neftune_kernels.ops.embedding_weight_grad", lambda *args: pytest.fail("a frozen weight's gradient was computed"))
+    monkeypatch.setattr(
+        "neftune_kernels.ops.embedding_weight_grad",
+        lambda *args: pytest.fail("a frozen weight's gradient was computed"),
+    )
     ids, weight = torch.randint(0, 50, shape), torch.randn(50, 300)
     out = noisy_embedding(ids, weight, 5.0)
     assert not out.requires_grad and out.grad_fn is None
@@ -69,14 +76,20 @@ def test_inputs_embeds_gradient_passes_through():
 def test_gradcheck():
     weight = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[1, 2, 2], [9, 0, 1]])
-    assert gradcheck(lambda w: noisy_embedding(ids, w, 5.0, seed=1, embed_scale=3.0, padding_idx=3), (weight,))
-    assert gradgradcheck(lambda w: noisy_embedding(ids, w, 5.0, seed=1, embed_scale=3.0) ** 2, (weight,))
+    assert gradcheck(
+        lambda w: noisy_embedding(ids, w, 5.0, seed=1, embed_scale=3.0, padding_idx=3), (weight,)
+    )
+    assert gradgradcheck(
+        lambda w: noisy_embedding(ids, w, 5.0, seed=1, embed_scale=3.0) ** 2, (weight,)
+    )
     embeds = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda e: add_noise(e, 5.0, seed=1), (embeds,))
 
 
 def test_gradient_sums_against_float64():
-    """What the dense backward sums in float32 stays within n·2⁻²⁴ of the exact sum, n addends, relative to the sum of |addends|."""
+    """What the dense backward sums in float32 stays within n·2⁻²⁴ of the exact sum, n addends,
+    relative to the sum of |addends|.
+    """
     ids = torch.zeros(64, dtype=torch.int64)
     grad = torch.randn(64, 33)
     got = embedding_weight_grad(grad, ids, 2, -1, 1.0)[0].double()
@@ -87,8 +100,13 @@ def test_gradient_sums_against_float64():
 def test_noise_is_not_a_function_of_the_weight():
     """A second derivative through the noise would be nonzero if the noise were traced."""
     ids, weight = torch.tensor([[1, 2]]), torch.randn(4, 8, requires_grad=True)
-    (first,) = torch.autograd.grad(noisy_embedding(ids, weight, 5.0, seed=1).sum(), weight, create_graph=True)
-    assert not first.requires_grad or not torch.autograd.grad(first.sum(), weight, allow_unused=True)[0]
+    (first,) = torch.autograd.grad(
+        noisy_embedding(ids, weight, 5.0, seed=1).sum(), weight, create_graph=True
+    )
+    assert (
+        not first.requires_grad
+        or not torch.autograd.grad(first.sum(), weight, allow_unused=True)[0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["max_norm", "scale_grad_by_freq", "sparse"])

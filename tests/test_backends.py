@@ -1,4 +1,6 @@
-"""One noise everywhere: every backend equals the reference bit for bit, and every way to say the same samples gives the same bits."""
+"""One noise everywhere: every backend equals the reference bit for bit, and every way to say the
+same samples gives the same bits.
+"""
 
 import itertools
 import math
@@ -9,7 +11,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLOAT_DTYPES, KERNELS, MASK_KINDS, make_batch, require_native, running, same_bits, set_simd_level
+from conftest import (
+    FLOAT_DTYPES,
+    KERNELS,
+    MASK_KINDS,
+    make_batch,
+    require_native,
+    running,
+    same_bits,
+    set_simd_level,
+)
 from test_layout import MASK_DTYPES
 from test_reference import SEEDS, special_values
 
@@ -26,15 +37,21 @@ def make_weight(embedding_dim: int, dtype: torch.dtype, vocabulary: int = 11) ->
 
 def assert_equals_reference(kernel: str, input_ids, weight, noise_alpha, **arguments) -> None:
     expected = noisy_embedding(input_ids, weight, noise_alpha, **arguments, backend="reference")
-    assert not torch.equal(expected, F.embedding(input_ids, weight)) or expected.numel() == 0, "a case without noise proves nothing"
-    assert same_bits(noisy_embedding(input_ids, weight, noise_alpha, **arguments, backend=kernel), expected)
+    assert not torch.equal(expected, F.embedding(input_ids, weight)) or expected.numel() == 0, (
+        "a case without noise proves nothing"
+    )
+    assert same_bits(
+        noisy_embedding(input_ids, weight, noise_alpha, **arguments, backend=kernel), expected
+    )
 
 
 # ---- the native library
 
 
 def test_native_library_knows_its_instruction_sets():
-    """Scalar always, and whatever the CPU says it has; an unknown name is refused and changes nothing."""
+    """Scalar always, and whatever the CPU says it has; an unknown name is refused and changes
+    nothing.
+    """
     require_native()
     levels = {name.removeprefix("cpp-") for name in KERNELS}
     assert "scalar" in levels
@@ -45,7 +62,9 @@ def test_native_library_knows_its_instruction_sets():
             flags = set(next(line for line in cpuinfo if line.startswith("flags")).split())
         assert ("avx2" in levels) == ("avx2" in flags) and "neon" not in levels
         if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-            assert "avx512" in levels and chosen == ("avx512bf16" if "avx512_bf16" in flags else "avx512")
+            assert "avx512" in levels and chosen == (
+                "avx512bf16" if "avx512_bf16" in flags else "avx512"
+            )
     for level in levels:
         with running(f"cpp-{level}"):
             assert ops.simd_level() == level
@@ -57,9 +76,20 @@ def test_switched_off_native_library_says_so():
         "n.noisy_embedding(torch.zeros(1, 2).long(), torch.zeros(3, 4), 5.0, backend='cpp')"
     )
     environment = os.environ | {"NEFTUNE_DISABLE_CPP": "1"}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, cwd=os.getcwd(), capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=os.getcwd(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.stdout.strip() == "switched off by NEFTUNE_DISABLE_CPP=1"
-    assert run.returncode != 0 and "ValueError: backend 'cpp' is not available: switched off by NEFTUNE_DISABLE_CPP=1" in run.stderr
+    assert (
+        run.returncode != 0
+        and "ValueError: backend 'cpp' is not available: switched off by NEFTUNE_DISABLE_CPP=1"
+        in run.stderr
+    )
 
 
 # ---- bits against the reference
@@ -72,10 +102,24 @@ def test_every_dtype_and_width(kernel, dtype, embedding_dim, ids_dtype):
     weight = make_weight(embedding_dim, dtype)
     batch = make_batch("ragged", rows=3, columns=7)
     arguments = {"seed": 1, "stream": 2, "sample_offset": 3, "position_offset": 4}
-    assert_equals_reference(kernel, batch.input_ids.to(ids_dtype), weight, 5.0, lengths=batch.lengths + 4, embed_scale=1.0, **arguments)
+    assert_equals_reference(
+        kernel,
+        batch.input_ids.to(ids_dtype),
+        weight,
+        5.0,
+        lengths=batch.lengths + 4,
+        embed_scale=1.0,
+        **arguments,
+    )
     scale = math.sqrt(embedding_dim) + 0.1
     assert_equals_reference(
-        kernel, batch.input_ids.to(ids_dtype), weight, 5.0, attention_mask=batch.attention_mask, embed_scale=scale, seed=2
+        kernel,
+        batch.input_ids.to(ids_dtype),
+        weight,
+        5.0,
+        attention_mask=batch.attention_mask,
+        embed_scale=scale,
+        seed=2,
     )
 
 
@@ -88,9 +132,15 @@ def test_every_mask_kind(kernel, dtype, embedding_dim, kind):
     for scale in (1.0, 1.7):
         arguments = {"attention_mask": batch.attention_mask, "embed_scale": scale, "seed": 5}
         out = noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend=kernel)
-        assert same_bits(out, noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference"))
+        assert same_bits(
+            out, noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference")
+        )
         padding = batch.attention_mask == 0
-        plain = F.embedding(batch.input_ids, weight) * scale if scale != 1 else F.embedding(batch.input_ids, weight)
+        plain = (
+            F.embedding(batch.input_ids, weight) * scale
+            if scale != 1
+            else F.embedding(batch.input_ids, weight)
+        )
         assert same_bits(out[padding], plain[padding])
 
 
@@ -98,10 +148,27 @@ def test_every_mask_kind(kernel, dtype, embedding_dim, kind):
 def test_every_mask_dtype(kernel, mask_dtype):
     batch = make_batch("numbered")
     mask = batch.attention_mask.to(mask_dtype)
-    assert_equals_reference(kernel, batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask, seed=5)
-    same = noisy_embedding(batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask.long(), seed=5, backend=kernel)
+    assert_equals_reference(
+        kernel, batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask, seed=5
+    )
+    same = noisy_embedding(
+        batch.input_ids,
+        make_weight(20, torch.float32),
+        5.0,
+        attention_mask=mask.long(),
+        seed=5,
+        backend=kernel,
+    )
     assert same_bits(
-        noisy_embedding(batch.input_ids, make_weight(20, torch.float32), 5.0, attention_mask=mask, seed=5, backend=kernel), same
+        noisy_embedding(
+            batch.input_ids,
+            make_weight(20, torch.float32),
+            5.0,
+            attention_mask=mask,
+            seed=5,
+            backend=kernel,
+        ),
+        same,
     )
 
 
@@ -111,13 +178,21 @@ LAYOUTS = {
     "lengths int64": {"lengths": torch.tensor([13, 1, 5, 2**40])},
     "lengths uint8": {"lengths": torch.tensor([13, 1, 5, 200], dtype=torch.uint8)},
     "strided lengths": {"lengths": torch.tensor([[13, 9], [0, 9], [5, 9], [6, 9]])[:, 0]},
-    "cu_seqlens int32": {"cu_seqlens": torch.tensor([0, 0, 7, 7, 20, 51, 52, 52], dtype=torch.int32)},
+    "cu_seqlens int32": {
+        "cu_seqlens": torch.tensor([0, 0, 7, 7, 20, 51, 52, 52], dtype=torch.int32)
+    },
     "cu_seqlens int64": {"cu_seqlens": torch.tensor([0, 13, 26, 52])},
     "strided cu_seqlens": {"cu_seqlens": torch.tensor([0, 9, 13, 9, 52, 9])[::2]},
     "position_ids": {"position_ids": torch.arange(52).reshape(4, 13) % 5},
     "one row of position_ids": {"position_ids": torch.arange(13, dtype=torch.int32)[None] % 4},
-    "positions in lengths": {"position_ids": torch.arange(52).reshape(4, 13).flip(1), "lengths": torch.tensor([13, 26, 30, 60])},
-    "one row of positions in lengths": {"position_ids": torch.arange(13)[None].flip(1), "lengths": torch.tensor([13, 6, 0, 60])},
+    "positions in lengths": {
+        "position_ids": torch.arange(52).reshape(4, 13).flip(1),
+        "lengths": torch.tensor([13, 26, 30, 60]),
+    },
+    "one row of positions in lengths": {
+        "position_ids": torch.arange(13)[None].flip(1),
+        "lengths": torch.tensor([13, 6, 0, 60]),
+    },
     "positions in int32 lengths": {
         "position_ids": torch.arange(52).reshape(4, 13) % 17,
         "lengths": torch.tensor([13, 2, 0, 9], dtype=torch.int32),
@@ -126,9 +201,17 @@ LAYOUTS = {
         "attention_mask": make_batch("holes").attention_mask,
         "position_ids": torch.arange(52, dtype=torch.int32).reshape(4, 13) % 5,
     },
-    "strided mask": {"attention_mask": make_batch("numbered", rows=13, columns=4).attention_mask.t()},
+    "strided mask": {
+        "attention_mask": make_batch("numbered", rows=13, columns=4).attention_mask.t()
+    },
 }
-OFFSETS = ((0, 0, 0), (1, 2, 3), (WORD - 1, WORD - 1, WORD - 1), (2**31, WORD - 3, WORD - 5), (7, 2**31 - 1, 2**31 - 2))
+OFFSETS = (
+    (0, 0, 0),
+    (1, 2, 3),
+    (WORD - 1, WORD - 1, WORD - 1),
+    (2**31, WORD - 3, WORD - 5),
+    (7, 2**31 - 1, 2**31 - 2),
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -137,22 +220,37 @@ def test_every_layout_and_offset(kernel, offsets, layout):
     """Counters at and across 2³² too; add_noise and neftune_noise as well as noisy_embedding."""
     batch, weight = make_batch("full"), make_weight(20, torch.float32)
     stream, sample_offset, position_offset = offsets
-    arguments = dict(**layout, stream=stream, sample_offset=sample_offset, position_offset=position_offset, seed=-7)
+    arguments = dict(
+        **layout,
+        stream=stream,
+        sample_offset=sample_offset,
+        position_offset=position_offset,
+        seed=-7,
+    )
     expected = noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference")
-    assert same_bits(noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend=kernel), expected)
-    assert same_bits(add_noise(F.embedding(batch.input_ids, weight), 5.0, **arguments, backend=kernel), expected)
+    assert same_bits(
+        noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend=kernel), expected
+    )
+    assert same_bits(
+        add_noise(F.embedding(batch.input_ids, weight), 5.0, **arguments, backend=kernel), expected
+    )
     noise = neftune_noise((4, 13), 20, 5.0, **arguments, backend="reference")
     assert same_bits(neftune_noise((4, 13), 20, 5.0, **arguments, backend=kernel), noise)
 
 
 def test_every_small_layout(kernel):
-    """All cu_seqlens of up to 4 documents over 4 tokens, all lengths 0 to 5 of 2 rows of 3, all positions 0 to 3 of a row in length 2."""
+    """All cu_seqlens of up to 4 documents over 4 tokens, all lengths 0 to 5 of 2 rows of 3, all
+    positions 0 to 3 of a row in length 2.
+    """
     cases = [
         ((4,), {"cu_seqlens": torch.tensor([0, *inner, 4])})
         for documents in range(1, 5)
         for inner in itertools.combinations_with_replacement(range(5), documents - 1)
     ]
-    cases += [((2, 3), {"lengths": torch.tensor(lengths)}) for lengths in itertools.product(range(6), repeat=2)]
+    cases += [
+        ((2, 3), {"lengths": torch.tensor(lengths)})
+        for lengths in itertools.product(range(6), repeat=2)
+    ]
     cases += [
         ((1, 4), {"lengths": torch.tensor([2]), "position_ids": torch.tensor([positions])})
         for positions in itertools.product(range(4), repeat=4)
@@ -178,44 +276,76 @@ def test_every_seed(kernel, seed):
     batch = make_batch("ragged")
     for embedding_dim in (7, 576):
         weight = make_weight(embedding_dim, torch.float32)
-        assert_equals_reference(kernel, batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=seed)
+        assert_equals_reference(
+            kernel, batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=seed
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("noise_alpha", [2.0**-86, 1e-20, 1e-7, 5.0, 6e5, 3e38, 1e38 * 64, 1e300])
 def test_special_values(kernel, noise_alpha, dtype):
-    """Signed zeros, subnormals, the largest, infinities, against noise far below, near and far above; overflow to infinity included."""
+    """Signed zeros, subnormals, the largest, infinities, against noise far below, near and far
+    above; overflow to infinity included.
+    """
     weight = torch.cat([special_values(dtype).roll(shift, 1) for shift in range(5)])
-    weight = torch.cat((weight, weight[:, :13], weight.flip(1)), dim=1)  # d = 45: full vectors and a tail
+    weight = torch.cat(
+        (weight, weight[:, :13], weight.flip(1)), dim=1
+    )  # d = 45: full vectors and a tail
     ids = torch.arange(5).repeat(2, 3)
     for scale in (1.0, 1.5, -0.0, 1e-30):
         arguments = {"lengths": torch.tensor([15, 9]), "embed_scale": scale, "seed": 4}
         expected = noisy_embedding(ids, weight, noise_alpha, **arguments, backend="reference")
-        assert same_bits(noisy_embedding(ids, weight, noise_alpha, **arguments, backend=kernel), expected)
+        assert same_bits(
+            noisy_embedding(ids, weight, noise_alpha, **arguments, backend=kernel), expected
+        )
 
 
 @pytest.mark.parametrize("noise_alpha", [1.3 * 2.0**-85, 2.0**-64, 1e-6, 5.0, 3e4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_half_precision_value(kernel, dtype, noise_alpha):
-    """All 65 536 bit patterns as weights, NaNs included, with noise below, among and above them: widening, product, sum, rounding."""
+    """All 65 536 bit patterns as weights, NaNs included, with noise below, among and above them:
+    widening, product, sum, rounding.
+    """
     weight = torch.arange(65536).to(torch.int16).view(dtype).view(1024, 64)
     ids = torch.arange(1024).view(64, 16)
     for scale in (1.0, 0.37, 1e3):
-        expected = noisy_embedding(ids, weight, noise_alpha, embed_scale=scale, seed=6, backend="reference")
-        assert same_bits(noisy_embedding(ids, weight, noise_alpha, embed_scale=scale, seed=6, backend=kernel), expected)
+        expected = noisy_embedding(
+            ids, weight, noise_alpha, embed_scale=scale, seed=6, backend="reference"
+        )
+        assert same_bits(
+            noisy_embedding(ids, weight, noise_alpha, embed_scale=scale, seed=6, backend=kernel),
+            expected,
+        )
 
 
-@pytest.mark.parametrize("magnitude", [2.0**-90, 2.0**-90 * (1 + 2.0**-23), 2.0**-69 * (1 - 2.0**-24), 2.0**-69, 2.0**-69 * (1 + 2.0**-23)])
+@pytest.mark.parametrize(
+    "magnitude",
+    [
+        2.0**-90,
+        2.0**-90 * (1 + 2.0**-23),
+        2.0**-69 * (1 - 2.0**-24),
+        2.0**-69,
+        2.0**-69 * (1 + 2.0**-23),
+    ],
+)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_sums_that_cancel(kernel, sign, magnitude):
-    """bfloat16 rows that undo their own noise: sums of zero and, from the smallest noise, subnormal ones. Magnitude 2⁻⁶⁹ is step 2⁻¹⁰⁰."""
-    arguments = {"lengths": torch.tensor([256]), "seed": 12, "sign": sign}  # √(L·d) = 256: the magnitude is alpha / 256, exactly
+    """bfloat16 rows that undo their own noise: sums of zero and, from the smallest noise, subnormal
+    ones. Magnitude 2⁻⁶⁹ is step 2⁻¹⁰⁰.
+    """
+    arguments = {
+        "lengths": torch.tensor([256]),
+        "seed": 12,
+        "sign": sign,
+    }  # √(L·d) = 256: the magnitude is alpha / 256, exactly
     noise = neftune_noise((1, 256), 256, 256 * magnitude, **arguments, backend="reference")
     embeddings = -noise.bfloat16()
     expected = add_noise(embeddings, 256 * magnitude, **arguments, backend="reference")
     subnormal = (expected != 0) & (expected.abs() < torch.finfo(torch.bfloat16).smallest_normal)
     assert bool(subnormal.any()) == (magnitude == 2.0**-90 * (1 + 2.0**-23))
-    assert bool(((expected == 0) & (noise != 0)).any()) == (magnitude in (2.0**-90, 2.0**-69))  # powers of two leave nothing of x·step
+    assert bool(((expected == 0) & (noise != 0)).any()) == (
+        magnitude in (2.0**-90, 2.0**-69)
+    )  # powers of two leave nothing of x·step
     assert same_bits(add_noise(embeddings, 256 * magnitude, **arguments, backend=kernel), expected)
 
 
@@ -239,9 +369,15 @@ def strided_weights(dtype):
 def test_strided_weights(kernel, name, dtype):
     weight, batch = strided_weights(dtype)[name], make_batch("ragged")
     arguments = {"attention_mask": batch.attention_mask, "seed": 3}
-    contiguous = noisy_embedding(batch.input_ids, weight.contiguous(), 5.0, **arguments, backend="reference")
-    assert same_bits(noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend=kernel), contiguous)
-    assert same_bits(noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference"), contiguous)
+    contiguous = noisy_embedding(
+        batch.input_ids, weight.contiguous(), 5.0, **arguments, backend="reference"
+    )
+    assert same_bits(
+        noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend=kernel), contiguous
+    )
+    assert same_bits(
+        noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference"), contiguous
+    )
     embeds = weight[:11].unsqueeze(0)
     expected = add_noise(embeds.contiguous(), 5.0, seed=3, backend="reference")
     assert same_bits(add_noise(embeds, 5.0, seed=3, backend=kernel), expected)
@@ -249,7 +385,10 @@ def test_strided_weights(kernel, name, dtype):
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 def test_strided_ids(kernel, ids_dtype):
-    ids, weight = make_batch("full", rows=8, columns=10).input_ids.to(ids_dtype), make_weight(20, torch.float32)
+    ids, weight = (
+        make_batch("full", rows=8, columns=10).input_ids.to(ids_dtype),
+        make_weight(20, torch.float32),
+    )
     for strided in (
         ids.t(),
         ids[::2],
@@ -285,15 +424,29 @@ def test_strided_embeddings(kernel):
 def test_empty_inputs(backend, shape, embedding_dim):
     ids, weight = torch.zeros(shape, dtype=torch.int64), torch.zeros(3, embedding_dim)
     nothing = torch.zeros(*shape, embedding_dim)
-    for layout in ({}, {"attention_mask": ids}, {"lengths": ids.sum(-1)}, {"cu_seqlens": torch.tensor([0, 0])}, {"position_ids": ids}):
-        assert same_bits(noisy_embedding(ids, weight, 5.0, seed=0, **layout, backend=backend), nothing)
+    for layout in (
+        {},
+        {"attention_mask": ids},
+        {"lengths": ids.sum(-1)},
+        {"cu_seqlens": torch.tensor([0, 0])},
+        {"position_ids": ids},
+    ):
+        assert same_bits(
+            noisy_embedding(ids, weight, 5.0, seed=0, **layout, backend=backend), nothing
+        )
         assert same_bits(add_noise(nothing, 5.0, seed=0, **layout, backend=backend), nothing)
-        assert same_bits(neftune_noise(shape, embedding_dim, 5.0, seed=0, **layout, backend=backend), nothing)
-    assert same_bits(noisy_embedding(ids, torch.zeros(0, embedding_dim), 5.0, seed=0, backend=backend), nothing)
+        assert same_bits(
+            neftune_noise(shape, embedding_dim, 5.0, seed=0, **layout, backend=backend), nothing
+        )
+    assert same_bits(
+        noisy_embedding(ids, torch.zeros(0, embedding_dim), 5.0, seed=0, backend=backend), nothing
+    )
 
 
 def test_no_columns(backend):
-    assert noisy_embedding(torch.tensor([[1, 2]]), torch.zeros(3, 0), 5.0, seed=0, backend=backend).shape == (1, 2, 0)
+    assert noisy_embedding(
+        torch.tensor([[1, 2]]), torch.zeros(3, 0), 5.0, seed=0, backend=backend
+    ).shape == (1, 2, 0)
     with pytest.raises(IndexError, match="3"):
         noisy_embedding(torch.tensor([[1, 3]]), torch.zeros(3, 0), 5.0, seed=0, backend=backend)
 
@@ -305,15 +458,27 @@ def test_one_token(backend, dtype):
     row = noisy_embedding(torch.tensor([[3]]), weight, 5.0, seed=3, backend=backend)[0, 0]
     assert not torch.equal(row, weight[3])
     for ids_dtype in (torch.int32, torch.int64):
-        assert same_bits(noisy_embedding(torch.tensor(3, dtype=ids_dtype), weight, 5.0, seed=3, backend=backend), row)
+        assert same_bits(
+            noisy_embedding(torch.tensor(3, dtype=ids_dtype), weight, 5.0, seed=3, backend=backend),
+            row,
+        )
     assert same_bits(add_noise(weight[3], 5.0, seed=3, backend=backend), row)
-    assert same_bits(noisy_embedding(torch.tensor(3), weight, 5.0, attention_mask=torch.tensor(0), seed=3, backend=backend), weight[3])
+    assert same_bits(
+        noisy_embedding(
+            torch.tensor(3), weight, 5.0, attention_mask=torch.tensor(0), seed=3, backend=backend
+        ),
+        weight[3],
+    )
 
 
 def test_default_backend_is_the_best_one():
-    """None means the C++ kernel where it is built and knows the dtype, the reference otherwise: the same bits in any case."""
+    """None means the C++ kernel where it is built and knows the dtype, the reference otherwise: the
+    same bits in any case.
+    """
     ids, weight = torch.tensor([[1, 2, 0]]), make_weight(20, torch.float32)
-    assert ops.choose_backend(None, torch.device("cpu"), torch.float32) == ("cpp" if ops.native.handle else "reference")
+    assert ops.choose_backend(None, torch.device("cpu"), torch.float32) == (
+        "cpp" if ops.native.handle else "reference"
+    )
     assert ops.choose_backend(None, torch.device("cpu"), torch.float64) == "reference"
     expected = noisy_embedding(ids, weight, 5.0, seed=0, backend="reference")
     assert same_bits(noisy_embedding(ids, weight, 5.0, seed=0), expected)
@@ -330,14 +495,18 @@ SAMPLE_LENGTHS = (9, 1, 4, 13, 1, 6)
 @pytest.mark.parametrize("embedding_dim", [20, 64])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_every_way_to_lay_out_samples(backend, dtype, embedding_dim):
-    """Right-padded == left-padded == packed (cu_seqlens, position_ids, numbered mask) == one at a time, token by token."""
+    """Right-padded == left-padded == packed (cu_seqlens, position_ids, numbered mask) == one at a
+    time, token by token.
+    """
     weight = make_weight(embedding_dim, dtype)
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randint(11, (length,), generator=generator) for length in SAMPLE_LENGTHS]
     lengths, longest = torch.tensor(SAMPLE_LENGTHS), max(SAMPLE_LENGTHS) + 2
 
     def embed(input_ids, **arguments):
-        return noisy_embedding(input_ids, weight, 5.0, seed=11, stream=3, backend=backend, **arguments)
+        return noisy_embedding(
+            input_ids, weight, 5.0, seed=11, stream=3, backend=backend, **arguments
+        )
 
     alone = torch.cat([embed(sample, sample_offset=index) for index, sample in enumerate(samples)])
     assert not torch.equal(alone, weight[torch.cat(samples)])
@@ -351,7 +520,9 @@ def test_every_way_to_lay_out_samples(backend, dtype, embedding_dim):
     left_mask = right_mask.flip(1)
     assert same_bits(embed(left, attention_mask=left_mask)[left_mask.bool()], alone)
     counted = (left_mask.cumsum(1) - 1).clamp(min=0)
-    assert same_bits(embed(left, attention_mask=left_mask, position_ids=counted)[left_mask.bool()], alone)
+    assert same_bits(
+        embed(left, attention_mask=left_mask, position_ids=counted)[left_mask.bool()], alone
+    )
 
     packed = torch.cat(samples)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
@@ -364,7 +535,10 @@ def test_every_way_to_lay_out_samples(backend, dtype, embedding_dim):
     assert same_bits(embed(packed[None], attention_mask=numbers)[0], alone)
     assert same_bits(embed(packed[None], attention_mask=numbers % 2 + 1)[0], alone)
 
-    alternating = [embed(right[start : start + 2], lengths=lengths[start : start + 2], sample_offset=start) for start in (0, 2, 4)]
+    alternating = [
+        embed(right[start : start + 2], lengths=lengths[start : start + 2], sample_offset=start)
+        for start in (0, 2, 4)
+    ]
     assert same_bits(torch.cat(alternating)[right_mask.bool()], alone)
 
 
@@ -374,13 +548,17 @@ def test_empty_documents_keep_their_numbers(backend):
     ids, weight = make_batch("full", rows=6, columns=5).input_ids, make_weight(20, torch.float32)
     real = torch.arange(5) < lengths[:, None]
     padded = noisy_embedding(ids, weight, 5.0, lengths=lengths, seed=1, backend=backend)
-    packed = noisy_embedding(ids[real], weight, 5.0, cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)), seed=1, backend=backend)
+    packed = noisy_embedding(
+        ids[real], weight, 5.0, cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)), seed=1, backend=backend
+    )
     assert same_bits(packed, padded[real])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_shards_equal_the_whole(backend, dtype):
-    """Sequence shards at position_offset, zigzag shards by position_ids, and micro-batches: each gets the whole's very noise."""
+    """Sequence shards at position_offset, zigzag shards by position_ids, and micro-batches: each
+    gets the whole's very noise.
+    """
     weight, batch = make_weight(64, dtype), make_batch("ragged", rows=4, columns=16)
     ids, lengths = batch.input_ids, batch.lengths
 
@@ -388,13 +566,24 @@ def test_shards_equal_the_whole(backend, dtype):
         return noisy_embedding(input_ids, weight, 5.0, seed=2, backend=backend, **arguments)
 
     whole = embed(ids, lengths=lengths)
-    shards = [embed(ids[:, start:end], lengths=lengths, position_offset=start) for start, end in ((0, 5), (5, 12), (12, 16))]
+    shards = [
+        embed(ids[:, start:end], lengths=lengths, position_offset=start)
+        for start, end in ((0, 5), (5, 12), (12, 16))
+    ]
     assert same_bits(torch.cat(shards, dim=1), whole)
     for columns in ([0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11], [15, 3, 9]):
         positions = torch.tensor(columns)
-        assert same_bits(embed(ids[:, columns], lengths=lengths, position_ids=positions[None]), whole[:, columns])
-        assert same_bits(embed(ids[:, columns], lengths=lengths, position_ids=positions.expand(4, -1)), whole[:, columns])
-    halves = [embed(ids[start : start + 2], lengths=lengths[start : start + 2], sample_offset=start) for start in (0, 2)]
+        assert same_bits(
+            embed(ids[:, columns], lengths=lengths, position_ids=positions[None]), whole[:, columns]
+        )
+        assert same_bits(
+            embed(ids[:, columns], lengths=lengths, position_ids=positions.expand(4, -1)),
+            whole[:, columns],
+        )
+    halves = [
+        embed(ids[start : start + 2], lengths=lengths[start : start + 2], sample_offset=start)
+        for start in (0, 2)
+    ]
     assert same_bits(torch.cat(halves), whole)
     corner = embed(ids[2:, 7:], lengths=lengths[2:], sample_offset=2, position_offset=7)
     assert same_bits(corner, whole[2:, 7:])
@@ -403,26 +592,42 @@ def test_shards_equal_the_whole(backend, dtype):
 @pytest.mark.parametrize("embed_scale", [1.0, math.sqrt(576), 0.3])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_three_functions_one_result(backend, dtype, embed_scale):
-    """noisy_embedding == add_noise(F.embedding·scale) == (F.embedding·scale in float32 + neftune_noise) rounded."""
+    """noisy_embedding == add_noise(F.embedding·scale) == (F.embedding·scale in float32 +
+    neftune_noise) rounded.
+    """
     weight, batch = make_weight(100, dtype), make_batch("numbered")
-    arguments = {"attention_mask": batch.attention_mask, "seed": 5, "stream": 1, "sample_offset": 2, "backend": backend}
+    arguments = {
+        "attention_mask": batch.attention_mask,
+        "seed": 5,
+        "stream": 1,
+        "sample_offset": 2,
+        "backend": backend,
+    }
     fused = noisy_embedding(batch.input_ids, weight, 5.0, embed_scale=embed_scale, **arguments)
     scaled = F.embedding(batch.input_ids, weight) * embed_scale
     assert torch.equal(fused, add_noise(scaled, 5.0, **arguments))
-    assert torch.equal(fused, (scaled.float() + neftune_noise((4, 13), 100, 5.0, **arguments)).to(dtype))
-    assert torch.equal(noisy_embedding(batch.input_ids, weight, 0.0, embed_scale=embed_scale, **arguments), scaled)
+    assert torch.equal(
+        fused, (scaled.float() + neftune_noise((4, 13), 100, 5.0, **arguments)).to(dtype)
+    )
+    assert torch.equal(
+        noisy_embedding(batch.input_ids, weight, 0.0, embed_scale=embed_scale, **arguments), scaled
+    )
 
 
 @pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("embed_scale", [1.0, 24.0, 0.3])
 def test_training_paths_give_the_same_bits(dtype, embed_scale):
-    """A weight that requires grad, small or large, takes other ways through the package: same bits, on the default backend."""
+    """A weight that requires grad, small or large, takes other ways through the package: same bits,
+    on the default backend.
+    """
     for rows in (2, 40):
         batch = make_batch("holes", rows=rows, columns=32)
         weight = make_weight(64, dtype)
         arguments = {"attention_mask": batch.attention_mask, "embed_scale": embed_scale, "seed": 5}
         expected = noisy_embedding(batch.input_ids, weight, 5.0, **arguments, backend="reference")
-        trained = noisy_embedding(batch.input_ids, weight.clone().requires_grad_(), 5.0, **arguments)
+        trained = noisy_embedding(
+            batch.input_ids, weight.clone().requires_grad_(), 5.0, **arguments
+        )
         assert trained.requires_grad and same_bits(trained.detach(), expected)
         embeds = (F.embedding(batch.input_ids, weight) * embed_scale).requires_grad_()
         added = add_noise(embeds, 5.0, attention_mask=batch.attention_mask, seed=5)
@@ -431,15 +636,32 @@ def test_training_paths_give_the_same_bits(dtype, embed_scale):
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_padding_idx_without_a_mask(backend, dtype):
-    """Tokens equal to padding_idx are padding where nothing else says so; negative ones wrap; anything else given overrules it."""
+    """Tokens equal to padding_idx are padding where nothing else says so; negative ones wrap;
+    anything else given overrules it.
+    """
     weight, ids = make_weight(20, dtype), torch.tensor([[10, 3, 4, 10], [5, 10, 10, 6]])
     for padding_idx in (10, -1):
         out = noisy_embedding(ids, weight, 5.0, padding_idx=padding_idx, seed=1, backend=backend)
-        assert same_bits(out, noisy_embedding(ids, weight, 5.0, attention_mask=(ids != 10).long(), seed=1, backend="reference"))
-        assert same_bits(out[ids == 10], weight[ids[ids == 10]]) and not torch.equal(out[ids != 10], weight[ids[ids != 10]])
-        for layout in ({"lengths": torch.tensor([4, 3])}, {"attention_mask": torch.ones(2, 4)}, {"position_ids": torch.arange(4)[None]}):
-            ruled = noisy_embedding(ids, weight, 5.0, padding_idx=padding_idx, seed=1, **layout, backend=backend)
-            assert same_bits(ruled, noisy_embedding(ids, weight, 5.0, seed=1, **layout, backend="reference"))
+        assert same_bits(
+            out,
+            noisy_embedding(
+                ids, weight, 5.0, attention_mask=(ids != 10).long(), seed=1, backend="reference"
+            ),
+        )
+        assert same_bits(out[ids == 10], weight[ids[ids == 10]]) and not torch.equal(
+            out[ids != 10], weight[ids[ids != 10]]
+        )
+        for layout in (
+            {"lengths": torch.tensor([4, 3])},
+            {"attention_mask": torch.ones(2, 4)},
+            {"position_ids": torch.arange(4)[None]},
+        ):
+            ruled = noisy_embedding(
+                ids, weight, 5.0, padding_idx=padding_idx, seed=1, **layout, backend=backend
+            )
+            assert same_bits(
+                ruled, noisy_embedding(ids, weight, 5.0, seed=1, **layout, backend="reference")
+            )
 
 
 @pytest.mark.parametrize("noise_alpha", [None, 0, 0.0, -0.0])
@@ -449,16 +671,29 @@ def test_switched_off(noise_alpha, dtype):
     weight, ids = make_weight(20, dtype), make_batch("full").input_ids
     weight[:, 0] = -0.0
     assert same_bits(noisy_embedding(ids, weight, noise_alpha), F.embedding(ids, weight))
-    assert same_bits(noisy_embedding(ids, weight, noise_alpha, embed_scale=0.3), F.embedding(ids, weight) * 0.3)
+    assert same_bits(
+        noisy_embedding(ids, weight, noise_alpha, embed_scale=0.3), F.embedding(ids, weight) * 0.3
+    )
     embeds = weight[ids]
     assert add_noise(embeds, noise_alpha) is embeds
     assert same_bits(neftune_noise(ids.shape, 20, noise_alpha), torch.zeros(4, 13, 20))
 
 
-@pytest.mark.parametrize("layout", ["nothing", "lengths", "cu_seqlens", "numbered", "positions", "positions in lengths", "strided ids"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "nothing",
+        "lengths",
+        "cu_seqlens",
+        "numbered",
+        "positions",
+        "positions in lengths",
+        "strided ids",
+    ],
+)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_threads_do_not_matter(backend, threads, dtype, layout):
-    """Enough tokens to be shared out among threads, whose shares begin within rows and documents."""
+    """Enough tokens to be shared out among threads; shares begin within rows and documents."""
     rows, columns = 37, 61
     generator = torch.Generator().manual_seed(0)
     weight, batch = make_weight(100, dtype), make_batch("ragged", rows=rows, columns=columns)
@@ -469,8 +704,14 @@ def test_threads_do_not_matter(backend, threads, dtype, layout):
     arguments = {
         "nothing": {},
         "lengths": {"lengths": batch.lengths},
-        "cu_seqlens": {"cu_seqlens": torch.cat((torch.tensor([0]), bounds.sort().values, torch.tensor([tokens])))},
-        "numbered": {"attention_mask": make_batch("numbered", rows=rows, columns=columns).attention_mask},
+        "cu_seqlens": {
+            "cu_seqlens": torch.cat(
+                (torch.tensor([0]), bounds.sort().values, torch.tensor([tokens]))
+            )
+        },
+        "numbered": {
+            "attention_mask": make_batch("numbered", rows=rows, columns=columns).attention_mask
+        },
         "positions": {"position_ids": restarts},
         "positions in lengths": {"position_ids": restarts, "lengths": batch.lengths},
         "strided ids": {},
@@ -480,8 +721,12 @@ def test_threads_do_not_matter(backend, threads, dtype, layout):
     expected = noisy_embedding(ids, weight, 5.0, **arguments, seed=2, backend="reference")
     for count in (1, 2, 3):
         threads(count)
-        assert same_bits(noisy_embedding(ids, weight, 5.0, **arguments, seed=2, backend=backend), expected)
-        assert same_bits(add_noise(weight[ids], 5.0, **arguments, seed=2, backend=backend), expected)
+        assert same_bits(
+            noisy_embedding(ids, weight, 5.0, **arguments, seed=2, backend=backend), expected
+        )
+        assert same_bits(
+            add_noise(weight[ids], 5.0, **arguments, seed=2, backend=backend), expected
+        )
 
 
 def test_thread_of_the_caller_does_not_matter(backend):
@@ -491,25 +736,34 @@ def test_thread_of_the_caller_does_not_matter(backend):
     weight, batch = make_weight(64, torch.float32), make_batch("ragged", rows=16, columns=64)
 
     def call(seed):
-        return noisy_embedding(batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=seed, backend=backend)
+        return noisy_embedding(
+            batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=seed, backend=backend
+        )
 
     expected = [call(seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        assert all(same_bits(left, right) for left, right in zip(pool.map(call, range(8)), expected, strict=True))
+        assert all(
+            same_bits(left, right)
+            for left, right in zip(pool.map(call, range(8)), expected, strict=True)
+        )
 
 
 # ---- nothing read or written where it should not be
 
 
 def run_into_guarded_buffer(backend, name, arguments, shape, dtype, guard=5):
-    """The `out` overload on a view with `guard` rows before and after it; returns the view and whether the guards are intact."""
+    """The `out` overload on a view with `guard` rows before and after it; returns the view and
+    whether the guards are intact.
+    """
     rows, embedding_dim = math.prod(shape[:-1]), shape[-1]
     buffer = torch.full(((rows + 2 * guard) * embedding_dim,), -12345.0, dtype=dtype)
     untouched = buffer[0].clone()
     out = buffer[guard * embedding_dim : (guard + rows) * embedding_dim].view(shape)
     error = None
     try:
-        {"noisy_embedding": ops.EMBEDDING_OUT, "add_noise": ops.ADD_OUT}[name][backend](*arguments, out=out)
+        {"noisy_embedding": ops.EMBEDDING_OUT, "add_noise": ops.ADD_OUT}[name][backend](
+            *arguments, out=out
+        )
     except IndexError as caught:
         error = caught
     before, after = buffer[: guard * embedding_dim], buffer[(guard + rows) * embedding_dim :]
@@ -519,20 +773,52 @@ def run_into_guarded_buffer(backend, name, arguments, shape, dtype, guard=5):
 @pytest.mark.parametrize("embedding_dim", [1, 3, 7, 8, 9, 15, 17, 33, 64, 65])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_writes_its_output_and_nothing_else(backend, dtype, embedding_dim):
-    """The last row, whose neighbour is no row of ours, once with noise and once padding; scaled and strided weights too."""
+    """The last row, whose neighbour is no row of ours, once with noise and once padding; scaled and
+    strided weights too.
+    """
     wide = make_weight(2 * embedding_dim, dtype)
-    seed, alpha, ids = torch.tensor(3), torch.tensor(5.0, dtype=torch.float64), make_batch("full").input_ids
+    seed, alpha, ids = (
+        torch.tensor(3),
+        torch.tensor(5.0, dtype=torch.float64),
+        make_batch("full").input_ids,
+    )
     shape = (*ids.shape, embedding_dim)
     for lengths in (torch.tensor([13, 0, 5, 13]), torch.tensor([13, 0, 13, 12])):
         for weight in (wide[:, :embedding_dim].contiguous(), wide[:, ::2]):
             for scale in (1.0, 1.7):
-                expected = noisy_embedding(ids, weight, 5.0, lengths=lengths, embed_scale=scale, seed=3, backend="reference")
-                arguments = (ids, weight, seed, alpha, None, None, lengths, None, 0, 0, 0, -1, scale)
-                out, intact, error = run_into_guarded_buffer(backend, "noisy_embedding", arguments, shape, dtype)
+                expected = noisy_embedding(
+                    ids,
+                    weight,
+                    5.0,
+                    lengths=lengths,
+                    embed_scale=scale,
+                    seed=3,
+                    backend="reference",
+                )
+                arguments = (
+                    ids,
+                    weight,
+                    seed,
+                    alpha,
+                    None,
+                    None,
+                    lengths,
+                    None,
+                    0,
+                    0,
+                    0,
+                    -1,
+                    scale,
+                )
+                out, intact, error = run_into_guarded_buffer(
+                    backend, "noisy_embedding", arguments, shape, dtype
+                )
                 assert intact and error is None and same_bits(out, expected)
             expected = add_noise(weight[ids], 5.0, lengths=lengths, seed=3, backend="reference")
             arguments = (weight[ids], seed, alpha, None, None, lengths, None)
-            out, intact, error = run_into_guarded_buffer(backend, "add_noise", arguments, shape, dtype)
+            out, intact, error = run_into_guarded_buffer(
+                backend, "add_noise", arguments, shape, dtype
+            )
             assert intact and error is None and same_bits(out, expected)
 
 
@@ -541,9 +827,21 @@ def test_add_noise_in_place(backend, embedding_dim):
     """The operators' out may be their own input."""
     weight, batch = make_weight(embedding_dim, torch.bfloat16), make_batch("ragged")
     rows = weight[batch.input_ids]
-    arguments = (torch.tensor(3), torch.tensor(5.0, dtype=torch.float64), None, None, batch.lengths, None)
+    arguments = (
+        torch.tensor(3),
+        torch.tensor(5.0, dtype=torch.float64),
+        None,
+        None,
+        batch.lengths,
+        None,
+    )
     ops.ADD_OUT[backend](rows, *arguments, out=rows)
-    assert same_bits(rows, noisy_embedding(batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=3, backend="reference"))
+    assert same_bits(
+        rows,
+        noisy_embedding(
+            batch.input_ids, weight, 5.0, lengths=batch.lengths, seed=3, backend="reference"
+        ),
+    )
 
 
 BAD_IDS = {
@@ -553,16 +851,26 @@ BAD_IDS = {
 
 
 @pytest.mark.parametrize("where", [0, 25, 51], ids=["first", "middle", "last"])
-@pytest.mark.parametrize("ids_dtype, bad", [(dtype, bad) for dtype, values in BAD_IDS.items() for bad in values], ids=str)
+@pytest.mark.parametrize(
+    "ids_dtype, bad", [(dtype, bad) for dtype, values in BAD_IDS.items() for bad in values], ids=str
+)
 def test_ids_out_of_range(backend, ids_dtype, bad, where):
-    """IndexError with the id and the rule, real token or padding, and nothing written outside the output."""
+    """IndexError with the id and the rule, real token or padding, and nothing written outside the
+    output.
+    """
     weight, ids = make_weight(20, torch.float32), make_batch("full").input_ids.to(ids_dtype)
     ids.view(-1)[where] = bad
-    for layout in ({}, {"lengths": torch.zeros(4, dtype=torch.int64)}, {"cu_seqlens": torch.tensor([0, 26, 52])}):
+    for layout in (
+        {},
+        {"lengths": torch.zeros(4, dtype=torch.int64)},
+        {"cu_seqlens": torch.tensor([0, 26, 52])},
+    ):
         with pytest.raises(IndexError, match=rf"input_ids .*\[0, .*11.*{bad}\b"):
             noisy_embedding(ids, weight, 5.0, seed=0, **layout, backend=backend)
     arguments = (ids, weight, torch.tensor(3), torch.tensor(5.0, dtype=torch.float64))
-    _, intact, error = run_into_guarded_buffer(backend, "noisy_embedding", arguments, (4, 13, 20), torch.float32)
+    _, intact, error = run_into_guarded_buffer(
+        backend, "noisy_embedding", arguments, (4, 13, 20), torch.float32
+    )
     assert intact and error is not None
 
 
@@ -574,7 +882,9 @@ def test_id_out_of_range_among_many(backend, threads):
     with pytest.raises(IndexError, match="11"):
         noisy_embedding(batch.input_ids, weight, 5.0, seed=0, backend=backend)
     batch.input_ids[-1, -1] = 10
-    assert torch.isfinite(noisy_embedding(batch.input_ids, weight, 5.0, seed=0, backend=backend)).all(), "the next call is not harmed"
+    assert torch.isfinite(
+        noisy_embedding(batch.input_ids, weight, 5.0, seed=0, backend=backend)
+    ).all(), "the next call is not harmed"
 
 
 @pytest.mark.parametrize("embed_scale", [1.0, 2.0])
@@ -584,18 +894,28 @@ def test_id_out_of_range_in_training(rows, embed_scale):
     batch = make_batch("full", rows=rows, columns=16)
     batch.input_ids[-1, -1] = 11
     with pytest.raises(IndexError):
-        noisy_embedding(batch.input_ids, make_weight(64, torch.float32).requires_grad_(), 5.0, seed=0, embed_scale=embed_scale)
+        noisy_embedding(
+            batch.input_ids,
+            make_weight(64, torch.float32).requires_grad_(),
+            5.0,
+            seed=0,
+            embed_scale=embed_scale,
+        )
 
 
 def test_empty_table_has_no_rows(backend):
     with pytest.raises(IndexError, match=r"input_ids .*\[0, .*0"):
-        noisy_embedding(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(0, 8), 5.0, seed=0, backend=backend)
+        noisy_embedding(
+            torch.zeros(1, 2, dtype=torch.int64), torch.zeros(0, 8), 5.0, seed=0, backend=backend
+        )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rows_beyond_two_to_the_31_elements(backend, dtype):
-    """Row offsets need 64 bits; the 4 GiB table is never touched but for two rows, so the system need not find memory for it."""
+    """Row offsets need 64 bits; the 4 GiB table is never touched but for two rows, so the system
+    need not find memory for it.
+    """
     import numpy
 
     weight = torch.from_numpy(numpy.zeros((2**20 + 5, 2048), dtype=numpy.int16)).view(dtype)
@@ -608,9 +928,24 @@ def test_rows_beyond_two_to_the_31_elements(backend, dtype):
 
 @pytest.mark.long
 def test_wide_rows_and_many_tokens(kernel):
-    """Every width from 1 to 130 and a batch of odd sizes with every layout at once: tails of all vector widths."""
+    """Every width from 1 to 130 and a batch of odd sizes with every layout at once: tails of all
+    vector widths.
+    """
     for embedding_dim in range(1, 131):
         for dtype in FLOAT_DTYPES:
-            weight, batch = make_weight(embedding_dim, dtype), make_batch("numbered", rows=3, columns=5)
-            assert_equals_reference(kernel, batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, embed_scale=1.1, seed=1)
-            assert_equals_reference(kernel, batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=1)
+            weight, batch = (
+                make_weight(embedding_dim, dtype),
+                make_batch("numbered", rows=3, columns=5),
+            )
+            assert_equals_reference(
+                kernel,
+                batch.input_ids,
+                weight,
+                5.0,
+                attention_mask=batch.attention_mask,
+                embed_scale=1.1,
+                seed=1,
+            )
+            assert_equals_reference(
+                kernel, batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=1
+            )

@@ -1,4 +1,7 @@
-"""The compiled kernels of Triton and CUDA C++, without a GPU: targets, memory accesses, rounding. The functions of bench.codegen."""
+"""The compiled kernels of Triton and CUDA C++, without a GPU: targets, memory accesses, rounding.
+
+The functions of bench.codegen.
+"""
 
 import importlib.util
 import json
@@ -10,7 +13,10 @@ from collections import Counter
 import pytest
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed: what its compiler makes of the kernels is not checked", allow_module_level=True)
+    pytest.skip(
+        "triton is not installed: what its compiler makes of the kernels is not checked",
+        allow_module_level=True,
+    )
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 turns the compiler off", allow_module_level=True)
 
@@ -22,7 +28,11 @@ from bench.codegen import CONFIGURATIONS, CUDA_CONFIGURATIONS, Configuration
 from neftune_kernels import triton_kernels
 
 QUICK = {
-    *(Configuration(target, "bfloat16", 4096, layout) for target in codegen.NVIDIA for layout in ("nothing", "lengths")),
+    *(
+        Configuration(target, "bfloat16", 4096, layout)
+        for target in codegen.NVIDIA
+        for layout in ("nothing", "lengths")
+    ),
     *(Configuration("sm_90", "bfloat16", 4096, layout) for layout in ("mask", "cu_seqlens")),
     *(Configuration("sm_90", dtype, 4096) for dtype in ("float16", "float32")),
     Configuration("sm_80", "bfloat16", 4096, scaled=True),
@@ -44,12 +54,17 @@ def needs_nvcc(configuration):
 @pytest.mark.parametrize(
     "configuration",
     [
-        *(pytest.param(c, id=c.name, marks=() if c in QUICK else pytest.mark.long) for c in CONFIGURATIONS),
+        *(
+            pytest.param(c, id=c.name, marks=() if c in QUICK else pytest.mark.long)
+            for c in CONFIGURATIONS
+        ),
         *(pytest.param(c, id=c.name) for c in CUDA_CONFIGURATIONS),
     ],
 )
 def test_targets(configuration):
-    """Instructions per element, registers, 128-bit rows, no spills, shared memory, shuffles or barriers."""
+    """Instructions per element, registers, 128-bit rows, no spills, shared memory, shuffles or
+    barriers.
+    """
     needs_nvcc(configuration)
     code = codegen.measure(configuration)
     assert code.per_element <= codegen.target_of(configuration).per_element
@@ -62,12 +77,24 @@ def test_targets(configuration):
 
 def ptx_counts(kernel):
     ptx = kernel.asm["ptx"]
-    names = ("fma.rn.f32", "mul.rn.f32", "add.rn.f32", "sqrt.rn.f64", "div.rn.f64", "cvt.rn.f32.s16")
-    return {name: len(re.findall(rf"^\s*(?:@%p\d+ )?{re.escape(name)}\s", ptx, re.MULTILINE)) for name in names}
+    names = (
+        "fma.rn.f32",
+        "mul.rn.f32",
+        "add.rn.f32",
+        "sqrt.rn.f64",
+        "div.rn.f64",
+        "cvt.rn.f32.s16",
+    )
+    return {
+        name: len(re.findall(rf"^\s*(?:@%p\d+ )?{re.escape(name)}\s", ptx, re.MULTILINE))
+        for name in names
+    }
 
 
 def test_product_and_sum_stay_apart():
-    """One fma per element, the noise's own exact sum; one add per element; with a scale one product more; sqrt and quotient rounded."""
+    """One fma per element, the noise's own exact sum; one add per element; with a scale one product
+    more; sqrt and quotient rounded.
+    """
     configuration = Configuration("sm_90", "float32", 4096, "lengths", scaled=True)
     elements = int(codegen.measure(configuration).elements_per_thread)
     counts = ptx_counts(codegen.compile_rows(configuration))
@@ -79,7 +106,7 @@ def test_product_and_sum_stay_apart():
 
 
 def test_contraction_would_be_seen():
-    """The same code with fusion allowed has fewer sums: what the test above looks at does change."""
+    """The same code with fusion allowed has fewer sums: what the test above sees does change."""
     configuration = Configuration("sm_90", "float32", 4096, "nothing", scaled=True)
     fused = codegen.compile_rows(configuration, enable_fp_fusion=True)
     text = disassembly.sass(fused.asm["cubin"])
@@ -91,15 +118,25 @@ def test_contraction_would_be_seen():
 @pytest.mark.parametrize("dtype", codegen.DTYPES)
 @pytest.mark.parametrize("target", codegen.NVIDIA)
 def test_cuda_product_and_sum_stay_apart(target, dtype, scaled):
-    """In the machine code, column by column: one fma, the noise's own exact sum; one add; a scale's product; nothing packed."""
+    """In the machine code, column by column: one fma, the noise's own exact sum; one add; a scale's
+    product; nothing packed.
+    """
     needs_nvcc(Configuration(target, dtype, 4096, "nothing", scaled, "cuda"))
     code = cuda_code.function(target, cuda_code.kernel_name(target, dtype, "nothing", scaled))
     loop = cuda_code.noisy_loop(code)
-    counts = Counter(codegen.opcode(line).split(".")[0] for line in code.lines[loop.first : loop.last + 1])
+    counts = Counter(
+        codegen.opcode(line).split(".")[0] for line in code.lines[loop.first : loop.last + 1]
+    )
     columns = cuda_code.columns_of(code, loop)
     assert columns in (8, 16) and counts["FFMA"] == counts["FADD"] == columns
-    assert counts["FMUL"] in ((columns, columns + 1) if scaled else (0, 1)), "one more is the half step, where it is not kept"
-    assert not [name for name in counts if re.match(r"(FFMA2|FADD2|FMUL2|HFMA2\.BF16|HADD2\.BF16|DFMA)$", name)]
+    assert counts["FMUL"] in ((columns, columns + 1) if scaled else (0, 1)), (
+        "one more is the half step, where it is not kept"
+    )
+    assert not [
+        name
+        for name in counts
+        if re.match(r"(FFMA2|FADD2|FMUL2|HFMA2\.BF16|HADD2\.BF16|DFMA)$", name)
+    ]
 
 
 def test_cuda_contraction_would_be_seen(tmp_path):
@@ -107,8 +144,15 @@ def test_cuda_contraction_would_be_seen(tmp_path):
     needs_nvcc(Configuration("sm_90", "float32", 4096, "nothing", True, "cuda"))
     shutil.copytree(cuda_code.KERNELS.parent.parent, tmp_path / "csrc")
     changed = tmp_path / "csrc/cuda/kernels.cu"
-    text = re.sub(r"__fadd_rn\((.*?), (noise(?:\[\d\])?|__fmul_rn\(.*?\))\)", r"((\1) + (\2))", changed.read_text())
-    text = text.replace("__float_as_uint(__fmul_rn(__uint_as_float(word), scale))", "__float_as_uint(__uint_as_float(word) * scale)")
+    text = re.sub(
+        r"__fadd_rn\((.*?), (noise(?:\[\d\])?|__fmul_rn\(.*?\))\)",
+        r"((\1) + (\2))",
+        changed.read_text(),
+    )
+    text = text.replace(
+        "__float_as_uint(__fmul_rn(__uint_as_float(word), scale))",
+        "__float_as_uint(__uint_as_float(word) * scale)",
+    )
     changed.write_text(text)
     name = cuda_code.kernel_name("sm_90", "float32", "nothing", True, changed, "-fmad=true")
     code = cuda_code.function("sm_90", name, changed, "-fmad=true")
@@ -121,15 +165,26 @@ def test_cuda_artefacts(tmp_path):
     configuration = Configuration("sm_90", "bfloat16", 4096, "lengths", False, "cuda")
     needs_nvcc(configuration)
     codegen.write_artefacts(configuration, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"kernel.ptx", "kernel.cubin", "kernel.sass", "launch.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "kernel.ptx",
+        "kernel.cubin",
+        "kernel.sass",
+        "launch.json",
+    }
     launch = json.loads((tmp_path / "launch.json").read_text())
     ptx = (tmp_path / "kernel.ptx").read_text()
-    assert f".entry {launch['kernel']}(" in ptx and "EXIT" in (tmp_path / "kernel.sass").read_text() and launch["d"] == 4096
+    assert (
+        f".entry {launch['kernel']}(" in ptx
+        and "EXIT" in (tmp_path / "kernel.sass").read_text()
+        and launch["d"] == 4096
+    )
     assert re.search(r"\.target sm_90", ptx) and "fma.rn.bf16" not in ptx
 
 
 def test_the_way_through_the_code_is_counted():
-    """cuda_code.path_length on a few lines: the loop by its trips, ways around it not at all, the longer of two branches."""
+    """cuda_code.path_length on a few lines: the loop by its trips, ways around it not at all, the
+    longer of two branches.
+    """
     lines = [
         "MOV",
         "@P0 BRA `(.L_out)",
@@ -152,7 +207,12 @@ def test_artefacts(tmp_path):
     """Code and launch description of one configuration, complete enough to execute it."""
     configuration = Configuration("sm_90", "bfloat16", 4096, "lengths")
     codegen.write_artefacts(configuration, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"kernel.ptx", "kernel.cubin", "kernel.sass", "launch.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "kernel.ptx",
+        "kernel.cubin",
+        "kernel.sass",
+        "launch.json",
+    }
     launch = json.loads((tmp_path / "launch.json").read_text())
     names = [parameter["name"] for parameter in launch["parameters"]]
     assert names == [parameter.name for parameter in triton_kernels.noisy_rows.params]
@@ -163,7 +223,9 @@ def test_artefacts(tmp_path):
 
 
 def test_cached_launches(monkeypatch):
-    """A second call goes straight to the compiled kernel, with its own arguments; what the code depends on makes a key of its own."""
+    """A second call goes straight to the compiled kernel, with its own arguments; what the code
+    depends on makes a key of its own.
+    """
     import torch
 
     from bench.launch import StubDriver
@@ -183,7 +245,9 @@ def test_cached_launches(monkeypatch):
     seed, alpha = torch.tensor(1), torch.tensor(5.0, dtype=torch.float64)
 
     def embed(ids, weight, **layout):
-        triton_kernels.noisy_embedding_out(ids, weight, seed, alpha, **layout, out=weight.new_empty(*ids.shape, weight.shape[1]))
+        triton_kernels.noisy_embedding_out(
+            ids, weight, seed, alpha, **layout, out=weight.new_empty(*ids.shape, weight.shape[1])
+        )
 
     ids, weight = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5, 64, dtype=torch.bfloat16)
     embed(ids, weight)
@@ -193,7 +257,12 @@ def test_cached_launches(monkeypatch):
     assert first[:3] == (3, 2, 1) and second[:3] == (9, 7, 1)
     names = [parameter.name for parameter in triton_kernels.noisy_rows.params]
     given = dict(zip(names, second[-len(names) :], strict=True))
-    assert given["rows"] == 7 and given["columns"] == 9 and given["D"] == 64 and given["KIND"] == "pairs"
+    assert (
+        given["rows"] == 7
+        and given["columns"] == 9
+        and given["D"] == 64
+        and given["KIND"] == "pairs"
+    )
     for count, (other_ids, other_weight, layout) in enumerate(
         (
             (ids.int(), weight, {}),
@@ -210,11 +279,22 @@ def test_cached_launches(monkeypatch):
         assert len(compiles) == count and len(runs) == 2 * count
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="the rivals' code is taken out of Inductor 2.13, whose internals the tool follows")
+@pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="the rivals' code is taken out of Inductor 2.13, whose internals the tool follows",
+)
 def test_what_inductor_makes_of_the_rivals():
-    """HF's hook: zeros, their copy, the draw, the sum. The rand_like rewrite fuses, and still costs three times our instructions."""
+    """HF's hook: zeros, their copy, the draw, the sum.
+
+    The rand_like rewrite fuses, and still costs three times our instructions.
+    """
     hook, rewrite = inductor_code.rivals()
-    assert (hook["launches"], hook["bytes_per_element"]) == (4, 14.0) and hook["uncounted"] == ["clone", "uniform_"]
-    assert (rewrite["launches"], rewrite["bytes_per_element"]) == (2, 4.0) and not rewrite["uncounted"]
+    assert (hook["launches"], hook["bytes_per_element"]) == (4, 14.0) and hook["uncounted"] == [
+        "clone",
+        "uniform_",
+    ]
+    assert (rewrite["launches"], rewrite["bytes_per_element"]) == (2, 4.0) and not rewrite[
+        "uncounted"
+    ]
     ours = codegen.measure(Configuration("sm_90", "bfloat16", inductor_code.D))
     assert rewrite["instructions_per_element"] > 3 * ours.per_element

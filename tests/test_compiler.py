@@ -1,4 +1,6 @@
-"""Whole models under torch.compile, torch.export and activation checkpointing: one graph, the noise of eager mode."""
+"""Whole models under torch.compile, torch.export and activation checkpointing: one graph, the noise
+of eager mode.
+"""
 
 import copy
 
@@ -50,7 +52,9 @@ def compilations(calls):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_noise_is_that_of_eager_mode(backend):
-    """Forward noise and the embedding's gradient; Inductor sums the layers in another order, so logits may differ in the last bit."""
+    """Forward noise and the embedding's gradient; Inductor sums the layers in another order, so
+    logits may differ in the last bit.
+    """
     model = llama()
     apply_neftune(model, 5.0)
     ids, mask = batch()
@@ -67,7 +71,9 @@ def test_noise_is_that_of_eager_mode(backend):
 
 
 def test_one_compilation_for_many_seeds_alphas_and_lengths():
-    """As many compilations as the model has without us, over lengths that the compiler makes dynamic, and none for seeds and alphas."""
+    """As many compilations as the model has without us, over lengths that the compiler makes
+    dynamic, and none for seeds and alphas.
+    """
 
     def run(model, handle):
         def calls():
@@ -92,7 +98,14 @@ def test_signs_and_distributions_that_change_after_compiling():
     ids, mask = batch()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for sign, distribution in ((1, "uniform"), (-1, "uniform"), (1, "normal"), (-1, "normal"), (1, "rademacher"), (1, "uniform")):
+    for sign, distribution in (
+        (1, "uniform"),
+        (-1, "uniform"),
+        (1, "normal"),
+        (-1, "normal"),
+        (1, "rademacher"),
+        (1, "uniform"),
+    ):
         assert apply_neftune(model, 5.0, distribution=distribution) is handle
         handle.sign = sign
         torch.manual_seed(3)
@@ -113,9 +126,13 @@ def test_an_embedding_replaced_before_compiling_is_refused():
         torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids, attention_mask=mask)
     model = llama()
     handle = apply_neftune(model, 5.0)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])).train()
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    ).train()
     torch._dynamo.reset()
-    compiled = torch.compile(wrapped, backend="eager")  # in parts, it finds the wrapper as eager mode does
+    compiled = torch.compile(
+        wrapped, backend="eager"
+    )  # in parts, it finds the wrapper as eager mode does
     compiled(input_ids=ids, attention_mask=mask)
     assert handle._noisy and not handle.has_moved()
     torch.manual_seed(3)
@@ -125,8 +142,16 @@ def test_an_embedding_replaced_before_compiling_is_refused():
 
 
 def test_noise_is_launched_outside_cuda_graphs():
-    """alpha is read by the host at the launch: Inductor must not record it, or a replay would add the first alpha for ever."""
-    for name in ("noisy_embedding", "add_noise", "add_variant_noise", "cuda_noisy_embedding", "cuda_add_noise"):
+    """alpha is read by the host at the launch: Inductor must not record it, or a replay would add
+    the first alpha for ever.
+    """
+    for name in (
+        "noisy_embedding",
+        "add_noise",
+        "add_variant_noise",
+        "cuda_noisy_embedding",
+        "cuda_add_noise",
+    ):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.neftune_kernels, name).default.tags
 
 
@@ -150,15 +175,30 @@ def test_other_ways_in_compile_whole(kind):
         )
         model = transformers.T5ForConditionalGeneration(config).train()
     elif kind == "Marian":
-        sides = {f"{s}_{p}": n for s in ("encoder", "decoder") for p, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}
+        sides = {
+            f"{s}_{p}": n
+            for s in ("encoder", "decoder")
+            for p, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+        }
         config = transformers.MarianConfig(
-            vocab_size=VOCAB, d_model=HIDDEN, pad_token_id=1, decoder_start_token_id=1, scale_embedding=True, dropout=0.0, use_cache=False,
-            max_position_embeddings=32, **sides,
-        )  # fmt: skip
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            pad_token_id=1,
+            decoder_start_token_id=1,
+            scale_embedding=True,
+            dropout=0.0,
+            use_cache=False,
+            max_position_embeddings=32,
+            **sides,
+        )
         model = transformers.MarianMTModel(config).train()
     else:
         model = llama()
-        given = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]]), "labels": ids[:1]}
+        given = {
+            "input_ids": ids[:1],
+            "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]]),
+            "labels": ids[:1],
+        }
     handle = apply_neftune(model, 5.0)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -178,10 +218,14 @@ def test_export_of_a_model(training):
     model = llama().train(training)
     apply_neftune(model, 5.0)
     ids, mask = batch()
-    exported = torch.export.export(model, (), {"input_ids": ids, "attention_mask": mask}, strict=False)
+    exported = torch.export.export(
+        model, (), {"input_ids": ids, "attention_mask": mask}, strict=False
+    )
     names = [str(node.target) for node in exported.graph.nodes]
     noisy = [name for name in names if "noisy_embedding" in name or "add_noise" in name]
-    assert len(noisy) == len([name for name in names if "draw_seed" in name]) == (1 if training else 0)
+    assert (
+        len(noisy) == len([name for name in names if "draw_seed" in name]) == (1 if training else 0)
+    )
     module = exported.module()
     torch.manual_seed(4)
     expected = model(input_ids=ids, attention_mask=mask).logits
@@ -190,7 +234,9 @@ def test_export_of_a_model(training):
 
 
 def test_the_seed_stays_on_the_device():
-    """What CUDA graphs (mode="reduce-overhead") need: an operator draws the seed on the weight's device, and the host never reads it."""
+    """What CUDA graphs (mode="reduce-overhead") need: an operator draws the seed on the weight's
+    device, and the host never reads it.
+    """
     graphs = []
 
     def keep(graph, inputs):
@@ -204,7 +250,11 @@ def test_the_seed_stays_on_the_device():
     (graph,) = graphs
     (draw,) = [node for node in graph.graph.nodes if "draw_seed" in str(node.target)]
     assert [node for node in graph.graph.nodes if node.op == "call_function" and draw in node.args]
-    assert not [node for node in graph.graph.nodes if str(node.target) in ("item", "tolist") or "_local_scalar" in str(node.target)]
+    assert not [
+        node
+        for node in graph.graph.nodes
+        if str(node.target) in ("item", "tolist") or "_local_scalar" in str(node.target)
+    ]
     assert draw.args[0].kwargs["device"] == module.weight.device
 
 
@@ -224,8 +274,12 @@ class Segments(nn.Module):
 
     def forward(self, ids, mask):
         embeds = None if self.inside else self.embedding(ids, mask)
-        start = torch.zeros((), requires_grad=True)  # a reentrant checkpoint wants an input that requires grad
-        return checkpoint(lambda zero: self.segment(ids, mask, embeds) + zero, start, **self.options)
+        start = torch.zeros(
+            (), requires_grad=True
+        )  # a reentrant checkpoint wants an input that requires grad
+        return checkpoint(
+            lambda zero: self.segment(ids, mask, embeds) + zero, start, **self.options
+        )
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -256,7 +310,9 @@ def test_checkpoints_see_the_same_bits_twice(use_reentrant, inside, compiled):
 
 
 def test_without_preserve_rng_state_a_fixed_seed_works():
-    """preserve_rng_state=False recomputes with the generator's next draw, ours as dropout's; seed= does not depend on it."""
+    """preserve_rng_state=False recomputes with the generator's next draw, ours as dropout's; seed=
+    does not depend on it.
+    """
 
     class Fixed(NEFTuneEmbedding):
         seed = None
@@ -283,7 +339,9 @@ def test_gradient_checkpointing_of_a_model(use_reentrant):
     for checkpointing in (False, True):
         model = llama(layers=2)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+            )
         apply_neftune(model, 5.0)
         torch.manual_seed(2)
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
@@ -292,13 +350,21 @@ def test_gradient_checkpointing_of_a_model(use_reentrant):
 
 
 def test_a_checkpoint_around_an_applied_model_is_not_compiled_whole():
-    """Dynamo lets a checkpointed segment change nothing outside it, such as who is running. Compiled in parts it is right."""
+    """Dynamo lets a checkpointed segment change nothing outside it, such as who is running.
+
+    Compiled in parts it is right.
+    """
     model = llama()
     apply_neftune(model, 5.0)
     ids, mask = batch()
 
     def step(ids, mask):
-        return checkpoint(lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits, ids, mask, use_reentrant=False).sum()
+        return checkpoint(
+            lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits,
+            ids,
+            mask,
+            use_reentrant=False,
+        ).sum()
 
     torch._dynamo.reset()
     with pytest.raises(Exception, match="(?i)side effect|mutating a variable"):
@@ -314,7 +380,9 @@ def test_a_checkpoint_around_an_applied_model_is_not_compiled_whole():
 
 
 def test_autocast_anomaly_mode_and_determinism():
-    """bf16 autocast leaves the float32 table's noise alone; anomaly mode and deterministic algorithms change no bit and raise nothing."""
+    """bf16 autocast leaves the float32 table's noise alone; anomaly mode and deterministic
+    algorithms change no bit and raise nothing.
+    """
     torch.manual_seed(0)
     module = NEFTuneEmbedding(VOCAB, HIDDEN)
     layer = nn.Linear(HIDDEN, HIDDEN)
@@ -339,10 +407,18 @@ def test_double_backward():
     found = []
     for noisy in (True, False):
         torch.manual_seed(0)
-        module = NEFTuneEmbedding(VOCAB, HIDDEN).double() if noisy else nn.Embedding(VOCAB, HIDDEN).double()
-        module.weight.data = torch.linspace(-1, 1, VOCAB * HIDDEN, dtype=torch.float64).view(VOCAB, HIDDEN)
+        module = (
+            NEFTuneEmbedding(VOCAB, HIDDEN).double()
+            if noisy
+            else nn.Embedding(VOCAB, HIDDEN).double()
+        )
+        module.weight.data = torch.linspace(-1, 1, VOCAB * HIDDEN, dtype=torch.float64).view(
+            VOCAB, HIDDEN
+        )
         factor = torch.ones((), dtype=torch.float64, requires_grad=True)
-        (grad,) = torch.autograd.grad((module(ids) * factor).pow(1).sum() * factor, module.weight, create_graph=True)
+        (grad,) = torch.autograd.grad(
+            (module(ids) * factor).pow(1).sum() * factor, module.weight, create_graph=True
+        )
         (second,) = torch.autograd.grad(grad.sum(), factor)
         found.append(second)
     assert torch.equal(*found) and bool(found[0] != 0)
@@ -354,7 +430,11 @@ def test_vmap_of_grad_over_a_functional_model():
     weight = module.weight.detach()
 
     def loss(weight, row):
-        return torch.func.functional_call(module, {"weight": weight}, (row,), {"seed": 3}).square().sum()
+        return (
+            torch.func.functional_call(module, {"weight": weight}, (row,), {"seed": 3})
+            .square()
+            .sum()
+        )
 
     rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, ids)
     for row, grad in zip(ids, rows, strict=True):
@@ -377,15 +457,23 @@ LAYOUTS_ON_DEVICE = {
 @pytest.mark.filterwarnings("ignore:neftune_kernels has no fused kernel for meta")
 @pytest.mark.parametrize("layout", LAYOUTS_ON_DEVICE)
 def test_no_value_is_read_off_an_accelerator(layout):
-    """A meta tensor has no values, so whatever would synchronise with a device (item, nonzero, bool, copies to the host) raises on it."""
+    """A meta tensor has no values, so whatever would synchronise with a device (item, nonzero,
+    bool, copies to the host) raises on it.
+    """
     with torch.device("meta"):
         model = llama()
     handle = apply_neftune(model, 5.0)
     ids = torch.empty(2, 8, dtype=torch.int64, device="meta")
-    given = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name, shape in LAYOUTS_ON_DEVICE[layout].items()}
+    given = {
+        name: torch.empty(shape, dtype=torch.int64, device="meta")
+        for name, shape in LAYOUTS_ON_DEVICE[layout].items()
+    }
     base = model.model
     # the model's own attention may look at values, so only what is ours runs
-    type(base).forward, original = (lambda self, input_ids, **kwargs: self.embed_tokens(input_ids)), type(base).forward
+    type(base).forward, original = (
+        (lambda self, input_ids, **kwargs: self.embed_tokens(input_ids)),
+        type(base).forward,
+    )
     try:
         out = base(input_ids=ids, **given)
     finally:
@@ -399,13 +487,24 @@ def test_no_value_is_read_off_an_accelerator(layout):
 
 @pytest.mark.filterwarnings("ignore:neftune_kernels has no fused kernel for meta")
 @pytest.mark.parametrize(
-    "given", [{}, {"lengths": (2,)}, {"cu_seqlens": (3,)}, {"padding_idx": 3}, {"embed_scale": 2.0}, {"stream": 3, "seed": 5}]
+    "given",
+    [
+        {},
+        {"lengths": (2,)},
+        {"cu_seqlens": (3,)},
+        {"padding_idx": 3},
+        {"embed_scale": 2.0},
+        {"stream": 3, "seed": 5},
+    ],
 )
 def test_functions_read_no_value_either(given):
     weight = torch.empty(VOCAB, HIDDEN, device="meta", requires_grad=True)
     ids = torch.empty(2, 8, dtype=torch.int64, device="meta")
     given = {
-        name: torch.empty(value, dtype=torch.int64, device="meta") if isinstance(value, tuple) else value for name, value in given.items()
+        name: torch.empty(value, dtype=torch.int64, device="meta")
+        if isinstance(value, tuple)
+        else value
+        for name, value in given.items()
     }
     noisy_embedding(ids, weight, 5.0, **given).sum().backward()
     assert weight.grad.shape == weight.shape

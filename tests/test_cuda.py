@@ -1,9 +1,12 @@
-"""The CUDA C++ kernels against the reference, bit for bit: the Triton kernels' matrix, on a GPU or, without one, in this machine's memory.
+"""The CUDA C++ kernels against the reference, bit for bit: the Triton kernels' matrix, on a GPU or,
+without one, in this machine's memory.
 
-    pytest -m gpu                                                      on a GPU
-    NEFTUNE_CUDA_SHIM=library pytest -m gpu tests/test_cuda.py         the kernels' bodies compiled by g++ with sanitizers
+    pytest -m gpu                                                on a GPU
+    NEFTUNE_CUDA_SHIM=library pytest -m gpu tests/test_cuda.py   the kernels' bodies compiled by g++
+                                                                 with sanitizers
 
-tests/test_cuda_build.py builds that library from csrc/cuda and tests/cuda_shim.h and runs this file in it.
+tests/test_cuda_build.py builds that library from csrc/cuda and tests/cuda_shim.h and runs this file
+in it.
 """
 
 import ctypes
@@ -95,7 +98,13 @@ def grid_limit(request, device):
 def test_grids_smaller_than_the_tokens(device, grid_limit, dtype):
     """Rows folded into z by the vector kernel while they fit there, strided over by the other."""
     weight = make_weight(24, dtype)
-    for rows, columns in ((1, 1), (grid_limit**2, 4 * grid_limit), (grid_limit**2 + 3, 1), (2, 4 * grid_limit + 1), (11, 13)):
+    for rows, columns in (
+        (1, 1),
+        (grid_limit**2, 4 * grid_limit),
+        (grid_limit**2 + 3, 1),
+        (2, 4 * grid_limit + 1),
+        (11, 13),
+    ):
         ids = torch.arange(rows * columns).reshape(rows, columns) % 11
         agree(device, ids, weight, lengths=torch.arange(rows) % columns + 1)
         agree(device, ids, weight, embed_scale=1.5)
@@ -104,29 +113,57 @@ def test_grids_smaller_than_the_tokens(device, grid_limit, dtype):
 @pytest.mark.parametrize("embedding_dim", (8, 248, 256, 264, 512, 520, 768, 3584))
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_trips_of_the_loop_over_columns(device, dtype, embedding_dim):
-    """Blocks ahead and those left over, with and without a layout and a scale; and rows without noise beside them."""
+    """Blocks ahead and those left over, with and without a layout and a scale; and rows without
+    noise beside them.
+    """
     batch, weight = make_batch("holes", rows=2, columns=5), make_weight(embedding_dim, dtype)
     weight[:, ::3] = -0.0
     agree(device, batch.input_ids, weight, seed=2**63 + 1, stream=2**32 - 1)
-    agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask, sample_offset=2**32 - 2)
+    agree(
+        device,
+        batch.input_ids,
+        weight,
+        attention_mask=batch.attention_mask,
+        sample_offset=2**32 - 2,
+    )
     agree(device, batch.input_ids.int(), weight, lengths=torch.tensor([3, 0]), embed_scale=1.7)
 
 
 def test_seeds_streams_and_offsets(device):
     ids, weight = make_batch("full").input_ids, make_weight(32, torch.bfloat16)
     for seed in (0, 1, 2**32, 2**63, 2**64 - 1, -1, -(2**63)):
-        for stream, sample_offset, position_offset in ((0, 0, 0), (1, 2, 3), (2**32 - 1, 2**32 - 1, 2**32 - 1)):
-            offsets = {"stream": stream, "sample_offset": sample_offset, "position_offset": position_offset}
+        for stream, sample_offset, position_offset in (
+            (0, 0, 0),
+            (1, 2, 3),
+            (2**32 - 1, 2**32 - 1, 2**32 - 1),
+        ):
+            offsets = {
+                "stream": stream,
+                "sample_offset": sample_offset,
+                "position_offset": position_offset,
+            }
             agree(device, ids, weight, seed=seed, **offsets)
-            agree(device, ids, weight, seed=seed, **offsets, lengths=torch.tensor([13, 2**40, 0, 5]))
+            agree(
+                device, ids, weight, seed=seed, **offsets, lengths=torch.tensor([13, 2**40, 0, 5])
+            )
 
 
 def test_masks_of_special_values(device):
-    """Both zeros are padding; NaN is real and unlike itself, where nobody may look at it: as the reference does on a GPU."""
+    """Both zeros are padding; NaN is real and unlike itself, where nobody may look at it: as the
+    reference does on a GPU.
+    """
     nan, inf = float("nan"), float("inf")
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        mask = torch.tensor([[0.0, -0.0, 1.0, 1.0, nan, nan, 2.0, inf], [inf, inf, -0.0, inf, -inf, -inf, -1.0, 1.0]], dtype=dtype)
-        document, _, lengths = (tensor.cpu() for tensor in KERNELS.mask_layout(mask.to(device), None))
+        mask = torch.tensor(
+            [
+                [0.0, -0.0, 1.0, 1.0, nan, nan, 2.0, inf],
+                [inf, inf, -0.0, inf, -inf, -inf, -1.0, 1.0],
+            ],
+            dtype=dtype,
+        )
+        document, _, lengths = (
+            tensor.cpu() for tensor in KERNELS.mask_layout(mask.to(device), None)
+        )
         assert document.tolist() == [-1, -1, 0, 0, 1, 2, 3, 4, 5, 5, -1, 5, 6, 6, 7, 8]
         assert lengths[:9].tolist() == [2, 1, 1, 1, 1, 3, 2, 1, 1]
 
@@ -136,28 +173,46 @@ def test_unsigned_masks(device, dtype):
     mask = make_batch("numbered").attention_mask
     expected = KERNELS.mask_layout(mask.to(device), None)
     found = KERNELS.mask_layout(mask.to(dtype).to(device), None)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1][found[0] >= 0], expected[1][expected[0] >= 0])
+    assert torch.equal(found[0], expected[0]) and torch.equal(
+        found[1][found[0] >= 0], expected[1][expected[0] >= 0]
+    )
 
 
 def test_padding_value_of_any_sign(device):
     for dtype in (torch.int32, torch.int64):
         ids = torch.tensor([[5, -1, 3, 2**31 - 1], [0, 5, 5, 7]], dtype=dtype)
         for padding in (5, 3, 0, 2**31 - 1, 2**32 - 1):
-            document, _, lengths = (tensor.cpu() for tensor in KERNELS.padding_layout(ids.to(device), padding))
+            document, _, lengths = (
+                tensor.cpu() for tensor in KERNELS.padding_layout(ids.to(device), padding)
+            )
             real = ids.long() != padding
-            assert torch.equal(document.reshape(2, 4) >= 0, real) and lengths[:2].tolist() == real.sum(1).tolist()
+            assert (
+                torch.equal(document.reshape(2, 4) >= 0, real)
+                and lengths[:2].tolist() == real.sum(1).tolist()
+            )
 
 
 def test_bounds_as_far_apart_as_can_be(device):
     ids, weight = torch.arange(6).reshape(1, 6), make_weight(16, torch.float32)
     for bounds in ([-(2**63), 2**63 - 1], [0, -(2**63), 2**63 - 1], [2**63 - 1, -(2**63)]):
-        assert by_kernel(device, ids, weight, 5.0, seed=0, cu_seqlens=torch.tensor(bounds)).isfinite().all()
+        assert (
+            by_kernel(device, ids, weight, 5.0, seed=0, cu_seqlens=torch.tensor(bounds))
+            .isfinite()
+            .all()
+        )
 
 
 def test_bad_arguments_are_refused(device):
     """What would otherwise be read as something else; values are not looked at."""
-    ids, weight = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.zeros(4, 8, device=device)
-    seed, alpha, out = torch.tensor(1, device=device), torch.tensor(5.0, dtype=torch.float64), torch.zeros(2, 3, 8, device=device)
+    ids, weight = (
+        torch.zeros(2, 3, dtype=torch.int64, device=device),
+        torch.zeros(4, 8, device=device),
+    )
+    seed, alpha, out = (
+        torch.tensor(1, device=device),
+        torch.tensor(5.0, dtype=torch.float64),
+        torch.zeros(2, 3, 8, device=device),
+    )
     call = OPS.cuda_noisy_embedding
     for arguments, message in (
         ((ids, weight.double(), seed, alpha), "weight must be float32, bfloat16 or float16"),
@@ -165,8 +220,14 @@ def test_bad_arguments_are_refused(device):
         ((ids, weight, seed.int(), alpha), "seed must be a 0-dim int64"),
         ((ids, weight, seed, alpha.float()), "noise_alpha must be a 0-dim float64"),
         ((ids, weight, seed, alpha, None, None, seed.repeat(3)), "lengths must have 2 elements"),
-        ((ids, weight, seed, alpha, seed.repeat(5), None, seed.repeat(2)), "document must have 6 elements"),
-        ((ids, weight, seed, alpha, None, None, None, seed.repeat(1)[:0]), "cu_seqlens must have shape"),
+        (
+            (ids, weight, seed, alpha, seed.repeat(5), None, seed.repeat(2)),
+            "document must have 6 elements",
+        ),
+        (
+            (ids, weight, seed, alpha, None, None, None, seed.repeat(1)[:0]),
+            "cu_seqlens must have shape",
+        ),
         ((ids, weight[0], seed, alpha), "weight must have shape"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=message):
@@ -176,13 +237,22 @@ def test_bad_arguments_are_refused(device):
     with pytest.raises(RuntimeError, match="out must have the result's shape"):
         call.out(ids, weight, seed, alpha, out=out[:1])
     with pytest.raises(RuntimeError, match="out must not overlap inputs_embeds"):
-        OPS.cuda_add_noise.out(out.view(-1)[8:].view(5, 8), seed, alpha, out=out.view(-1)[:40].view(5, 8))
+        OPS.cuda_add_noise.out(
+            out.view(-1)[8:].view(5, 8), seed, alpha, out=out.view(-1)[:40].view(5, 8)
+        )
 
 
 def test_public_functions_serve_it(public):
     batch, weight = make_batch("numbered"), make_weight(64, torch.bfloat16)
     given = {"attention_mask": batch.attention_mask.to(public), "seed": 5, "backend": "cuda"}
-    expected = noisy_embedding(batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=5, backend="reference")
+    expected = noisy_embedding(
+        batch.input_ids,
+        weight,
+        5.0,
+        attention_mask=batch.attention_mask,
+        seed=5,
+        backend="reference",
+    )
     ids, table = batch.input_ids.to(public), weight.to(public)
     assert ops.choose_backend("cuda", public, torch.bfloat16) == "cuda"
     assert same_bits(noisy_embedding(ids, table, 5.0, **given).cpu(), expected)
@@ -192,7 +262,12 @@ def test_public_functions_serve_it(public):
     assert grad.shape == trained.shape
     assert same_bits(functional.add_noise(F.embedding(ids, table), 5.0, **given).cpu(), expected)
     noise = neftune_noise((4, 13), 64, 5.0, **given)
-    assert same_bits(noise.cpu(), neftune_noise((4, 13), 64, 5.0, attention_mask=batch.attention_mask, seed=5, backend="reference"))
+    assert same_bits(
+        noise.cpu(),
+        neftune_noise(
+            (4, 13), 64, 5.0, attention_mask=batch.attention_mask, seed=5, backend="reference"
+        ),
+    )
     with pytest.raises(ValueError, match=r"backend 'cuda' is not available: dtype torch.float64"):
         ops.choose_backend("cuda", public, torch.float64)
 
@@ -202,12 +277,29 @@ def test_other_distributions(public, distribution):
     """Unfused, but with the kernel's own draws."""
     batch = make_batch("holes", rows=2, columns=5)
     for dtype in FLOAT_DTYPES:
-        kind = {"distribution": distribution, "sign": -1, "seed": 4, "sample_offset": 2, "position_offset": 1}
+        kind = {
+            "distribution": distribution,
+            "sign": -1,
+            "seed": 4,
+            "sample_offset": 2,
+            "position_offset": 1,
+        }
         expected = noisy_embedding(
-            batch.input_ids, make_weight(24, dtype), 5.0, attention_mask=batch.attention_mask, **kind, backend="reference"
+            batch.input_ids,
+            make_weight(24, dtype),
+            5.0,
+            attention_mask=batch.attention_mask,
+            **kind,
+            backend="reference",
         )
-        ids, weight, mask = (value.to(public) for value in (batch.input_ids, make_weight(24, dtype), batch.attention_mask))
-        assert same_bits(noisy_embedding(ids, weight, 5.0, attention_mask=mask, **kind, backend="cuda").cpu(), expected)
+        ids, weight, mask = (
+            value.to(public)
+            for value in (batch.input_ids, make_weight(24, dtype), batch.attention_mask)
+        )
+        assert same_bits(
+            noisy_embedding(ids, weight, 5.0, attention_mask=mask, **kind, backend="cuda").cpu(),
+            expected,
+        )
 
 
 def test_it_is_chosen_where_triton_is_not(gpu):
@@ -215,19 +307,42 @@ def test_it_is_chosen_where_triton_is_not(gpu):
 
 
 def standard_cases():
-    """For tests/test_cuda_build.py, which sees to it that wrong kernels fail here: every kernel and every branch of a token's place."""
+    """For tests/test_cuda_build.py, which sees to it that wrong kernels fail here: every kernel and
+    every branch of a token's place.
+    """
     device, batch = torch.device("cpu"), make_batch("holes", rows=3, columns=5)
     test_triton.kernels = lambda: KERNELS
     place = torch.arange(15).reshape(3, 5) % 4
-    for width, dtype in ((520, torch.bfloat16), (520, torch.float16), (520, torch.float32), (20, torch.float16)):
+    for width, dtype in (
+        (520, torch.bfloat16),
+        (520, torch.float16),
+        (520, torch.float32),
+        (20, torch.float16),
+    ):
         weight = make_weight(width, dtype)
         agree(device, batch.input_ids, weight, stream=2, sample_offset=3, position_offset=5)
         for scale in (1.0, 1.7):
             arguments = {"stream": 2, "sample_offset": 3, "embed_scale": scale}
             agree(device, batch.input_ids, weight, lengths=torch.tensor([5, 2, 1]), **arguments)
-            agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask, position_ids=place, **arguments)
-            agree(device, batch.input_ids, weight, cu_seqlens=torch.tensor([0, 4, 4, 15]), **arguments)
-        out = by_kernel(device, torch.tensor([[0, 10, 11]]), weight, 5.0, seed=0, attention_mask=torch.tensor([[1, 2, 0]]))
+            agree(
+                device,
+                batch.input_ids,
+                weight,
+                attention_mask=batch.attention_mask,
+                position_ids=place,
+                **arguments,
+            )
+            agree(
+                device, batch.input_ids, weight, cu_seqlens=torch.tensor([0, 4, 4, 15]), **arguments
+            )
+        out = by_kernel(
+            device,
+            torch.tensor([[0, 10, 11]]),
+            weight,
+            5.0,
+            seed=0,
+            attention_mask=torch.tensor([[1, 2, 0]]),
+        )
         assert out[0, 2].isnan().all() and not out[0, :2].isnan().any()
 
 

@@ -1,4 +1,5 @@
-"""The CUDA C++ kernels without a GPU: their bodies under g++ with sanitizers, wrong kernels that must be seen, nvcc's library, its symbols.
+"""The CUDA C++ kernels without a GPU: their bodies under g++ with sanitizers, wrong kernels that
+must be seen, nvcc's library, its symbols.
 
 NEFTUNE_REQUIRE_CUDA_BUILD=1 makes a missing compiler a failure instead of a skip.
 """
@@ -21,8 +22,24 @@ ROOT = pathlib.Path(__file__).parent.parent
 TORCH = pathlib.Path(torch.__file__).parent
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SHIM_FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas", "-fno-omit-frame-pointer", *SANITIZERS),
+    *(
+        "-std=c++20",
+        "-O1",
+        "-g1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+    ),
+    *(
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-function",
+        "-Wno-unknown-pragmas",
+        "-fno-omit-frame-pointer",
+        *SANITIZERS,
+    ),
     *("-include", str(ROOT / "tests" / "cuda_shim.h")),
 ]
 
@@ -50,7 +67,13 @@ def operators(tmp_path_factory):
     if shutil.which("g++") is None:
         skip_or_fail("no g++ here: the CUDA kernels' bodies are not run")
     target = tmp_path_factory.mktemp("shim") / "ops.o"
-    compile_for_cpu(ROOT / "csrc/cuda/ops.cpp", target, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", TORCH / "include")
+    compile_for_cpu(
+        ROOT / "csrc/cuda/ops.cpp",
+        target,
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-isystem",
+        TORCH / "include",
+    )
     return target
 
 
@@ -63,7 +86,10 @@ def shim(operators):
 
 
 def in_shim(library, *command):
-    sanitizers = [subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True) for name in ("asan", "ubsan")]
+    sanitizers = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True)
+        for name in ("asan", "ubsan")
+    ]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(found.stdout.strip() for found in sanitizers),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
@@ -71,11 +97,19 @@ def in_shim(library, *command):
         "NEFTUNE_CUDA_SHIM": str(library),
         "PYTHONPATH": str(ROOT),
     }
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_equality_matrix_under_sanitizers(shim):
-    done = in_shim(shim, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_cuda.py")
+    done = in_shim(
+        shim, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_cuda.py"
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed >= 100, done.stdout[-2000:]
@@ -83,9 +117,25 @@ def test_equality_matrix_under_sanitizers(shim):
 
 @pytest.mark.long
 def test_cpu_matrix_under_sanitizers(shim):
-    """Every test of the CPU's kernels against the reference, but for the errors that only a CPU raises."""
-    left_out = "not out_of_range and not empty_table and not no_columns and not knows_its_instruction_sets"
-    done = in_shim(shim, "-m", "pytest", "-q", "-m", "not long", "-k", left_out, "-p", "no:cacheprovider", "tests/test_backends.py")
+    """Every test of the CPU's kernels against the reference, but for the errors that only a CPU
+    raises.
+    """
+    left_out = (
+        "not out_of_range and not empty_table and not no_columns and not knows_its_instruction_sets"
+    )
+    done = in_shim(
+        shim,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not long",
+        "-k",
+        left_out,
+        "-p",
+        "no:cacheprovider",
+        "tests/test_backends.py",
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 450, done.stdout[-2000:]
 
@@ -102,19 +152,55 @@ MUTATIONS = {
         "a.document[token + i] = real ? before.documents - 1 : -1",
         "a.document[token + i] = before.documents - 1",
     ),
-    "documents of one row": ("cuda/kernels.cu", "if (further || column == 0) {", "if (column == 0) {"),
-    "one token too many": ("cuda/kernels.cu", "+ a.position_offset >= length) length = 0", "+ a.position_offset > length) length = 0"),
-    "stream dropped": ("cuda/kernels.cu", "place.position, a.stream, noise_key", "place.position, 0u, noise_key"),
-    "sample offset dropped": ("cuda/kernels.cu", "static_cast<uint32_t>(sample) + a.sample_offset", "static_cast<uint32_t>(sample)"),
-    "position of the document": ("cuda/kernels.cu", "position = static_cast<int64_t>(token - start);", "position = column;"),
-    "scale dropped from padding": ("cuda/kernels.cu", "if (kScaled) values = Element::scaled(values, scale);", ""),
-    "blocks left over": ("cuda/kernels.cu", "block < blocks; block += kLanes)", "block < blocks - 1; block += kLanes)"),
+    "documents of one row": (
+        "cuda/kernels.cu",
+        "if (further || column == 0) {",
+        "if (column == 0) {",
+    ),
+    "one token too many": (
+        "cuda/kernels.cu",
+        "+ a.position_offset >= length) length = 0",
+        "+ a.position_offset > length) length = 0",
+    ),
+    "stream dropped": (
+        "cuda/kernels.cu",
+        "place.position, a.stream, noise_key",
+        "place.position, 0u, noise_key",
+    ),
+    "sample offset dropped": (
+        "cuda/kernels.cu",
+        "static_cast<uint32_t>(sample) + a.sample_offset",
+        "static_cast<uint32_t>(sample)",
+    ),
+    "position of the document": (
+        "cuda/kernels.cu",
+        "position = static_cast<int64_t>(token - start);",
+        "position = column;",
+    ),
+    "scale dropped from padding": (
+        "cuda/kernels.cu",
+        "if (kScaled) values = Element::scaled(values, scale);",
+        "",
+    ),
+    "blocks left over": (
+        "cuda/kernels.cu",
+        "block < blocks; block += kLanes)",
+        "block < blocks - 1; block += kLanes)",
+    ),
 }
 OUTSIDE = {
     "tail of a row": ("cuda/kernels.cu", "if (column + k >= a.embedding_dim) break;", ""),
     "id at the end": ("cuda/kernels.cu", "id < a.num_embeddings", "id <= a.num_embeddings"),
-    "blocks past a row": ("cuda/kernels.cu", "block < blocks; block += kLanes)", "block < blocks + 1; block += kLanes)"),
-    "tail of a mask": ("cuda/kernels.cu", "i < count; ++i) {\n      if (real_at", "i <= count; ++i) {\n      if (real_at"),
+    "blocks past a row": (
+        "cuda/kernels.cu",
+        "block < blocks; block += kLanes)",
+        "block < blocks + 1; block += kLanes)",
+    ),
+    "tail of a mask": (
+        "cuda/kernels.cu",
+        "i < count; ++i) {\n      if (real_at",
+        "i <= count; ++i) {\n      if (real_at",
+    ),
 }
 QUICK = ("multiplier", "mask dropped", "id at the end")
 
@@ -132,7 +218,9 @@ def mutated(operators, folder, file, old, new):
 
 
 def names(mutations):
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in mutations]
+    return [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in mutations
+    ]
 
 
 def test_standard_cases_pass(shim):
@@ -143,21 +231,40 @@ def test_standard_cases_pass(shim):
 @pytest.mark.parametrize("name", names(MUTATIONS))
 def test_wrong_kernels_are_seen(operators, tmp_path, name):
     done = in_shim(mutated(operators, tmp_path, *MUTATIONS[name]), "tests/test_cuda.py")
-    assert done.returncode != 0 and "AssertionError" in done.stderr and "Sanitizer" not in done.stderr, done.stderr[-2000:]
+    assert (
+        done.returncode != 0 and "AssertionError" in done.stderr and "Sanitizer" not in done.stderr
+    ), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", names(OUTSIDE))
 def test_stray_accesses_are_seen(operators, tmp_path, name):
     done = in_shim(mutated(operators, tmp_path, *OUTSIDE[name]), "tests/test_cuda.py")
-    assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, (
+        done.stderr[-2000:]
+    )
     assert "kernels.cu" in done.stderr, "the report names the line"
 
 
 def races(sources, program):
-    """What ThreadSanitizer says of the documents' kernel: one thread of the machine to each of the GPU's."""
-    flags = ("-std=c++20", "-O1", "-g", "-w", "-fno-strict-aliasing", "-fsanitize=thread", "-I", sources, "-I", ROOT / "tests")
+    """What ThreadSanitizer says of the documents' kernel: one thread of the machine to each of the
+    GPU's.
+    """
+    flags = (
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-w",
+        "-fno-strict-aliasing",
+        "-fsanitize=thread",
+        "-I",
+        sources,
+        "-I",
+        ROOT / "tests",
+    )
     run("g++", *flags, ROOT / "tests/cuda_races.cpp", "-o", program)
-    plain_addresses = ["setarch", "-R"] if shutil.which("setarch") else []  # some kernels place code where the sanitizer wants its own
+    plain_addresses = (
+        ["setarch", "-R"] if shutil.which("setarch") else []
+    )  # some kernels place code where the sanitizer wants its own
     return subprocess.run([*plain_addresses, str(program)], capture_output=True, text=True)
 
 
@@ -191,15 +298,28 @@ def built(tmp_path_factory, toolkit):
     folder = tmp_path_factory.mktemp("cuda")
     source_copy(folder)
     arguments = ("setup.py", "-q", "build_ext", "--inplace")
-    run(sys.executable, *arguments, folder=folder, NEFTUNE_BUILD_CUDA="1", NEFTUNE_CUDA_ARCHS="90", NEFTUNE_BUILD_CPP="0")
+    run(
+        sys.executable,
+        *arguments,
+        folder=folder,
+        NEFTUNE_BUILD_CUDA="1",
+        NEFTUNE_CUDA_ARCHS="90",
+        NEFTUNE_BUILD_CPP="0",
+    )
     (library,) = (folder / "neftune_kernels").glob("_C_cuda*.so")
     return library
 
 
 def test_library_needs_the_stable_abi_alone(built):
-    """Undefined: torch's C functions and versioned ones of the C and C++ runtimes; defined for others: none of ours or CUDA's."""
+    """Undefined: torch's C functions and versioned ones of the C and C++ runtimes; defined for
+    others: none of ours or CUDA's.
+    """
     undefined = [line.split() for line in run("nm", "-D", "--undefined-only", built).splitlines()]
-    others = {name for *_, kind, name in undefined if kind == "U" and not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)}
+    others = {
+        name
+        for *_, kind, name in undefined
+        if kind == "U" and not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)
+    }
     assert others and all(re.match(r"(aoti_)?torch_", name) for name in others), sorted(others)
     assert "torch_library_impl" in others
     defined = run("nm", "-D", "--defined-only", built)
@@ -213,7 +333,8 @@ def test_library_registers_and_is_left_alone_by_a_torch_without_cuda(built):
         "print(n.available_backends()['cuda'])\n"
         f"ctypes.CDLL({str(built)!r})\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "names = ['noisy_embedding', 'noisy_embedding.out', 'add_noise', 'add_noise.out', 'mask_layout', 'padding_layout']\n"
+        "names = ['noisy_embedding', 'noisy_embedding.out', 'add_noise', 'add_noise.out', "
+        "'mask_layout', 'padding_layout']\n"
         "assert all(has(f'neftune_kernels::cuda_{name}', 'CUDA') for name in names)\n"
         "ids, weight = torch.zeros(1, 2).long(), torch.ones(3, 8)\n"
         "assert n.noisy_embedding(ids, weight, 5.0, seed=1).ne(1).all()"
@@ -226,7 +347,13 @@ def test_library_registers_and_is_left_alone_by_a_torch_without_cuda(built):
 
 
 def test_switched_off_says_so(built):
-    report = run(sys.executable, "-m", "neftune_kernels", folder=built.parent.parent, NEFTUNE_DISABLE_CUDA="1")
+    report = run(
+        sys.executable,
+        "-m",
+        "neftune_kernels",
+        folder=built.parent.parent,
+        NEFTUNE_DISABLE_CUDA="1",
+    )
     assert "CUDA C++ kernels: switched off by NEFTUNE_DISABLE_CUDA=1" in report
 
 
@@ -236,33 +363,55 @@ def test_build_without_a_toolkit(tmp_path, switch):
     source_copy(tmp_path)
     (tmp_path / "toolkit/bin").mkdir(parents=True)
     (tmp_path / "toolkit/bin/nvcc").touch()
-    environment = {"NEFTUNE_BUILD_CUDA": switch, "CUDA_HOME": str(tmp_path / "toolkit"), "NEFTUNE_BUILD_CPP": "0"}
+    environment = {
+        "NEFTUNE_BUILD_CUDA": switch,
+        "CUDA_HOME": str(tmp_path / "toolkit"),
+        "NEFTUNE_BUILD_CPP": "0",
+    }
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True
+    )
     missing = (
-        "toolkit lacks nvvm/bin/cicc, include/cuda_runtime.h, include/cuda_bf16.h, include/crt/host_config.h, lib64/libcudart_static.a"
+        "toolkit lacks nvvm/bin/cicc, include/cuda_runtime.h, include/cuda_bf16.h, "
+        "include/crt/host_config.h, lib64/libcudart_static.a"
     )
     assert not list((tmp_path / "neftune_kernels").glob("_C_cuda*.so"))
     if switch == "1":
         assert (
-            done.returncode != 0 and "NEFTUNE_BUILD_CUDA=1, but the CUDA kernels cannot be built" in done.stderr and missing in done.stderr
+            done.returncode != 0
+            and "NEFTUNE_BUILD_CUDA=1, but the CUDA kernels cannot be built" in done.stderr
+            and missing in done.stderr
         )
         return
     assert done.returncode == 0, done.stderr
     report = run(sys.executable, "-m", "neftune_kernels", folder=tmp_path)
-    assert f"CUDA C++ kernels: not built: {'skipped by NEFTUNE_BUILD_CUDA=0' if switch == '0' else str(tmp_path)}" in report
+    assert (
+        f"CUDA C++ kernels: not built: "
+        f"{'skipped by NEFTUNE_BUILD_CUDA=0' if switch == '0' else str(tmp_path)}" in report
+    )
 
 
 def test_source_is_hipify_clean(tmp_path):
-    """torch's translator leaves no CUDA name behind; what hipcc makes of the result is not tried here."""
+    """torch's translator leaves no CUDA name behind; what hipcc makes of the result is not tried
+    here.
+    """
     from torch.utils.hipify import hipify_python
 
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    sources = [str(path) for path in (tmp_path / "csrc").glob("cuda/*") if path.suffix in (".cu", ".h")]
+    sources = [
+        str(path) for path in (tmp_path / "csrc").glob("cuda/*") if path.suffix in (".cu", ".h")
+    ]
     result = hipify_python.hipify(
-        project_directory=str(tmp_path), output_directory=str(tmp_path), includes=["*"], extra_files=sources, is_pytorch_extension=True
+        project_directory=str(tmp_path),
+        output_directory=str(tmp_path),
+        includes=["*"],
+        extra_files=sources,
+        is_pytorch_extension=True,
     )
-    translated = pathlib.Path(result[str(tmp_path / "csrc/cuda/kernels.cu")].hipified_path).read_text()
+    translated = pathlib.Path(
+        result[str(tmp_path / "csrc/cuda/kernels.cu")].hipified_path
+    ).read_text()
     code = re.sub(r"//.*", "", translated)
     assert "hipLaunchKernelGGL" in code and "hip_bf16.h" in code and "hipGetLastError" in code
     assert not re.findall(r"\bcuda[A-Z_]\w*|<cuda\w*\.h>|__nv_\w+", code)
@@ -273,15 +422,29 @@ def test_source_is_hipify_clean(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory, toolkit):
-    """The wheels with and without the CUDA part, each from the sdist, as `python -m build` makes them."""
+    """The wheels with and without the CUDA part, each from the sdist, as `python -m build` makes
+    them.
+    """
     folder = tmp_path_factory.mktemp("wheels")
     source = folder / "source"
     source.mkdir()
     source_copy(source)
     run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder, folder=source)
     (archive,) = folder.glob("*.tar.gz")
-    for name, environment in (("with", {"NEFTUNE_BUILD_CUDA": "1", "NEFTUNE_CUDA_ARCHS": "80"}), ("without", {"NEFTUNE_BUILD_CUDA": "0"})):
-        wheel = ("wheel", "--quiet", "--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir", folder / name, archive)
+    for name, environment in (
+        ("with", {"NEFTUNE_BUILD_CUDA": "1", "NEFTUNE_CUDA_ARCHS": "80"}),
+        ("without", {"NEFTUNE_BUILD_CUDA": "0"}),
+    ):
+        wheel = (
+            "wheel",
+            "--quiet",
+            "--no-index",
+            "--no-build-isolation",
+            "--no-deps",
+            "--wheel-dir",
+            folder / name,
+            archive,
+        )
         run(sys.executable, "-m", "pip", *wheel, **environment)
     return {name: next((folder / name).glob("*.whl")) for name in ("with", "without")}
 
@@ -290,16 +453,23 @@ def test_wheels_are_abi3(wheels):
     for name, wheel in wheels.items():
         libraries = {path for path in zipfile.ZipFile(wheel).namelist() if path.endswith(".so")}
         assert "-cp310-abi3-linux_" in wheel.name
-        assert libraries == {"neftune_kernels/_C.abi3.so", *(["neftune_kernels/_C_cuda.abi3.so"] if name == "with" else [])}
+        assert libraries == {
+            "neftune_kernels/_C.abi3.so",
+            *(["neftune_kernels/_C_cuda.abi3.so"] if name == "with" else []),
+        }
 
 
 def other_pythons():
-    """This one, and those of NEFTUNE_OTHER_PYTHONS (separated by colons), with other versions of torch."""
+    """This one, and those of NEFTUNE_OTHER_PYTHONS (separated by colons), with other versions of
+    torch.
+    """
     others = [path for path in os.environ.get("NEFTUNE_OTHER_PYTHONS", "").split(":") if path]
     return [sys.executable, *others] if others else [sys.executable, None]
 
 
-@pytest.mark.parametrize("python", other_pythons(), ids=lambda path: "this" if path == sys.executable else str(path))
+@pytest.mark.parametrize(
+    "python", other_pythons(), ids=lambda path: "this" if path == sys.executable else str(path)
+)
 @pytest.mark.parametrize("name", ("with", "without"))
 def test_wheel_works(wheels, tmp_path, python, name):
     """Both libraries open beside that torch, and the CPU's kernels give the reference's bits."""
@@ -308,12 +478,16 @@ def test_wheel_works(wheels, tmp_path, python, name):
     zipfile.ZipFile(wheels[name]).extractall(tmp_path)
     program = (
         "import torch, neftune_kernels as n\n"
-        "ids, mask = torch.arange(12).reshape(2, 6) % 5, torch.tensor([[1, 1, 1, 1, 0, 0], [1, 2, 2, 3, 3, 0]])\n"
+        "ids, mask = torch.arange(12).reshape(2, 6) % 5, torch.tensor([[1, 1, 1, 1, 0, 0], [1, 2, "
+        "2, 3, 3, 0]])\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "    weight, given = torch.randn(5, 72).to(dtype), {'attention_mask': mask, 'seed': 3, 'embed_scale': 1.5}\n"
-        "    outs = [n.noisy_embedding(ids, weight, 5.0, **given, backend=name) for name in ('cpp', 'reference')]\n"
+        "    weight, given = torch.randn(5, 72).to(dtype), {'attention_mask': mask, 'seed': 3, "
+        "'embed_scale': 1.5}\n"
+        "    outs = [n.noisy_embedding(ids, weight, 5.0, **given, backend=name) for name in "
+        "('cpp', 'reference')]\n"
         "    assert torch.equal(*outs)\n"
-        "print(torch.__version__, torch.version.cuda, '|', n.available_backends()['cuda'], n.ops.native_cuda.handle is not None)\n"
+        "print(torch.__version__, torch.version.cuda, '|', n.available_backends()['cuda'], "
+        "n.ops.native_cuda.handle is not None)\n"
     )
     version, _, said = run(python, "-c", program, folder=tmp_path).strip().partition(" | ")
     if name == "without":

@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO-3, two processes (gloo, CPU): the weight is whole only inside the embedding's own forward, which is where the noise is.
+"""DeepSpeed ZeRO-3, two processes (gloo, CPU): the weight is whole only inside the embedding's own
+forward, which is where the noise is.
 
 Skips where DeepSpeed is not installed (requirements-deepspeed.txt).
 """
@@ -29,32 +30,52 @@ def make_llama(tied=False):
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 2 * VOCAB + 1, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=tied)).train()
+    sizes = {
+        "vocab_size": 2 * VOCAB + 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=tied)
+    ).train()
 
 
 def initialize(model, config=CONFIG):
     import deepspeed
 
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=False
+    )[0]
 
 
 def step(engine, ids, mask, seed):
-    """A training step: the embedding's output, its weight as its forward saw it, and every gradient (the mean over the ranks)."""
+    """A training step: the embedding's output, its weight as its forward saw it, and every gradient
+    (the mean over the ranks).
+    """
     from deepspeed.utils import safe_get_full_grad
 
-    embedding, parameters, seen = engine.module.get_input_embeddings(), dict(engine.module.named_parameters()), []
+    embedding, parameters, seen = (
+        engine.module.get_input_embeddings(),
+        dict(engine.module.named_parameters()),
+        [],
+    )
 
     def see(module, args, output):  # ahead of DeepSpeed's own hook, which lets go of the weight
-        assert [name for name, parameter in parameters.items() if parameter.numel()] == ["model.embed_tokens.weight"], "gathered for us"
+        assert [name for name, parameter in parameters.items() if parameter.numel()] == [
+            "model.embed_tokens.weight"
+        ], "gathered for us"
         seen.append((output.detach().clone(), module.weight.detach().clone(), type(module.weight)))
 
     hook = embedding.register_forward_hook(see, prepend=True)
     torch.manual_seed(seed)
     loss = engine(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
     hook.remove()
-    assert not any(parameter.numel() for parameter in parameters.values()), "not partitioned: the checks would say nothing of ZeRO-3"
+    assert not any(parameter.numel() for parameter in parameters.values()), (
+        "not partitioned: the checks would say nothing of ZeRO-3"
+    )
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(parameter) for name, parameter in parameters.items()}
     engine.step()
@@ -74,13 +95,20 @@ def assert_equals_one_process(model, reference, rank, got, seed, ids, mask, what
     """This rank's step against a model that was never partitioned, which takes the step too."""
     loss, out, weight, gradients = got
     assert torch.equal(weight, reference.model.embed_tokens.weight), what
-    expected = noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(seed), stream=rank)
+    expected = noisy_embedding(
+        ids, weight, 5.0, attention_mask=mask, seed=drawn_after(seed), stream=rank
+    )
     assert torch.equal(out, expected), what
     assert not torch.equal(*gathered(out)), f"{what}: both ranks drew one noise"
     reference.zero_grad()
     expected_loss = reference(
         inputs_embeds=noisy_embedding(
-            ids, reference.model.embed_tokens.weight, 5.0, attention_mask=mask, seed=drawn_after(seed), stream=rank
+            ids,
+            reference.model.embed_tokens.weight,
+            5.0,
+            attention_mask=mask,
+            seed=drawn_after(seed),
+            stream=rank,
         ),
         attention_mask=mask,
         labels=ids.masked_fill(mask == 0, -100),
@@ -97,38 +125,58 @@ def assert_equals_one_process(model, reference, rank, got, seed, ids, mask, what
 def check_zero3(rank, folder):
     import deepspeed
 
-    # its all-reduce in shared memory, which ZeRO does not use, would be compiled for a minute and a half
+    # its all-reduce in shared memory, which ZeRO does not use, would be compiled for a minute and a
+    # half
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ids, mask = batch()
     ids, mask = ids + VOCAB, mask.clone()
     mask[3, :2] = 1  # a row without a token has no loss
     for order in ("before", "after", "partitioned from birth", "tied"):
-        with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 8, **CONFIG}, enabled=order == "partitioned from birth"):
+        with deepspeed.zero.Init(
+            config_dict_or_path={"train_batch_size": 8, **CONFIG},
+            enabled=order == "partitioned from birth",
+        ):
             model = make_llama(order == "tied")
         names, embedding = list(model.state_dict()), model.get_input_embeddings()
         handle = apply_neftune(model, 5.0) if order == "before" else None
         engine = initialize(model)
-        assert embedding.weight.numel() == 0 and tuple(embedding.weight.ds_shape) == (2 * VOCAB + 1, 32)
+        assert embedding.weight.numel() == 0 and tuple(embedding.weight.ds_shape) == (
+            2 * VOCAB + 1,
+            32,
+        )
         reference = make_llama(order == "tied")
-        reference.load_state_dict(whole_weights(model), strict=order != "tied")  # born partitioned, a model is initialised otherwise
+        reference.load_state_dict(
+            whole_weights(model), strict=order != "tied"
+        )  # born partitioned, a model is initialised otherwise
         handle = handle or apply_neftune(model, 5.0)
         for seed in (3, 4):
             got = step(engine, ids, mask, seed)
-            assert_equals_one_process(model, reference, rank, got, seed, ids, mask, f"{order}, seed {seed}")
+            assert_equals_one_process(
+                model, reference, rank, got, seed, ids, mask, f"{order}, seed {seed}"
+            )
         assert embedding._external_params == {}
         stats = handle.stats()
-        assert (stats["calls"], stats["samples"], stats["length_min"], stats["length_max"]) == (2, 4, 2, 7)
+        assert (stats["calls"], stats["samples"], stats["length_min"], stats["length_max"]) == (
+            2,
+            4,
+            2,
+            7,
+        )
         assert 0.9 < stats["max_noise_ratio"] < 1
 
         engine.eval()
         state = torch.get_rng_state()
         with torch.no_grad():
             logits = engine(input_ids=ids, attention_mask=mask).logits
-            assert torch.equal(logits, reference.eval()(input_ids=ids, attention_mask=mask).logits), order
+            assert torch.equal(
+                logits, reference.eval()(input_ids=ids, attention_mask=mask).logits
+            ), order
         assert torch.equal(torch.get_rng_state(), state), "eval mode drew a seed"
         engine.train()
         handle.remove()
-        assert type(embedding) is nn.Embedding and not [name for name in vars(embedding) if "neftune" in name]
+        assert type(embedding) is nn.Embedding and not [
+            name for name in vars(embedding) if "neftune" in name
+        ]
         assert list(model.state_dict()) == names
         _, out, weight, _ = step(engine, ids, mask, 5)
         assert torch.equal(out, nn.functional.embedding(ids, weight)), order

@@ -1,7 +1,8 @@
-"""Several processes (gloo, CPU): every rank adds the noise one process would add, and data-parallel replicas get noise of their own.
+"""Several processes (gloo, CPU): every rank adds the noise one process would add, and data-parallel
+replicas get noise of their own.
 
-Each test spawns its processes once and runs its checks inside; a failing check's traceback comes back through spawn. Ranks are seeded
-alike throughout, as trainers do.
+Each test spawns its processes once and runs its checks inside; a failing check's traceback comes
+back through spawn. Ranks are seeded alike throughout, as trainers do.
 """
 
 import copy
@@ -69,7 +70,14 @@ def one_process(dtype=torch.float32, stream=0, scale=1.0, alpha=5.0, **samples):
     weight = Model(dtype).embed.weight
     samples = samples or {"attention_mask": batch()[1]}
     return noisy_embedding(
-        batch()[0], weight, alpha, padding_idx=0, embed_scale=scale, seed=drawn_after(3), stream=stream, **samples
+        batch()[0],
+        weight,
+        alpha,
+        padding_idx=0,
+        embed_scale=scale,
+        seed=drawn_after(3),
+        stream=stream,
+        **samples,
     ), weight
 
 
@@ -82,7 +90,9 @@ def _worker(rank, folder, processes, check, environment):
     torch.set_num_threads(1)
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
     if "MASTER_PORT" not in environment:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes
+        )
     try:
         check(rank, str(folder))
         dist.barrier()
@@ -91,7 +101,9 @@ def _worker(rank, folder, processes, check, environment):
 
 
 def spawn(folder, processes, check, **environment):
-    torch.multiprocessing.spawn(_worker, args=(folder, processes, check, environment), nprocs=processes)
+    torch.multiprocessing.spawn(
+        _worker, args=(folder, processes, check, environment), nprocs=processes
+    )
 
 
 def gathered(tensor):
@@ -105,8 +117,16 @@ def gathered(tensor):
 
 STYLES = {
     "rows": (RowwiseParallel, {"input_layouts": Replicate()}, None),
-    "rows, sequence-sharded": (RowwiseParallel, {"input_layouts": Replicate(), "output_layouts": Shard(1)}, 1),
-    "rows, DTensor out": (RowwiseParallel, {"input_layouts": Replicate(), "use_local_output": False}, None),
+    "rows, sequence-sharded": (
+        RowwiseParallel,
+        {"input_layouts": Replicate(), "output_layouts": Shard(1)},
+        1,
+    ),
+    "rows, DTensor out": (
+        RowwiseParallel,
+        {"input_layouts": Replicate(), "use_local_output": False},
+        None,
+    ),
     "columns": (ColwiseParallel, {}, 2),
     "columns, replicated": (ColwiseParallel, {"output_layouts": Replicate()}, None),
     "columns, sequence-sharded": (ColwiseParallel, {"output_layouts": Shard(1)}, 1),
@@ -115,12 +135,17 @@ STYLES = {
 
 def assert_equals_one_process(out, model, expected, expected_weight, shard_dim, mesh, what):
     """Output and weight gradient of this rank's part against the whole."""
-    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).to(expected.dtype)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).to(
+        expected.dtype
+    )
     expected.backward(gradient)
     expected = expected.detach()
     out = out.full_tensor() if isinstance(out, DTensor) else out
     if shard_dim is not None:
-        expected, gradient = (part.chunk(mesh.size(), shard_dim)[mesh.get_local_rank()] for part in (expected, gradient))
+        expected, gradient = (
+            part.chunk(mesh.size(), shard_dim)[mesh.get_local_rank()]
+            for part in (expected, gradient)
+        )
     assert torch.equal(out, expected), what
     out.backward(gradient)
     assert torch.equal(model.embed.weight.grad.full_tensor(), expected_weight.grad), what
@@ -152,17 +177,26 @@ def check_tensor_parallel(rank, folder):
         parallelize_module(model, mesh, {"embed": style(**layouts)})
         for samples in (
             {"attention_mask": None},
-            {"position_offset": 3, "sample_offset": 2, "stream": 7, "lengths": torch.tensor([9, 4, 0, 8])},
+            {
+                "position_offset": 3,
+                "sample_offset": 2,
+                "stream": 7,
+                "lengths": torch.tensor([9, 4, 0, 8]),
+            },
             {"cu_seqlens": torch.tensor([0, 6, 28])},
         ):
             model.zero_grad()
             out = run(model.embed, ids, **samples)
             expected = one_process(torch.bfloat16, scale=1.7, **{"stream": 0, **samples})
-            assert_equals_one_process(out, model, *expected, shard_dim, mesh, f"{name} with {samples}")
+            assert_equals_one_process(
+                out, model, *expected, shard_dim, mesh, f"{name} with {samples}"
+            )
 
     # a batch-sharded DTensor is one global batch
     model = Embedder(embedding=NEFTuneEmbedding)
-    model.embed.weight = nn.Parameter(DTensor.from_local(model.embed.weight.detach(), mesh, [Replicate()]))
+    model.embed.weight = nn.Parameter(
+        DTensor.from_local(model.embed.weight.detach(), mesh, [Replicate()])
+    )
     out = run(model.embed, distribute_tensor(ids, mesh, [Shard(0)]), attention_mask=mask)
     assert out.placements == (Shard(0),)
     expected, weight = one_process()
@@ -186,7 +220,9 @@ def check_tensor_parallel(rank, folder):
     # a shape that does not fit is refused, as in one process
     model = Embedder(embedding=NEFTuneEmbedding)
     parallelize_module(model, mesh, {"embed": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"attention_mask must have the tokens' shape \(4, 7\), got \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask must have the tokens' shape \(4, 7\), got \(4, 3\)"
+    ):
         model.embed(ids, attention_mask=mask[:, :3])
     with pytest.raises(ValueError, match="float64 is served by the reference backend alone"):
         wide = Embedder(torch.float64, NEFTuneEmbedding, backend="cpp")
@@ -240,8 +276,15 @@ def check_data_parallel(rank, folder):
     # an ordinary embedding beside DTensors: TP ranks see the same tokens, other meshes' may not
     model = Model()
     apply_neftune(model, 5.0, embedding="embed")
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"middle": ColwiseParallel(output_layouts=Replicate())})
-    with pytest.raises(RuntimeError, match="ordinary tensor while other parameters of the model are DTensors.*stream="):
+    parallelize_module(
+        model,
+        init_device_mesh("cpu", (2,)),
+        {"middle": ColwiseParallel(output_layouts=Replicate())},
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="ordinary tensor while other parameters of the model are DTensors.*stream=",
+    ):
         model(ids, attention_mask=mask)
     model.eval()(ids)
     apply_neftune(model.train(), 5.0, embedding="embed", stream=0)
@@ -273,10 +316,20 @@ def check_fsdp2(rank, folder):
                     handle = apply_neftune(model, 5.0, embedding="embed")
                 out = run(model, ids, attention_mask=mask)
                 weight = Model().embed.weight.to(dtype).detach().requires_grad_()
-                expected = noisy_embedding(ids, weight, 5.0, attention_mask=mask, padding_idx=0, seed=drawn_after(3), stream=stream)
+                expected = noisy_embedding(
+                    ids,
+                    weight,
+                    5.0,
+                    attention_mask=mask,
+                    padding_idx=0,
+                    seed=drawn_after(3),
+                    stream=stream,
+                )
                 assert torch.equal(out, expected), what
                 assert not torch.equal(*gathered(out)), what
-                gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(rank)).to(dtype)
+                gradient = torch.randn(
+                    expected.shape, generator=torch.Generator().manual_seed(rank)
+                ).to(dtype)
                 expected.backward(gradient)
                 out.backward(gradient)
                 first, second = gathered(weight.grad)
@@ -284,13 +337,20 @@ def check_fsdp2(rank, folder):
                 assert torch.equal(model.embed.weight.grad.full_tensor(), mean), what
                 assert list(model.state_dict()) == names, what
                 handle.remove()
-                assert type(model.embed).__name__ == ("FSDPEmbedding" if "embed" in parts else "Embedding"), what
-                expected_classes = (FSDPModule, *nn.Embedding.__mro__) if "embed" in parts else nn.Embedding.__mro__[1:]
+                assert type(model.embed).__name__ == (
+                    "FSDPEmbedding" if "embed" in parts else "Embedding"
+                ), what
+                expected_classes = (
+                    (FSDPModule, *nn.Embedding.__mro__)
+                    if "embed" in parts
+                    else nn.Embedding.__mro__[1:]
+                )
                 assert type(model.embed).__mro__[1:] == expected_classes, what
                 clean = nn.functional.embedding(ids, Model().embed.weight.to(dtype))
                 assert torch.equal(run(model, ids, attention_mask=mask), clean), what
 
-    # tied head; checkpoints: no key is ours, values come back (on a mesh in rank order: torch's loader mixes up the shards of any other)
+    # tied head; checkpoints: no key is ours, values come back (on a mesh in rank order: torch's
+    # loader mixes up the shards of any other)
     for order in ("before", "after"):
         model = Model(tied=True)
         reference = Model(tied=True)
@@ -331,8 +391,11 @@ def test_fsdp2(tmp_path):
 
 def check_meshes(rank, folder):
     ids, mask = batch()
-    styles = {name: STYLES[name] for name in ("rows, sequence-sharded", "columns", "columns, replicated")}
-    # of ranks [[0, 2], [1, 3]] the replica is rank % 2, not rank // 2; with tensor parallelism in the first dimension likewise
+    styles = {
+        name: STYLES[name] for name in ("rows, sequence-sharded", "columns", "columns, replicated")
+    }
+    # of ranks [[0, 2], [1, 3]] the replica is rank % 2, not rank // 2; with tensor parallelism in
+    # the first dimension likewise
     meshes = (
         (DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("dp", "tp")), rank % 2),
         (init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp")), rank % 2),
@@ -365,10 +428,14 @@ def check_meshes(rank, folder):
     model = Embedder()
     apply_neftune(model, 5.0, embedding="embed")
     parallelize_module(model, halves[rank // 2], {"embed": ColwiseParallel()})
-    with pytest.raises(RuntimeError, match="2 of 4 processes, so its data-parallel index cannot be known.*stream="):
+    with pytest.raises(
+        RuntimeError, match="2 of 4 processes, so its data-parallel index cannot be known.*stream="
+    ):
         model(ids, attention_mask=mask)
     apply_neftune(model, 5.0, embedding="embed", stream=rank // 2)
-    assert torch.equal(run(model, ids, attention_mask=mask), one_process(stream=rank // 2)[0].chunk(2, 2)[rank % 2])
+    assert torch.equal(
+        run(model, ids, attention_mask=mask), one_process(stream=rank // 2)[0].chunk(2, 2)[rank % 2]
+    )
 
 
 def test_two_dimensional_meshes(tmp_path):
@@ -385,8 +452,16 @@ def check_compiled(rank, folder):
     cases = {
         "plain": (lambda model: model, rank),
         "fsdp": (lambda model: fully_shard(model, mesh=swapped), 1 - rank),
-        "tp": (lambda model: parallelize_module(model, mesh, {"embed": ColwiseParallel(output_layouts=Replicate())}), 0),
-        "dp x tp": (lambda model: parallelize_module(model, pairs["tp"], {"embed": ColwiseParallel()}), rank),
+        "tp": (
+            lambda model: parallelize_module(
+                model, mesh, {"embed": ColwiseParallel(output_layouts=Replicate())}
+            ),
+            0,
+        ),
+        "dp x tp": (
+            lambda model: parallelize_module(model, pairs["tp"], {"embed": ColwiseParallel()}),
+            rank,
+        ),
     }
     for name, (parallelise, stream) in cases.items():
         model = Embedder()
@@ -394,7 +469,9 @@ def check_compiled(rank, folder):
         parallelise(model)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.equal(run(compiled, ids, attention_mask=mask), one_process(stream=stream)[0]), name
+        assert torch.equal(
+            run(compiled, ids, attention_mask=mask), one_process(stream=stream)[0]
+        ), name
 
 
 def test_compiled_noise_is_the_eager_one_in_one_graph(tmp_path):
@@ -409,7 +486,12 @@ def make_llama():
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB * 2 + 1, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+        vocab_size=VOCAB * 2 + 1,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -425,14 +507,18 @@ def check_transformers_plan(rank, folder):
 
     def embedded(model):
         seen = []
-        hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: seen.append(output)
+        )
         logits = run(model, input_ids=ids, attention_mask=mask).logits
         hook.remove()
         return seen[0], logits
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from_pretrained(tp_plan=) warns of its own deprecation
-        model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/llama", tp_plan="auto").train()
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            f"{folder}/llama", tp_plan="auto"
+        ).train()
     assert dist.get_world_size() == 2  # transformers made the group from torchrun's variables
     embedding = model.model.embed_tokens
     assert isinstance(embedding.weight, DTensor) and embedding.weight.placements[-1] == Shard(0)
@@ -459,13 +545,18 @@ def check_transformers_plan(rank, folder):
     for style in ("embedding_rowwise", "embedding_colwise"):
         model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/llama").train()
         handle = apply_neftune(model, 5.0)
-        apply_tensor_parallelism(model, mesh, {"model.embed_tokens": style, "model.embed_tokens.weight": style})
+        apply_tensor_parallelism(
+            model, mesh, {"model.embed_tokens": style, "model.embed_tokens.weight": style}
+        )
         embedding = model.model.embed_tokens
         assert isinstance(embedding.weight, DTensor)
         out, _ = embedded(model)
         assert torch.equal(out, expected), style
         (grad,) = torch.autograd.grad(out, embedding.weight, gradient)
-        assert torch.equal(grad.full_tensor(), torch.autograd.grad(noisy_embedding(ids, weight, 0.0), weight, gradient)[0]), style
+        assert torch.equal(
+            grad.full_tensor(),
+            torch.autograd.grad(noisy_embedding(ids, weight, 0.0), weight, gradient)[0],
+        ), style
         handle.remove()  # the plan stays, and still calls the method that it found
         assert torch.equal(embedded(model)[0], nn.functional.embedding(ids, weight)), style
         assert type(embedding) is nn.Embedding and "_neftune" not in vars(embedding)
@@ -486,11 +577,16 @@ LONG, LENGTHS = 24, (24, 17, 6, 0)
 
 
 def sequence_splits(processes):
-    """Every rank's columns under plain, Ulysses (both contiguous) and zig-zag splits, ring attention's chunks r and 2n-1-r."""
+    """Every rank's columns under plain, Ulysses (both contiguous) and zig-zag splits, ring
+    attention's chunks r and 2n-1-r.
+    """
     columns = torch.arange(LONG)
     yield "contiguous", list(columns.chunk(processes))
     chunks = columns.chunk(2 * processes)
-    yield "zig-zag", [torch.cat((chunks[rank], chunks[2 * processes - 1 - rank])) for rank in range(processes)]
+    yield (
+        "zig-zag",
+        [torch.cat((chunks[rank], chunks[2 * processes - 1 - rank])) for rank in range(processes)],
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -505,17 +601,36 @@ def test_sequence_shards_equal_the_whole(processes, dtype):
         for columns in shards:
             part, places = ids[:, columns], columns.expand(len(LENGTHS), -1)
             parts.append(embedding(part, lengths=lengths, position_ids=places, seed=5))
-            more.append(add_noise(nn.functional.embedding(part, embedding.weight), 5.0, lengths=lengths, position_ids=places, seed=5))
+            more.append(
+                add_noise(
+                    nn.functional.embedding(part, embedding.weight),
+                    5.0,
+                    lengths=lengths,
+                    position_ids=places,
+                    seed=5,
+                )
+            )
             if name == "contiguous":
                 offset = int(columns[0])
-                assert torch.equal(embedding(part, lengths=lengths, position_offset=offset, seed=5), parts[-1])
-                assert torch.equal(noisy_embedding(part, embedding.weight, 5.0, lengths=lengths, position_offset=offset, seed=5), parts[-1])
+                assert torch.equal(
+                    embedding(part, lengths=lengths, position_offset=offset, seed=5), parts[-1]
+                )
+                assert torch.equal(
+                    noisy_embedding(
+                        part, embedding.weight, 5.0, lengths=lengths, position_offset=offset, seed=5
+                    ),
+                    parts[-1],
+                )
         back = torch.cat(shards).argsort()
         assert torch.equal(torch.cat(parts, 1)[:, back], whole), name
         assert torch.equal(torch.cat(more, 1)[:, back], whole), name
-        local = torch.tensor([int((places < length).sum()) for length in LENGTHS for places in shards[:1]])
+        local = torch.tensor(
+            [int((places < length).sum()) for length in LENGTHS for places in shards[:1]]
+        )
         wrong = embedding(ids[:, shards[0]], lengths=local, seed=5)
-        assert not torch.equal(wrong, whole[:, shards[0]]), "the local length would do as well: this test could not fail"
+        assert not torch.equal(wrong, whole[:, shards[0]]), (
+            "the local length would do as well: this test could not fail"
+        )
 
 
 def check_context_parallel(rank, folder):
@@ -530,11 +645,15 @@ def check_context_parallel(rank, folder):
     with context_parallel(mesh, buffers=[mine, where], buffer_seq_dims=[1, 1]):
         assert mine.shape == (len(LENGTHS), LONG // 2) and where.shape == (1, LONG // 2)
         columns = where[0].clone()
-        assert columns.tolist() != list(range(LONG // 2 * rank, LONG // 2 * (rank + 1))), "balanced: not contiguous"
+        assert columns.tolist() != list(range(LONG // 2 * rank, LONG // 2 * (rank + 1))), (
+            "balanced: not contiguous"
+        )
         out = embedding(mine, lengths=lengths, position_ids=where, seed=5)
     assert torch.equal(out, whole[:, columns])
     assert torch.cat(gathered(columns)).sort().values.tolist() == list(range(LONG))
-    assert data_parallel_index(embedding.weight) == rank  # so both ranks must be given one stream where apply_neftune is used
+    assert (
+        data_parallel_index(embedding.weight) == rank
+    )  # so both ranks must be given one stream where apply_neftune is used
 
 
 def test_context_parallel_buffers(tmp_path):
@@ -554,8 +673,13 @@ def test_micro_batches_with_sample_offset_equal_the_batch(dtype):
         parts = []
         for start in range(0, len(ids), size):
             rows = slice(start, start + size)
-            parts.append(accumulated(ids[rows], attention_mask=mask[rows], seed=5, sample_offset=start))
-            assert start == 0 or not torch.equal(accumulated(ids[rows][:1], attention_mask=torch.ones_like(mask[:1]), seed=5), whole[start])
+            parts.append(
+                accumulated(ids[rows], attention_mask=mask[rows], seed=5, sample_offset=start)
+            )
+            assert start == 0 or not torch.equal(
+                accumulated(ids[rows][:1], attention_mask=torch.ones_like(mask[:1]), seed=5),
+                whole[start],
+            )
         assert torch.equal(torch.cat(parts), whole), size
 
 
@@ -563,7 +687,9 @@ def test_micro_batches_with_sample_offset_equal_the_batch(dtype):
 
 
 def check_generators_out_of_step(rank, folder):
-    """Dropout on shards of unlike size leaves the ranks' generators apart: the group's first rank draws for all."""
+    """Dropout on shards of unlike size leaves the ranks' generators apart: the group's first rank
+    draws for all.
+    """
     mesh = init_device_mesh("cpu", (2,))
     ids, mask = batch()
     expected, _ = one_process()
@@ -593,20 +719,28 @@ class Rows(torch.utils.data.Dataset):
         return 8
 
     def __getitem__(self, index):
-        ids = torch.randint(1, VOCAB, (3 + index % 5,), generator=torch.Generator().manual_seed(index))
+        ids = torch.randint(
+            1, VOCAB, (3 + index % 5,), generator=torch.Generator().manual_seed(index)
+        )
         return {"input_ids": ids, "labels": ids}
 
 
 def padded(rows):
     ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": ids.masked_fill(ids == 0, -100),
+    }
 
 
 def recorded_noise(embedding, seen):
     """Of every call of the embedding: ids, its output and the weight it came from."""
 
     def record(module, args, output):
-        seen.append((args[0], output.detach().clone(), module.weight.detach().clone(), module._neftune.last))
+        seen.append(
+            (args[0], output.detach().clone(), module.weight.detach().clone(), module._neftune.last)
+        )
 
     return embedding.register_forward_hook(record)
 
@@ -615,12 +749,18 @@ def assert_own_noise(seen, rank):
     """The rank's stream, one seed on all ranks, and so unlike noise."""
     assert seen
     for ids, out, weight, last in seen:
-        expected = noisy_embedding(ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=rank)
+        expected = noisy_embedding(
+            ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=rank
+        )
         assert torch.equal(out, expected)
-        other = noisy_embedding(ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=1 - rank)
+        other = noisy_embedding(
+            ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=1 - rank
+        )
         assert not torch.equal(out, other)
     first, second = gathered(seen[0][3].seed)
-    assert torch.equal(first, second), "trainers seed all ranks alike: only the stream tells them apart"
+    assert torch.equal(first, second), (
+        "trainers seed all ranks alike: only the stream tells them apart"
+    )
 
 
 def check_trainer(rank, folder):
@@ -630,11 +770,23 @@ def check_trainer(rank, folder):
 
     model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/llama")
     arguments = transformers.TrainingArguments(
-        output_dir=f"{folder}/out", use_cpu=True, ddp_backend="gloo", per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        max_steps=2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=f"{folder}/out",
+        use_cpu=True,
+        ddp_backend="gloo",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Rows(), data_collator=padded, callbacks=[NEFTuneCallback(5.0)]
+        model=model,
+        args=arguments,
+        train_dataset=Rows(),
+        data_collator=padded,
+        callbacks=[NEFTuneCallback(5.0)],
     )
     seen = []
     hook = recorded_noise(model.get_input_embeddings(), seen)
@@ -669,7 +821,10 @@ def check_accelerate(rank, folder):
     assert isinstance(model, nn.parallel.DistributedDataParallel) and len(seen) == 2
     assert_own_noise(seen, rank)
     handle.remove()
-    torch.save(([], accelerator.unwrap_model(model).state_dict()), f"{folder}/result{os.environ['RUN']}-{rank}")
+    torch.save(
+        ([], accelerator.unwrap_model(model).state_dict()),
+        f"{folder}/result{os.environ['RUN']}-{rank}",
+    )
 
 
 @pytest.mark.parametrize("check", [check_trainer, check_accelerate])
@@ -683,5 +838,9 @@ def test_trainers_under_torchrun(tmp_path, check):
             port = probe.getsockname()[1]
         spawn(tmp_path, 2, check, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RUN=str(run))
     for rank in (0, 1):
-        (losses, weights), (again, same) = (torch.load(tmp_path / f"result{run}-{rank}") for run in (0, 1))
-        assert losses == again and all(torch.equal(value, same[name]) for name, value in weights.items())
+        (losses, weights), (again, same) = (
+            torch.load(tmp_path / f"result{run}-{rank}") for run in (0, 1)
+        )
+        assert losses == again and all(
+            torch.equal(value, same[name]) for name, value in weights.items()
+        )

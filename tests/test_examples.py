@@ -1,4 +1,6 @@
-"""Every example runs, its noise is the paper's noise on the real tokens of every training batch, and nothing is left on the model."""
+"""Every example runs, its noise is the paper's noise on the real tokens of every training batch,
+and nothing is left on the model.
+"""
 
 import importlib.util
 import math
@@ -50,7 +52,13 @@ def embedded():
 
     def record(module, args, output):
         if isinstance(module, nn.Embedding):
-            seen.append((module.training, args[0].clone(), output.detach() - F.embedding(args[0], module.weight.detach())))
+            seen.append(
+                (
+                    module.training,
+                    args[0].clone(),
+                    output.detach() - F.embedding(args[0], module.weight.detach()),
+                )
+            )
 
     hook = nn.modules.module.register_module_forward_hook(record)
     yield seen
@@ -62,18 +70,30 @@ def check_noise(noise, mask, alpha):
     assert torch.equal(noise.abs().sum(-1) > 0, (mask == 1) & (alpha > 0))
     bound = alpha / (mask.sum(1).float() * HIDDEN).sqrt()
     largest = noise.abs().amax((1, 2))
-    assert torch.all(largest <= bound + 2**-20), (largest, bound)  # the difference of two float32 sums carries their rounding
-    assert torch.all(largest >= 0.85 * bound), (largest, bound)  # the largest of at least 4·48 draws
+    assert torch.all(largest <= bound + 2**-20), (
+        largest,
+        bound,
+    )  # the difference of two float32 sums carries their rounding
+    assert torch.all(largest >= 0.85 * bound), (
+        largest,
+        bound,
+    )  # the largest of at least 4·48 draws
 
 
 def check_clean(model):
     for module in model.modules():
-        assert not type(module).__name__.startswith("Noisy") and "_neftune" not in module.__dict__ and "forward" not in module.__dict__
+        assert (
+            not type(module).__name__.startswith("Noisy")
+            and "_neftune" not in module.__dict__
+            and "forward" not in module.__dict__
+        )
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         assert not any("neftune" in type(hook).__module__ for hook in hooks)
     ids = torch.arange(8)[None]
     model.train()
-    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, model.eval()(ids).logits)
+    assert torch.equal(
+        model(ids, attention_mask=torch.ones_like(ids)).logits, model.eval()(ids).logits
+    )
 
 
 def masks_of(module, rows, seed=1, batch=8):
@@ -84,7 +104,10 @@ def masks_of(module, rows, seed=1, batch=8):
 
 
 def same_weights(one, other):
-    return all(torch.equal(left, right) for left, right in zip(one.parameters(), other.parameters(), strict=True))
+    return all(
+        torch.equal(left, right)
+        for left, right in zip(one.parameters(), other.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,10 +126,17 @@ def test_accelerate_loop(embedded, capsys):
     assert len(embedded) == len(masks) == 24
     for index, ((training, _, noise), mask) in enumerate(zip(embedded, masks, strict=True)):
         assert training
-        check_noise(noise, mask, 5.0 * (1 - (index // 2) / 12))  # both batches of a step have the step's alpha
+        check_noise(
+            noise, mask, 5.0 * (1 - (index // 2) / 12)
+        )  # both batches of a step have the step's alpha
     assert result["alphas"] == [5.0 + (0.0 - 5.0) * (step / 12) for step in range(12)]
-    assert result["stats"]["calls"] == 24 and result["stats"]["length_max"] == int(masks[-1].sum(1).max())
-    assert all(map(math.isfinite, result["losses"])) and result["losses"][-1] < result["losses"][0] - 0.2
+    assert result["stats"]["calls"] == 24 and result["stats"]["length_max"] == int(
+        masks[-1].sum(1).max()
+    )
+    assert (
+        all(map(math.isfinite, result["losses"]))
+        and result["losses"][-1] < result["losses"][0] - 0.2
+    )
     check_clean(result["model"])
     assert "24 forwards had noise" in capsys.readouterr().out
     assert same_weights(result["model"], example.main()["model"])
@@ -119,16 +149,25 @@ def test_lightning_module(embedded, capsys):
     masks = masks_of(example, 8 * example.STEPS)
     trained = [noise for training, _, noise in embedded if training]
     validated = [noise for training, _, noise in embedded if not training]
-    assert len(trained) == len(masks) == 20 and len(validated) == 4  # two before training as the sanity check, two after it
+    assert (
+        len(trained) == len(masks) == 20 and len(validated) == 4
+    )  # two before training as the sanity check, two after it
     for step, (noise, mask) in enumerate(zip(trained, masks, strict=True)):
         check_noise(noise, mask, 5.0 * min(step / 4, 1))
     assert all(noise.count_nonzero() == 0 for noise in validated)
     logged = result["logged"]
     lengths = masks[-1].sum(1)
     assert logged["neftune/noise_alpha"] == 5.0 and 0.9 < logged["neftune/max_noise_ratio"] < 1
-    assert (logged["neftune/length_min"], logged["neftune/length_max"]) == (int(lengths.min()), int(lengths.max()))
-    assert logged["neftune/magnitude_max"] == pytest.approx(5.0 / math.sqrt(int(lengths.min()) * HIDDEN))
-    assert logged["train_loss"] < 4.7 and logged["val_loss"] < 4.7  # log(128) = 4.85 without training
+    assert (logged["neftune/length_min"], logged["neftune/length_max"]) == (
+        int(lengths.min()),
+        int(lengths.max()),
+    )
+    assert logged["neftune/magnitude_max"] == pytest.approx(
+        5.0 / math.sqrt(int(lengths.min()) * HIDDEN)
+    )
+    assert (
+        logged["train_loss"] < 4.7 and logged["val_loss"] < 4.7
+    )  # log(128) = 4.85 without training
     assert result["callback"].handle is None
     check_clean(result["model"])
     assert "neftune/length_min" in capsys.readouterr().out
@@ -142,17 +181,27 @@ def test_trainer(embedded, capsys):
     masks = masks_of(example, 8 * example.STEPS)
     seen = {tuple(mask.sum(1).tolist()) for mask in masks}
     assert len(embedded) == 2 * len(masks) == 32 and len(seen) == 16
-    rows = {tuple(row["input_ids"].tolist()): row["attention_mask"] for row in example.make_data(8 * example.STEPS, 1)}
+    rows = {
+        tuple(row["input_ids"].tolist()): row["attention_mask"]
+        for row in example.make_data(8 * example.STEPS, 1)
+    }
     for training, ids, noise in embedded:  # Trainer shuffles
         assert training
         check_noise(noise, torch.stack([rows[tuple(row)] for row in ids.tolist()]), 5.0)
     for (_, _, one), (_, _, other) in zip(embedded[:16], embedded[16:], strict=True):
         assert torch.allclose(one, other, atol=2**-20)
-    assert result["same"] and result["logged"]["neftune/calls"] == 16 and 0.9 < result["logged"]["neftune/max_noise_ratio"] < 1
+    assert (
+        result["same"]
+        and result["logged"]["neftune/calls"] == 16
+        and 0.9 < result["logged"]["neftune/max_noise_ratio"] < 1
+    )
     assert all(map(math.isfinite, result["losses"])) and result["losses"][-1] < result["losses"][0]
     check_clean(result["model"])
     check_clean(result["argument"])
-    assert sys.modules["transformers.trainer"].activate_neftune.__module__ == "transformers.integrations.neftune"
+    assert (
+        sys.modules["transformers.trainer"].activate_neftune.__module__
+        == "transformers.integrations.neftune"
+    )
     assert "the same weights" in capsys.readouterr().out
     assert not same_weights(result["model"], example.main(noise_alpha=0.0)["model"])
 
@@ -171,20 +220,33 @@ def test_compute_loss(embedded, monkeypatch):
     trained = example.main()
     assert len(added) == 2 * example.STEPS == 24 and len(embedded) == 24
     for (embeds, out), (_, ids, _) in zip(added, embedded, strict=True):
-        assert embeds.requires_grad and out.requires_grad  # enable_input_require_grads reached the frozen embedding
+        assert (
+            embeds.requires_grad and out.requires_grad
+        )  # enable_input_require_grads reached the frozen embedding
         check_noise((out - embeds).detach(), (ids != 0).long(), 5.0)
-    assert same_weights(trained[True].model, trained[False].model)  # both kinds of checkpointing recompute what ran
+    assert same_weights(
+        trained[True].model, trained[False].model
+    )  # both kinds of checkpointing recompute what ran
     for trainer in trained.values():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-        assert all(0 < entry["grad_norm"] < math.inf for entry in trainer.state.log_history if "grad_norm" in entry)
+        assert all(
+            0 < entry["grad_norm"] < math.inf
+            for entry in trainer.state.log_history
+            if "grad_norm" in entry
+        )
         lora = {name: value for name, value in trainer.model.named_parameters() if "lora_B" in name}
-        assert lora and all(value.count_nonzero() > 0 for value in lora.values())  # they begin as zeros
+        assert lora and all(
+            value.count_nonzero() > 0 for value in lora.values()
+        )  # they begin as zeros
         frozen = trainer.model.get_input_embeddings().weight
         assert not frozen.requires_grad and frozen.grad is None
     calls = len(added)
     model = trained[True].model.eval()
     ids = torch.arange(8)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    assert torch.equal(trained[True].compute_loss(model, batch), model(**batch).loss) and len(added) == calls
+    assert (
+        torch.equal(trained[True].compute_loss(model, batch), model(**batch).loss)
+        and len(added) == calls
+    )
     assert not same_weights(trained[True].model, example.main(noise_alpha=0.0)[True].model)

@@ -1,4 +1,6 @@
-"""A source install with no compiler succeeds and says why there is no C++ kernel; the report runs; the docs' examples hold."""
+"""A source install with no compiler succeeds and says why there is no C++ kernel; the report runs;
+the docs' examples hold.
+"""
 
 import doctest
 import importlib
@@ -20,7 +22,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(*command, folder=None, **environment):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env={**os.environ, **environment})
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -34,7 +42,9 @@ def source_copy(folder):
 
 
 def install(tmp_path, **environment):
-    """pip install of a source copy into a fresh environment that sees this one's torch and setuptools."""
+    """pip install of a source copy into a fresh environment that sees this one's torch and
+    setuptools.
+    """
     source, home = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
     source_copy(source)
@@ -56,7 +66,9 @@ def install(tmp_path, **environment):
         source,
         **{"NEFTUNE_BUILD_CUDA": "0", **environment},  # tests/test_cuda_build.py builds those
     )
-    return log, lambda *code: run(python, *code, folder=home)  # not here: python -m would find this checkout first
+    return log, lambda *code: run(
+        python, *code, folder=home
+    )  # not here: python -m would find this checkout first
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the kernel is built with g++ or clang++")
@@ -67,15 +79,19 @@ def test_install_without_a_compiler(tmp_path):
     assert re.search(r"cpp +not built: .*no-such-compiler", report), report
     assert "SIMD level of the C++ kernel: none" in report
     code = (
-        "import torch, neftune_kernels as nk; ids = torch.tensor([[1, 2]]); weight = torch.ones(3, 4)\n"
-        "print(nk.__file__); out = nk.noisy_embedding(ids, weight, 5.0, seed=1); print('moved', bool((out != 1).all()))\n"
+        "import torch, neftune_kernels as nk; ids = torch.tensor([[1, 2]]); weight = "
+        "torch.ones(3, 4)\n"
+        "print(nk.__file__); out = nk.noisy_embedding(ids, weight, 5.0, seed=1); print('moved', "
+        "bool((out != 1).all()))\n"
         "nk.noisy_embedding(ids, weight, 5.0, backend='reference')\n"
         "try: nk.noisy_embedding(ids, weight, 5.0, backend='cpp')\n"
         "except ValueError as error: print('refused:', error)"
     )
     out = python("-c", code)
     assert str(tmp_path) in out and "moved True" in out
-    assert re.search("refused: backend 'cpp' is not available: not built: .*no-such-compiler", out), out
+    assert re.search(
+        "refused: backend 'cpp' is not available: not built: .*no-such-compiler", out
+    ), out
 
 
 def test_install_with_a_compiler_builds(tmp_path):
@@ -101,15 +117,26 @@ def test_switched_off_library_says_so():
 
 def test_report():
     report = run(sys.executable, "-m", "neftune_kernels")
-    assert f"neftune_kernels {neftune_kernels.__version__}" in report and f"torch {torch.__version__}" in report
-    assert re.search(r"reference +available", report) and f"SIMD level of the C++ kernel: {ops.simd_level()}" in report
+    assert (
+        f"neftune_kernels {neftune_kernels.__version__}" in report
+        and f"torch {torch.__version__}" in report
+    )
+    assert (
+        re.search(r"reference +available", report)
+        and f"SIMD level of the C++ kernel: {ops.simd_level()}" in report
+    )
     assert "CPU threads (torch.get_num_threads()): " in report
 
 
-@pytest.mark.parametrize("module", ["functional", "modules", "ops", "integrations.lightning", "integrations.transformers"])
+@pytest.mark.parametrize(
+    "module",
+    ["functional", "modules", "ops", "integrations.lightning", "integrations.transformers"],
+)
 def test_docstring_examples(module):
     names = {**vars(neftune_kernels), "torch": torch, "nn": torch.nn}
-    failed, attempted = doctest.testmod(importlib.import_module(f"neftune_kernels.{module}"), extraglobs=names)
+    failed, attempted = doctest.testmod(
+        importlib.import_module(f"neftune_kernels.{module}"), extraglobs=names
+    )
     assert attempted > 0 and failed == 0
 
 

@@ -1,4 +1,6 @@
-"""apply_neftune on transformers and PEFT models: the mask arrives by itself, nothing is left behind."""
+"""apply_neftune on transformers and PEFT models: the mask arrives by itself, nothing is left
+behind.
+"""
 
 import copy
 import gc
@@ -17,7 +19,13 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 VOCAB, HIDDEN = 64, 32
-SMALL = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, num_key_value_heads=2),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
@@ -26,7 +34,12 @@ CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL),
     "opt": lambda: transformers.OPTConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=HIDDEN
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        word_embed_proj_dim=HIDDEN,
     ),
     "phi": lambda: transformers.PhiConfig(**SMALL),
 }
@@ -46,9 +59,13 @@ def ragged():
 
 
 def embedding_output(model, **inputs):
-    """What the input embedding really returned during a forward of the model, and the seed of its noise."""
+    """What the input embedding really returned during a forward of the model, and the seed of its
+    noise.
+    """
     seen = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output.detach().clone())
+    )
     model(**inputs)
     hook.remove()
     assert len(seen) == 1
@@ -90,25 +107,41 @@ def test_every_way_lengths_arrive():
 
     def check(expected_layout, call, tokens=ids):
         seen = []
-        hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: seen.append(output.detach().clone())
+        )
         torch.manual_seed(3)
         call()
         hook.remove()
-        assert torch.equal(seen[0], noisy_embedding(tokens, weight.detach(), 5.0, seed=drawn_after(3), **expected_layout))
+        assert torch.equal(
+            seen[0],
+            noisy_embedding(tokens, weight.detach(), 5.0, seed=drawn_after(3), **expected_layout),
+        )
 
     check({"attention_mask": mask}, lambda: model(ids, mask))  # positional
     check({"attention_mask": mask}, lambda: model(ids, attention_mask=mask.bool()))
-    check({"attention_mask": mask}, lambda: model.model(ids, mask))  # fused-head losses call the backbone directly
+    check(
+        {"attention_mask": mask}, lambda: model.model(ids, mask)
+    )  # fused-head losses call the backbone directly
     check({}, lambda: model(ids))
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
     packed = ids[:1]
     check({"position_ids": positions}, lambda: model(packed, position_ids=positions), packed)
     bounds = torch.tensor([0, 3, 5, 8], dtype=torch.int32)
-    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 3, "max_length_k": 3}
+    lengths = {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": 3,
+        "max_length_k": 3,
+    }
     check({"cu_seqlens": bounds}, lambda: model(packed, position_ids=positions, **lengths), packed)
     check({"position_ids": positions}, lambda: model(packed, position_ids=positions), packed)
     numbered = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3]])
-    check({"attention_mask": numbered}, lambda: model.model.embed_tokens and model(packed, attention_mask=numbered), packed)
+    check(
+        {"attention_mask": numbered},
+        lambda: model.model.embed_tokens and model(packed, attention_mask=numbered),
+        packed,
+    )
 
 
 def test_unknown_lengths_warn_once_and_name_the_remedy():
@@ -144,7 +177,11 @@ def test_only_in_training_with_grad():
     assert torch.equal(torch.get_rng_state(), state)
     stats = handle.stats()
     assert stats["calls"] == 0 and stats["samples"] is None
-    assert stats["skipped"]["no grad"] >= 2 and stats["skipped"]["eval mode"] == 1 and stats["skipped"]["noise_alpha is 0"] == 1
+    assert (
+        stats["skipped"]["no grad"] >= 2
+        and stats["skipped"]["eval mode"] == 1
+        and stats["skipped"]["noise_alpha is 0"] == 1
+    )
     apply_neftune(model, 5.0, noise_without_grad=True)
     with torch.no_grad():
         assert not torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), clean)
@@ -154,7 +191,8 @@ def everything(model):
     """Class, hooks and attributes of every module."""
     keys = [key for key in vars(model) if "hooks" in key]
     return {
-        name: (type(module), {key: len(vars(module)[key]) for key in keys}, sorted(vars(module))) for name, module in model.named_modules()
+        name: (type(module), {key: len(vars(module)[key]) for key in keys}, sorted(vars(module)))
+        for name, module in model.named_modules()
     }
 
 
@@ -165,7 +203,11 @@ def test_idempotent_and_reversible():
     keys = list(model.state_dict())
     handle = apply_neftune(model, 5.0)
     assert apply_neftune(model, 10.0) is handle and handle.noise_alpha == 10.0
-    assert model.get_input_embeddings() is embedding and embedding.weight is parameter and isinstance(embedding, nn.Embedding)
+    assert (
+        model.get_input_embeddings() is embedding
+        and embedding.weight is parameter
+        and isinstance(embedding, nn.Embedding)
+    )
     assert list(model.state_dict()) == keys and model.lm_head.weight is not None
     with pytest.raises(ValueError, match="finite and >= 0, got -1.0"):
         handle.noise_alpha = -1.0
@@ -196,18 +238,38 @@ def test_copies_and_saves(tmp_path):
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         torch.manual_seed(1)
         out = embedding_output(twin, input_ids=ids, attention_mask=mask)
-        assert torch.equal(out, noisy_embedding(ids, twin.get_input_embeddings().weight, 5.0, attention_mask=mask, seed=drawn_after(1)))
+        assert torch.equal(
+            out,
+            noisy_embedding(
+                ids,
+                twin.get_input_embeddings().weight,
+                5.0,
+                attention_mask=mask,
+                seed=drawn_after(1),
+            ),
+        )
         again = apply_neftune(twin, 2.0)
         assert again is not handle and handle.noise_alpha == 5.0
         torch.manual_seed(1)
         out = embedding_output(twin, input_ids=ids, attention_mask=mask)
-        assert torch.equal(out, noisy_embedding(ids, twin.get_input_embeddings().weight, 2.0, attention_mask=mask, seed=drawn_after(1)))
+        assert torch.equal(
+            out,
+            noisy_embedding(
+                ids,
+                twin.get_input_embeddings().weight,
+                2.0,
+                attention_mask=mask,
+                seed=drawn_after(1),
+            ),
+        )
         again.remove()
         assert everything(twin) == everything(make_model())
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.get_input_embeddings()) is nn.Embedding
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items()
+    )
 
 
 def test_resize_and_tie():
@@ -218,7 +280,16 @@ def test_resize_and_tie():
     assert model.get_input_embeddings().num_embeddings == VOCAB + 8
     torch.manual_seed(1)
     out = embedding_output(model, input_ids=ids + 8, attention_mask=mask)
-    assert torch.equal(out, noisy_embedding(ids + 8, model.get_input_embeddings().weight, 5.0, attention_mask=mask, seed=drawn_after(1)))
+    assert torch.equal(
+        out,
+        noisy_embedding(
+            ids + 8,
+            model.get_input_embeddings().weight,
+            5.0,
+            attention_mask=mask,
+            seed=drawn_after(1),
+        ),
+    )
     model.config.tie_word_embeddings = True
     model.tie_weights()
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -238,18 +309,26 @@ def test_what_cannot_be_noised_is_refused():
         def forward(self, ids):
             return self.embed(ids)
 
-    with pytest.raises(ValueError, match=r'NoGetter has no get_input_embeddings\(\).*embedding="path.to.embed"'):
+    with pytest.raises(
+        ValueError, match=r'NoGetter has no get_input_embeddings\(\).*embedding="path.to.embed"'
+    ):
         apply_neftune(NoGetter(nn.Embedding(5, 4)))
 
     class NoneGetter(NoGetter):
         def get_input_embeddings(self):
             return None
 
-    with pytest.raises(ValueError, match=r'NoneGetter has no get_input_embeddings\(\), or it returns None.*embedding="path.to.embed"'):
+    with pytest.raises(
+        ValueError,
+        match=r"NoneGetter has no get_input_embeddings\(\), or it returns "
+        r'None.*embedding="path.to.embed"',
+    ):
         apply_neftune(NoneGetter(nn.Embedding(5, 4)))
     with pytest.raises(ValueError, match="embedding='nowhere' names no module of NoGetter"):
         apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding="nowhere")
-    with pytest.raises(ValueError, match="must be an nn.Embedding, got torch.nn.modules.linear.Linear"):
+    with pytest.raises(
+        ValueError, match="must be an nn.Embedding, got torch.nn.modules.linear.Linear"
+    ):
         apply_neftune(NoGetter(nn.Linear(5, 4)), embedding="embed")
     with pytest.raises(ValueError, match="is a NEFTuneEmbedding and adds noise itself"):
         apply_neftune(NoGetter(NEFTuneEmbedding(5, 4)), embedding="embed")
@@ -259,7 +338,11 @@ def test_what_cannot_be_noised_is_refused():
     patched.embed.forward = lambda ids: ids
     with pytest.raises(ValueError, match="a forward of its own as an instance attribute"):
         apply_neftune(patched, embedding="embed")
-    for bad, message in (({"noise_alpha": -1.0}, "got -1.0"), ({"stream": 2**32}, "got 4294967296"), ({"backend": "tpu"}, "got 'tpu'")):
+    for bad, message in (
+        ({"noise_alpha": -1.0}, "got -1.0"),
+        ({"stream": 2**32}, "got 4294967296"),
+        ({"backend": "tpu"}, "got 'tpu'"),
+    ):
         model = NoGetter(nn.Embedding(5, 4))
         with pytest.raises(ValueError, match=message):
             apply_neftune(model, embedding="embed", **bad)
@@ -282,7 +365,9 @@ def test_own_module_by_path_and_object():
         handle = apply_neftune(model, 5.0, embedding=name or embed, stream=3)
         torch.manual_seed(1)
         out = model(tokens)
-        expected = noisy_embedding(tokens, embed.weight, 5.0, padding_idx=0, seed=drawn_after(1), stream=3)
+        expected = noisy_embedding(
+            tokens, embed.weight, 5.0, padding_idx=0, seed=drawn_after(1), stream=3
+        )
         assert torch.equal(out, expected)
         handle.remove()
         assert type(embed) is nn.Embedding
@@ -291,7 +376,9 @@ def test_own_module_by_path_and_object():
 def test_transformers_own_hook_beside_ours_is_refused():
     model = make_model()
     apply_neftune(model, 5.0)
-    model.get_input_embeddings().neftune_noise_alpha = 5.0  # what Trainer does for TrainingArguments(neftune_noise_alpha=...)
+    model.get_input_embeddings().neftune_noise_alpha = (
+        5.0  # what Trainer does for TrainingArguments(neftune_noise_alpha=...)
+    )
     with pytest.raises(RuntimeError, match="two noises.*neftune_noise_alpha=None"):
         model(ragged()[0])
 
@@ -311,13 +398,20 @@ def test_noise_streams_follow_the_process_group(tmp_path, monkeypatch):
     ids, mask = ragged()
     apply_neftune(model, 5.0)
     weight = model.get_input_embeddings().weight
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
     try:
         for rank in (0, 3):
             monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
             torch.manual_seed(1)
             out = embedding_output(model, input_ids=ids, attention_mask=mask)
-            assert torch.equal(out, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), stream=rank))
+            assert torch.equal(
+                out,
+                noisy_embedding(
+                    ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), stream=rank
+                ),
+            )
     finally:
         torch.distributed.destroy_process_group()
 
@@ -349,13 +443,19 @@ def test_masks_reach_the_embedding_whatever_the_ids_are_called():
             super().__init__()
             self.embed = nn.Embedding(VOCAB, HIDDEN)
 
-        def forward(this, tokens, attention_mask=None):  # positional arguments must not shift with the name of self
+        def forward(
+            this, tokens, attention_mask=None
+        ):  # positional arguments must not shift with the name of self
             return this.embed(tokens)
 
     ids, mask = ragged()
     model = Tokens()
     handle = apply_neftune(model, 5.0, embedding="embed")
-    for call in (lambda: model(ids, attention_mask=mask), lambda: model(ids, mask), lambda: model(tokens=ids, attention_mask=mask)):
+    for call in (
+        lambda: model(ids, attention_mask=mask),
+        lambda: model(ids, mask),
+        lambda: model(tokens=ids, attention_mask=mask),
+    ):
         call()
         assert lengths_seen(handle) == (2, 8)
 
@@ -414,7 +514,9 @@ def test_forwards_without_the_noise_they_should_have_are_loud():
 
 def test_two_noises_are_refused_behind_wrappers_and_on_the_module():
     ids, mask = ragged()
-    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    model = peft.get_peft_model(
+        make_model(), peft.LoraConfig(target_modules=["q_proj", "embed_tokens"])
+    )
     apply_neftune(model, 5.0)
     transformers.trainer.activate_neftune(model, 5.0)
     with pytest.raises(RuntimeError, match="two noises"):
@@ -435,7 +537,9 @@ def test_reentrant_checkpoint_of_the_whole_model():
             return model(ids, mask).logits.sum() * scale
 
         torch.manual_seed(5)
-        torch.utils.checkpoint.checkpoint(segment, torch.ones((), requires_grad=True), **options).backward()
+        torch.utils.checkpoint.checkpoint(
+            segment, torch.ones((), requires_grad=True), **options
+        ).backward()
 
     model = make_model()
     handle = apply_neftune(model, 5.0)
@@ -457,17 +561,25 @@ def test_checkpoint_inside_the_forward_is_refused_where_the_mask_is_gone():
             self.embed = nn.Embedding(VOCAB, HIDDEN)
 
         def forward(self, input_ids, attention_mask=None):
-            return torch.utils.checkpoint.checkpoint(lambda: self.embed(input_ids).square(), use_reentrant=False)
+            return torch.utils.checkpoint.checkpoint(
+                lambda: self.embed(input_ids).square(), use_reentrant=False
+            )
 
     ids, mask = ragged()
     model = Inner()
     apply_neftune(model, 5.0, embedding="embed")
-    with pytest.raises(RuntimeError, match="outside the forward of the model.*keep the embedding out of the checkpointed segment"):
+    with pytest.raises(
+        RuntimeError,
+        match="outside the forward of the model.*keep the embedding out of the checkpointed "
+        "segment",
+    ):
         model(ids, mask).sum().backward()
 
 
 class Int8Weight(torch.Tensor):
-    """A quantised weight as bitsandbytes and torchao make them: an integer dtype outside, floats out of its lookup."""
+    """A quantised weight as bitsandbytes and torchao make them: an integer dtype outside, floats
+    out of its lookup.
+    """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -479,8 +591,12 @@ class Int8Weight(torch.Tensor):
 
 def quantised_model():
     model = make_model()
-    weight = torch.randint(-127, 128, (VOCAB, HIDDEN), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    model.get_input_embeddings().weight = nn.Parameter(weight.as_subclass(Int8Weight), requires_grad=False)
+    weight = torch.randint(
+        -127, 128, (VOCAB, HIDDEN), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+    )
+    model.get_input_embeddings().weight = nn.Parameter(
+        weight.as_subclass(Int8Weight), requires_grad=False
+    )
     return model.bfloat16()
 
 
@@ -529,7 +645,9 @@ def test_remove_refuses_under_a_forward_put_on_the_embedding():
 
 
 def test_variants_reach_the_model():
-    """distribution and equal_variance of apply_neftune, sign of the handle, a noise_mask from the model's arguments or from samples=."""
+    """distribution and equal_variance of apply_neftune, sign of the handle, a noise_mask from the
+    model's arguments or from samples=.
+    """
     ids, mask = ragged()
     model = make_model()
     weight = model.get_input_embeddings().weight
@@ -537,21 +655,35 @@ def test_variants_reach_the_model():
     torch.manual_seed(7)
     noisy = embedding_output(model, input_ids=ids, attention_mask=mask)
     given = {"attention_mask": mask, "seed": drawn_after(7)}
-    assert torch.equal(noisy, noisy_embedding(ids, weight, 5.0, **given, distribution="normal", equal_variance=False))
+    assert torch.equal(
+        noisy,
+        noisy_embedding(ids, weight, 5.0, **given, distribution="normal", equal_variance=False),
+    )
     assert handle.stats()["max_noise_ratio"] > 1
     assert apply_neftune(model, 5.0) is handle
     handle.sign = -1
     torch.manual_seed(7)
-    assert torch.equal(embedding_output(model, input_ids=ids, attention_mask=mask), noisy_embedding(ids, weight, 5.0, **given, sign=-1))
+    assert torch.equal(
+        embedding_output(model, input_ids=ids, attention_mask=mask),
+        noisy_embedding(ids, weight, 5.0, **given, sign=-1),
+    )
     with pytest.raises(ValueError, match="sign must be.* 1 or -1, got 0"):
         handle.sign = 0
     handle.remove()
     prompt = torch.zeros_like(mask)
     prompt[:, 2:7] = 1
-    apply_neftune(model, 5.0, samples=lambda arguments: {"attention_mask": arguments["attention_mask"], "noise_mask": prompt})
+    apply_neftune(
+        model,
+        5.0,
+        samples=lambda arguments: {
+            "attention_mask": arguments["attention_mask"],
+            "noise_mask": prompt,
+        },
+    )
     torch.manual_seed(7)
     assert torch.equal(
-        embedding_output(model, input_ids=ids, attention_mask=mask), noisy_embedding(ids, weight, 5.0, **given, noise_mask=prompt)
+        embedding_output(model, input_ids=ids, attention_mask=mask),
+        noisy_embedding(ids, weight, 5.0, **given, noise_mask=prompt),
     )
 
     class Own(nn.Module):
@@ -565,4 +697,7 @@ def test_variants_reach_the_model():
     own = Own()
     apply_neftune(own, 5.0, embedding="embed")
     torch.manual_seed(7)
-    assert torch.equal(own(ids, mask, prompt), noisy_embedding(ids, own.embed.weight, 5.0, **given, noise_mask=prompt))
+    assert torch.equal(
+        own(ids, mask, prompt),
+        noisy_embedding(ids, own.embed.weight, 5.0, **given, noise_mask=prompt),
+    )

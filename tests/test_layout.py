@@ -1,4 +1,6 @@
-"""layout.py against the oracle's plain loops: exhaustively where shapes are tiny, then the hard cases one by one, then every refusal."""
+"""layout.py against the oracle's plain loops: exhaustively where shapes are tiny, then the hard
+cases one by one, then every refusal.
+"""
 
 import itertools
 import re
@@ -20,29 +22,50 @@ BACKEND = "reference"
 
 @pytest.fixture(autouse=True, params=["reference", "cpp"])
 def numbering(request, monkeypatch):
-    """Documents are numbered by layout.mask_layout or, through the operator, by the native library: every test asks both."""
+    """Documents are numbered by layout.mask_layout or, through the operator, by the native library:
+    every test asks both.
+    """
     monkeypatch.setitem(globals(), "BACKEND", request.param)
     if request.param == "cpp":
         require_native()
         assert torch._C._dispatch_has_kernel_for_dispatch_key("neftune_kernels::mask_layout", "CPU")
 
 
-def found(shape, attention_mask=None, lengths=None, cu_seqlens=None, position_ids=None, sample_offset=0, position_offset=0):
+def found(
+    shape,
+    attention_mask=None,
+    lengths=None,
+    cu_seqlens=None,
+    position_ids=None,
+    sample_offset=0,
+    position_offset=0,
+):
     """(sample, position, length) of every token as the package sees it, None for padding."""
     shape, device = torch.Size(shape), torch.device("cpu")
-    layout = make_layout(shape, device, Samples(attention_mask, lengths, cu_seqlens, position_ids), BACKEND)
+    layout = make_layout(
+        shape, device, Samples(attention_mask, lengths, cu_seqlens, position_ids), BACKEND
+    )
     sample, position, length = per_token(layout, shape, device, sample_offset, position_offset)
     assert sample.shape == position.shape == length.shape == (shape.numel(),)
     rows = zip(sample.tolist(), position.tolist(), length.tolist(), strict=True)
     return [None if count == 0 else (index, place, count) for index, place, count in rows]
 
 
-def expected(shape, attention_mask=None, lengths=None, cu_seqlens=None, position_ids=None, **offsets):
+def expected(
+    shape, attention_mask=None, lengths=None, cu_seqlens=None, position_ids=None, **offsets
+):
     """The same from the oracle's loops."""
     if position_ids is not None:
         position_ids = position_ids.expand(shape)
-    given = {"attention_mask": attention_mask, "lengths": lengths, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
-    return oracle.places(shape, **{k: v.flatten().tolist() for k, v in given.items() if v is not None}, **offsets)
+    given = {
+        "attention_mask": attention_mask,
+        "lengths": lengths,
+        "cu_seqlens": cu_seqlens,
+        "position_ids": position_ids,
+    }
+    return oracle.places(
+        shape, **{k: v.flatten().tolist() for k, v in given.items() if v is not None}, **offsets
+    )
 
 
 def agree(shape, **arguments):
@@ -69,12 +92,16 @@ def test_every_small_mask_with_positions():
 
 def test_every_small_position_pattern():
     """All position ids 0 to 2 of 2 rows of 3 without a mask, and all -1 to 3 of 1 row of 4."""
-    for position_ids in itertools.chain(all_tensors((2, 3), range(3)), all_tensors((1, 4), range(-1, 4))):
+    for position_ids in itertools.chain(
+        all_tensors((2, 3), range(3)), all_tensors((1, 4), range(-1, 4))
+    ):
         agree(tuple(position_ids.shape), position_ids=position_ids)
 
 
 def test_every_small_cu_seqlens():
-    """All non-decreasing bounds of up to 4 documents over 4 tokens, empty documents anywhere, on (4,), (1, 4) and (2, 2) tokens."""
+    """All non-decreasing bounds of up to 4 documents over 4 tokens, empty documents anywhere, on
+    (4,), (1, 4) and (2, 2) tokens.
+    """
     for documents in range(1, 5):
         for inner in itertools.combinations_with_replacement(range(5), documents - 1):
             for dtype in (torch.int32, torch.int64):
@@ -96,13 +123,19 @@ def test_hard_masks(kind, rows, columns):
         mask = make_batch(kind, rows=rows, columns=columns, seed=seed).attention_mask
         agree((rows, columns), attention_mask=mask)
         generator = torch.Generator().manual_seed(seed)
-        position_ids = torch.randint(0, 6, (rows, columns), generator=generator).cummax(1).values + torch.arange(columns)
+        position_ids = torch.randint(0, 6, (rows, columns), generator=generator).cummax(
+            1
+        ).values + torch.arange(columns)
         agree((rows, columns), attention_mask=mask, position_ids=position_ids)
 
 
 def test_mask_worked_out_by_hand():
-    """Left padding, a hole, a change of document across a hole, an all-padding row that still counts as a sample."""
-    mask = torch.tensor([[0, 0, 1, 1, 0, 1], [1, 0, 2, 2, 2, 0], [0, 0, 0, 0, 0, 0], [0, 5, 5, 5, 0, 0]])
+    """Left padding, a hole, a change of document across a hole, an all-padding row that still
+    counts as a sample.
+    """
+    mask = torch.tensor(
+        [[0, 0, 1, 1, 0, 1], [1, 0, 2, 2, 2, 0], [0, 0, 0, 0, 0, 0], [0, 5, 5, 5, 0, 0]]
+    )
     rows = [
         [None, None, (0, 0, 3), (0, 1, 3), None, (0, 3, 3)],
         [(1, 0, 1), None, (2, 0, 3), (2, 1, 3), (2, 2, 3), None],
@@ -113,7 +146,9 @@ def test_mask_worked_out_by_hand():
 
 
 def test_positions_worked_out_by_hand():
-    """Ids that restart open a document; ids that count columns across a hole, or count real tokens across it, do not."""
+    """Ids that restart open a document; ids that count columns across a hole, or count real tokens
+    across it, do not.
+    """
     packed = torch.tensor([[0, 1, 2, 0, 1, 0]])
     three = [(0, 0, 3), (0, 1, 3), (0, 2, 3), (1, 0, 2), (1, 1, 2), (2, 0, 1)]
     assert found((1, 6), position_ids=packed) == three
@@ -123,12 +158,16 @@ def test_positions_worked_out_by_hand():
     for ids in ([9, 3, 4, 0, 0, 5], [9, 3, 4, 0, 0, 7]):
         assert found((1, 6), attention_mask=mask, position_ids=torch.tensor([ids])) == one
     two = [None, (0, 0, 2), (0, 1, 2), None, None, (1, 0, 1)]
-    assert found((1, 6), attention_mask=mask, position_ids=torch.tensor([[9, 3, 4, 0, 0, 6]])) == two
+    assert (
+        found((1, 6), attention_mask=mask, position_ids=torch.tensor([[9, 3, 4, 0, 0, 6]])) == two
+    )
 
 
 @pytest.mark.parametrize("kind", ["full", "ragged", "left", "holes", "empty_rows"])
 def test_one_document_per_row_gives_what_the_mask_gives(kind):
-    """Both usual position ids of a padded row, counting columns or counting real tokens, change nothing."""
+    """Both usual position ids of a padded row, counting columns or counting real tokens, change
+    nothing.
+    """
     mask = make_batch(kind).attention_mask
     alone = found((4, 13), attention_mask=mask)
     counted = (mask.cumsum(1) - 1).clamp(min=0)
@@ -161,13 +200,15 @@ def test_mask_dtypes(dtype):
 
 
 def test_mask_values_are_numbers_not_truth():
-    """0.5 is real, 0.25 beside it another document, -0.0 padding, infinity a number like any other."""
+    """0.5 is real, 0.25 beside it another document, -0.0 padding, infinity a number like any."""
     mask = torch.tensor([[0.5, 0.5, 0.25, -0.0, float("inf"), float("inf")]])
     places = [(0, 0, 2), (0, 1, 2), (1, 0, 1), None, (2, 0, 2), (2, 1, 2)]
     assert found((1, 6), attention_mask=mask) == places
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
+)
 def test_integer_dtypes_of_lengths_and_positions(dtype):
     agree((3, 5), lengths=torch.tensor([5, 0, 7], dtype=dtype))
     position_ids = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7], [1, 0, 1, 2, 2]], dtype=dtype)
@@ -176,20 +217,35 @@ def test_integer_dtypes_of_lengths_and_positions(dtype):
 
 
 def test_positions_of_a_shard_in_any_order():
-    """With lengths, position ids say each token's place, in zigzag or any order, and open no document."""
+    """With lengths, position ids say each token's place, in zigzag or any order, and open no
+    document.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([16, 9, 0, 40])
     whole = expected((4, 16), lengths=lengths)
     order = torch.randperm(16, generator=generator)
     shuffled = found((4, 16), lengths=lengths, position_ids=order.expand(4, 16))
-    assert [shuffled[row * 16 + column] for row in range(4) for column in order.argsort().tolist()] == whole
-    agree((4, 16), lengths=lengths, position_ids=torch.randint(0, 50, (4, 16), generator=generator), position_offset=3)
+    assert [
+        shuffled[row * 16 + column] for row in range(4) for column in order.argsort().tolist()
+    ] == whole
+    agree(
+        (4, 16),
+        lengths=lengths,
+        position_ids=torch.randint(0, 50, (4, 16), generator=generator),
+        position_offset=3,
+    )
 
 
 def test_lengths_beyond_the_row():
-    """A shard at position 4 of samples of 9, 6 and 3 tokens sees 4, 2 and 0 of them, each with the whole sample's length."""
+    """A shard at position 4 of samples of 9, 6 and 3 tokens sees 4, 2 and 0 of them, each with the
+    whole sample's length.
+    """
     places = found((3, 4), lengths=torch.tensor([9, 6, 3]), position_offset=4)
-    rows = [[(0, 4, 9), (0, 5, 9), (0, 6, 9), (0, 7, 9)], [(1, 4, 6), (1, 5, 6), None, None], [None] * 4]
+    rows = [
+        [(0, 4, 9), (0, 5, 9), (0, 6, 9), (0, 7, 9)],
+        [(1, 4, 6), (1, 5, 6), None, None],
+        [None] * 4,
+    ]
     assert places == [place for row in rows for place in row]
     assert found((1, 2), lengths=torch.tensor([2**40])) == [(0, 0, 2**40), (0, 1, 2**40)]
 
@@ -201,7 +257,9 @@ OFFSETS = ((0, 0), (1, 0), (0, 1), (WORD - 1, WORD - 1), (2**31, 2**31 - 1), (WO
 def test_offsets_wrap(sample_offset, position_offset):
     offsets = {"sample_offset": sample_offset, "position_offset": position_offset}
     agree((3, 4), **offsets)
-    agree((3, 4), attention_mask=torch.tensor([[1, 1, 2, 0], [0, 0, 0, 0], [0, 1, 0, 1]]), **offsets)
+    agree(
+        (3, 4), attention_mask=torch.tensor([[1, 1, 2, 0], [0, 0, 0, 0], [0, 1, 0, 1]]), **offsets
+    )
     agree((3, 4), position_ids=torch.tensor([[0, 1, 0, 1]]), **offsets)
     agree((3, 4), lengths=torch.tensor([4, 2**33, 2]), **offsets)
     agree((3, 4), cu_seqlens=torch.tensor([0, 0, 5, 5, 12, 12]), **offsets)
@@ -248,8 +306,18 @@ def test_one_row_of_tokens():
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (0, 0), (2, 0, 3)])
 def test_empty_tokens(shape):
     mask = torch.zeros(shape, dtype=torch.int64)
-    arguments = ({}, {"attention_mask": mask}, {"position_ids": mask}, {"lengths": mask.sum(-1)}, {"cu_seqlens": torch.tensor([0])})
-    for given in (*arguments, {"cu_seqlens": torch.tensor([0, 0, 0])}, {"position_ids": mask, "lengths": mask.sum(-1)}):
+    arguments = (
+        {},
+        {"attention_mask": mask},
+        {"position_ids": mask},
+        {"lengths": mask.sum(-1)},
+        {"cu_seqlens": torch.tensor([0])},
+    )
+    for given in (
+        *arguments,
+        {"cu_seqlens": torch.tensor([0, 0, 0])},
+        {"position_ids": mask, "lengths": mask.sum(-1)},
+    ):
         assert found(shape, **given) == []
 
 
@@ -272,7 +340,11 @@ def shaped(*shape):
 
 
 REFUSED = {
-    "mask and lengths": ({"attention_mask": shaped(2, 3), "lengths": shaped(2)}, ValueError, "at most one .*attention_mask and lengths"),
+    "mask and lengths": (
+        {"attention_mask": shaped(2, 3), "lengths": shaped(2)},
+        ValueError,
+        "at most one .*attention_mask and lengths",
+    ),
     "mask and cu_seqlens": (
         {"attention_mask": shaped(2, 3), "cu_seqlens": torch.tensor([0, 6])},
         ValueError,
@@ -293,50 +365,162 @@ REFUSED = {
         ValueError,
         "position_ids.*cu_seqlens",
     ),
-    "mask of another shape": ({"attention_mask": shaped(2, 4)}, ValueError, r"attention_mask.*\(2, 3\).*\(2, 4\)"),
-    "mask of one row": ({"attention_mask": shaped(1, 3)}, ValueError, r"attention_mask.*\(2, 3\).*\(1, 3\)"),
-    "mask of four axes": ({"attention_mask": shaped(2, 1, 1, 3)}, ValueError, r"attention_mask.*\(2, 3\).*\(2, 1, 1, 3\)"),
-    "complex mask": ({"attention_mask": shaped(2, 3).to(torch.complex64)}, TypeError, "attention_mask.*complex64"),
-    "mask as a list": ({"attention_mask": [[1, 1, 1], [1, 1, 1]]}, TypeError, "attention_mask must be a tensor, got list"),
-    "NaN mask": ({"attention_mask": torch.tensor([[1, 1, 1], [1, float("nan"), 0]])}, ValueError, "attention_mask.*NaN.*0"),
-    "negative mask": ({"attention_mask": torch.tensor([[1, 1, 1], [1, -1, 0]])}, ValueError, "attention_mask.*negative.*0"),
+    "mask of another shape": (
+        {"attention_mask": shaped(2, 4)},
+        ValueError,
+        r"attention_mask.*\(2, 3\).*\(2, 4\)",
+    ),
+    "mask of one row": (
+        {"attention_mask": shaped(1, 3)},
+        ValueError,
+        r"attention_mask.*\(2, 3\).*\(1, 3\)",
+    ),
+    "mask of four axes": (
+        {"attention_mask": shaped(2, 1, 1, 3)},
+        ValueError,
+        r"attention_mask.*\(2, 3\).*\(2, 1, 1, 3\)",
+    ),
+    "complex mask": (
+        {"attention_mask": shaped(2, 3).to(torch.complex64)},
+        TypeError,
+        "attention_mask.*complex64",
+    ),
+    "mask as a list": (
+        {"attention_mask": [[1, 1, 1], [1, 1, 1]]},
+        TypeError,
+        "attention_mask must be a tensor, got list",
+    ),
+    "NaN mask": (
+        {"attention_mask": torch.tensor([[1, 1, 1], [1, float("nan"), 0]])},
+        ValueError,
+        "attention_mask.*NaN.*0",
+    ),
+    "negative mask": (
+        {"attention_mask": torch.tensor([[1, 1, 1], [1, -1, 0]])},
+        ValueError,
+        "attention_mask.*negative.*0",
+    ),
     "additive mask": (
         {"attention_mask": torch.tensor([[0, 0, 0], [0, 0, -float("inf")]])},
         ValueError,
         "attention_mask.*negative.*0",
     ),
     "lengths of another shape": ({"lengths": shaped(3)}, ValueError, r"lengths.*\(2,\).*\(3,\)"),
-    "lengths of one axis too many": ({"lengths": shaped(2, 1)}, ValueError, r"lengths.*\(2,\).*\(2, 1\)"),
+    "lengths of one axis too many": (
+        {"lengths": shaped(2, 1)},
+        ValueError,
+        r"lengths.*\(2,\).*\(2, 1\)",
+    ),
     "lengths 0-D": ({"lengths": torch.tensor(3)}, ValueError, r"lengths.*\(2,\).*\(\)"),
     "lengths in float": ({"lengths": shaped(2).float()}, TypeError, "lengths.*integer.*float32"),
     "lengths in bool": ({"lengths": shaped(2).bool()}, TypeError, "lengths.*integer.*bool"),
     "lengths as a list": ({"lengths": [3, 2]}, TypeError, "lengths must be a tensor, got list"),
     "negative lengths": ({"lengths": torch.tensor([3, -2])}, ValueError, "lengths.*negative.*-2"),
-    "cu_seqlens in float": ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens.*int32 or int64.*float32"),
-    "cu_seqlens in int16": ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int16)}, TypeError, "cu_seqlens.*int32 or int64.*int16"),
-    "cu_seqlens of two axes": ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, r"cu_seqlens.*\(documents \+ 1,\).*\(1, 2\)"),
-    "cu_seqlens of none": ({"cu_seqlens": torch.tensor([], dtype=torch.int64)}, ValueError, r"cu_seqlens.*\(documents \+ 1,\).*\(0,\)"),
-    "cu_seqlens without documents": ({"cu_seqlens": torch.tensor([0])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 0"),
-    "cu_seqlens from 1": ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*1 to 6"),
-    "cu_seqlens too short": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 5"),
-    "cu_seqlens too long": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens.*0 to the number of tokens 6.*0 to 7"),
-    "cu_seqlens that fall": ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens below zero": ({"cu_seqlens": torch.tensor([0, -1, 6])}, ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens beyond the end": ({"cu_seqlens": torch.tensor([0, 9, 6])}, ValueError, "cu_seqlens.*decrease"),
-    "cu_seqlens as a list": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be a tensor, got list"),
-    "positions of another shape": ({"position_ids": shaped(2, 4)}, ValueError, r"position_ids.*\(2, 3\).*\(2, 4\)"),
-    "positions of other rows": ({"position_ids": shaped(3, 3)}, ValueError, r"position_ids.*\(2, 3\).*\(3, 3\)"),
-    "positions of no row": ({"position_ids": shaped(3)}, ValueError, r"position_ids.*\(2, 3\).*\(3,\)"),
-    "mask in float8": ({"attention_mask": torch.ones(2, 3).to(torch.float8_e4m3fn)}, TypeError, "attention_mask must be.*float8_e4m3fn"),
+    "cu_seqlens in float": (
+        {"cu_seqlens": torch.tensor([0.0, 6.0])},
+        TypeError,
+        "cu_seqlens.*int32 or int64.*float32",
+    ),
+    "cu_seqlens in int16": (
+        {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int16)},
+        TypeError,
+        "cu_seqlens.*int32 or int64.*int16",
+    ),
+    "cu_seqlens of two axes": (
+        {"cu_seqlens": torch.tensor([[0, 6]])},
+        ValueError,
+        r"cu_seqlens.*\(documents \+ 1,\).*\(1, 2\)",
+    ),
+    "cu_seqlens of none": (
+        {"cu_seqlens": torch.tensor([], dtype=torch.int64)},
+        ValueError,
+        r"cu_seqlens.*\(documents \+ 1,\).*\(0,\)",
+    ),
+    "cu_seqlens without documents": (
+        {"cu_seqlens": torch.tensor([0])},
+        ValueError,
+        "cu_seqlens.*0 to the number of tokens 6.*0 to 0",
+    ),
+    "cu_seqlens from 1": (
+        {"cu_seqlens": torch.tensor([1, 6])},
+        ValueError,
+        "cu_seqlens.*0 to the number of tokens 6.*1 to 6",
+    ),
+    "cu_seqlens too short": (
+        {"cu_seqlens": torch.tensor([0, 5])},
+        ValueError,
+        "cu_seqlens.*0 to the number of tokens 6.*0 to 5",
+    ),
+    "cu_seqlens too long": (
+        {"cu_seqlens": torch.tensor([0, 7])},
+        ValueError,
+        "cu_seqlens.*0 to the number of tokens 6.*0 to 7",
+    ),
+    "cu_seqlens that fall": (
+        {"cu_seqlens": torch.tensor([0, 4, 3, 6])},
+        ValueError,
+        "cu_seqlens.*decrease",
+    ),
+    "cu_seqlens below zero": (
+        {"cu_seqlens": torch.tensor([0, -1, 6])},
+        ValueError,
+        "cu_seqlens.*decrease",
+    ),
+    "cu_seqlens beyond the end": (
+        {"cu_seqlens": torch.tensor([0, 9, 6])},
+        ValueError,
+        "cu_seqlens.*decrease",
+    ),
+    "cu_seqlens as a list": (
+        {"cu_seqlens": [0, 6]},
+        TypeError,
+        "cu_seqlens must be a tensor, got list",
+    ),
+    "positions of another shape": (
+        {"position_ids": shaped(2, 4)},
+        ValueError,
+        r"position_ids.*\(2, 3\).*\(2, 4\)",
+    ),
+    "positions of other rows": (
+        {"position_ids": shaped(3, 3)},
+        ValueError,
+        r"position_ids.*\(2, 3\).*\(3, 3\)",
+    ),
+    "positions of no row": (
+        {"position_ids": shaped(3)},
+        ValueError,
+        r"position_ids.*\(2, 3\).*\(3,\)",
+    ),
+    "mask in float8": (
+        {"attention_mask": torch.ones(2, 3).to(torch.float8_e4m3fn)},
+        TypeError,
+        "attention_mask must be.*float8_e4m3fn",
+    ),
     "mask that is additive": (
         {"attention_mask": torch.tensor([[0, 0, -1.5]] * 2)},
         ValueError,
         "attention_mask has negative.*such as -1.5:",
     ),
-    "mask with NaN": ({"attention_mask": torch.tensor([[0, 0, float("nan")]] * 2)}, ValueError, "attention_mask has.*such as nan:"),
-    "positions in float": ({"position_ids": shaped(2, 3).float()}, TypeError, "position_ids.*integer.*float32"),
-    "positions as a list": ({"position_ids": [[0, 1, 2]]}, TypeError, "position_ids must be a tensor, got list"),
-    "another device": ({"lengths": torch.ones(2, dtype=torch.int64, device="meta")}, ValueError, "lengths is on meta.*cpu"),
+    "mask with NaN": (
+        {"attention_mask": torch.tensor([[0, 0, float("nan")]] * 2)},
+        ValueError,
+        "attention_mask has.*such as nan:",
+    ),
+    "positions in float": (
+        {"position_ids": shaped(2, 3).float()},
+        TypeError,
+        "position_ids.*integer.*float32",
+    ),
+    "positions as a list": (
+        {"position_ids": [[0, 1, 2]]},
+        TypeError,
+        "position_ids must be a tensor, got list",
+    ),
+    "another device": (
+        {"lengths": torch.ones(2, dtype=torch.int64, device="meta")},
+        ValueError,
+        "lengths is on meta.*cpu",
+    ),
 }
 
 
@@ -352,7 +536,9 @@ def test_one_row_of_positions_serves_every_row():
     expected = noise_of((2, 3, 4), position_ids=positions.expand(2, 3, 4))
     for one in (positions, positions[None]):
         assert torch.equal(noise_of((2, 3, 4), position_ids=one), expected)
-    assert torch.equal(noise_of((4,), position_ids=positions), noise_of((4,), position_ids=positions[0]))
+    assert torch.equal(
+        noise_of((4,), position_ids=positions), noise_of((4,), position_ids=positions[0])
+    )
 
 
 def noise_of(shape, **samples):

@@ -1,4 +1,6 @@
-"""The Lightning callback: noise in training only, taken off whatever ends it, and loud where the model would get none."""
+"""The Lightning callback: noise in training only, taken off whatever ends it, and loud where the
+model would get none.
+"""
 
 import signal
 
@@ -14,7 +16,12 @@ transformers = pytest.importorskip("transformers")
 
 from neftune_kernels.integrations.lightning import NEFTuneCallback  # noqa: E402
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 VOCAB, HIDDEN = 64, 32
 
 
@@ -29,7 +36,11 @@ class Module(pl.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=48,
         )
         self.model = transformers.LlamaForCausalLM(config).train()
         self.fails_with = fails_with
@@ -69,7 +80,12 @@ def data(rows=16):
 
 
 def trainer(callback, **options):
-    return pl.Trainer(accelerator="cpu", devices=1, callbacks=[callback], **{"max_epochs": 1, "log_every_n_steps": 1, **QUIET, **options})
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=[callback],
+        **{"max_epochs": 1, "log_every_n_steps": 1, **QUIET, **options},
+    )
 
 
 def check_clean(module, callback):
@@ -92,7 +108,12 @@ def sigint():
 
 
 @pytest.mark.parametrize(
-    ("failure", "raised"), [(ValueError("in training_step"), ValueError), (KeyboardInterrupt(), SystemExit), (SystemExit(3), SystemExit)]
+    ("failure", "raised"),
+    [
+        (ValueError("in training_step"), ValueError),
+        (KeyboardInterrupt(), SystemExit),
+        (SystemExit(3), SystemExit),
+    ],
 )
 def test_nothing_is_left_after_a_failure(failure, raised, sigint):
     module, callback = Module(failure), NEFTuneCallback(5.0)
@@ -132,13 +153,18 @@ def test_schedule_accumulation_and_logs():
     run.fit(module, data())
     assert module.alphas == [8.0, 8.0, 6.0, 6.0, 4.0, 4.0, 2.0, 2.0]
     logged = run.logged_metrics
-    assert logged["neftune/noise_alpha"] == 2.0 and logged["neftune/length_min"] == logged["neftune/length_max"] == 8
+    assert (
+        logged["neftune/noise_alpha"] == 2.0
+        and logged["neftune/length_min"] == logged["neftune/length_max"] == 8
+    )
     assert logged["neftune/magnitude_max"] == pytest.approx(2.0 / (8 * HIDDEN) ** 0.5)
     check_clean(module, callback)
     callback = NEFTuneCallback(5.0, log_stats=False)
     run = trainer(callback)
     run.fit(Module(), data())
-    assert [name for name in run.logged_metrics if name.startswith("neftune/")] == ["neftune/noise_alpha"]
+    assert [name for name in run.logged_metrics if name.startswith("neftune/")] == [
+        "neftune/noise_alpha"
+    ]
 
 
 def test_testing_and_validation_have_no_noise():
@@ -152,7 +178,9 @@ def test_testing_and_validation_have_no_noise():
 def test_a_model_left_in_eval_mode_warns():
     module = Module()
     module.model.eval()
-    with pytest.warns(UserWarning, match=r"skipped: eval mode\. .*call its train\(\) before fit") as caught:
+    with pytest.warns(
+        UserWarning, match=r"skipped: eval mode\. .*call its train\(\) before fit"
+    ) as caught:
         trainer(NEFTuneCallback(5.0)).fit(module, data())
     assert sum("noisy forward" in str(warning.message) for warning in caught) == 1
 
@@ -161,7 +189,11 @@ def test_what_was_applied_before_goes_on_after_the_callback():
     module = Module()
     handle = apply_neftune(module.model, 3.0, stream=7)
     trainer(NEFTuneCallback(5.0), max_steps=2).fit(module, data())
-    assert handle.noise_alpha == 3.0 and handle.settings()["stream"] == 7 and handle.stats()["calls"] == 2
+    assert (
+        handle.noise_alpha == 3.0
+        and handle.settings()["stream"] == 7
+        and handle.stats()["calls"] == 2
+    )
     handle.remove()
     assert type(module.model.get_input_embeddings()) is nn.Embedding
 
@@ -173,7 +205,11 @@ def test_which_model_is_noised():
             self.reference = transformers.LlamaForCausalLM(self.model.config)
 
     callback = NEFTuneCallback(5.0)
-    with pytest.raises(ValueError, match=r"2 children with one \(model, reference\).*NEFTuneCallback\(model='path.in.module'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 children with one \(model, "
+        r"reference\).*NEFTuneCallback\(model='path.in.module'\)",
+    ):
         trainer(callback).fit(Two(), data())
     module, callback = Two(), NEFTuneCallback(5.0, model="model")
     trainer(callback).fit(module, data())

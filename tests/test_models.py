@@ -1,4 +1,6 @@
-"""apply_neftune on every model family people fine-tune: the paper's noise, once, at the right magnitude; eval untouched."""
+"""apply_neftune on every model family people fine-tune: the paper's noise, once, at the right
+magnitude; eval untouched.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,13 @@ from neftune_kernels import NEFTuneEmbedding, apply_neftune, neftune_noise
 transformers = pytest.importorskip("transformers")
 
 VOCAB, HIDDEN = 64, 32
-SMALL = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 DECODERS = {
@@ -35,7 +43,10 @@ DECODERS = {
     "Gemma2": ("Gemma2", {**GROUPED, "head_dim": 8}),
     "Gemma3": ("Gemma3Text", {**GROUPED, "head_dim": 8}),
     "Mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4}),
-    "Qwen2-MoE": ("Qwen2Moe", {**GROUPED, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}),
+    "Qwen2-MoE": (
+        "Qwen2Moe",
+        {**GROUPED, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    ),
     "Qwen3-MoE": ("Qwen3Moe", {**GROUPED, **EXPERTS, "num_experts": 4, "head_dim": 8}),
     "Granite": ("Granite", {**GROUPED, "embedding_multiplier": 12.0}),
 }
@@ -43,7 +54,15 @@ ENCODERS = {
     "BERT": ("Bert", SMALL),
     "RoBERTa": ("Roberta", {**SMALL, "pad_token_id": 1, "max_position_embeddings": 40}),
 }
-T5_LIKE = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5_LIKE = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 BART_LIKE = {
     "vocab_size": VOCAB,
     "d_model": HIDDEN,
@@ -116,7 +135,9 @@ class Recorded:
     def __init__(self, *modules):
         self.outputs = [[] for _ in modules]
         self.hooks = [
-            module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.detach().clone()))
+            module.register_forward_hook(
+                lambda module, args, output, seen=seen: seen.append(output.detach().clone())
+            )
             for module, seen in zip(modules, self.outputs, strict=True)
         ]
 
@@ -140,7 +161,9 @@ def last_seed(module):
 @pytest.mark.parametrize("padding", ["right", "left", "holes", "none"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_decoders(family, padding, proves):
-    """The first layer of a decoder gets embedding (scaled as the model scales it) + alpha/sqrt(L d) u, with its own L in every row."""
+    """The first layer of a decoder gets embedding (scaled as the model scales it) + alpha/sqrt(L d)
+    u, with its own L in every row.
+    """
     model = decoder_only(family).train()
     for module in model.modules():  # dropout between embedding and first layer would hide the bits
         if isinstance(module, nn.Dropout):
@@ -149,7 +172,9 @@ def test_decoders(family, padding, proves):
     given = {} if padding == "none" else {"attention_mask": mask}
     clean = first_hidden(model.eval(), input_ids=ids, **given)
     handle = apply_neftune(model, 5.0)
-    assert torch.equal(first_hidden(model, input_ids=ids, **given), clean), "eval stays what it was, bit for bit"
+    assert torch.equal(first_hidden(model, input_ids=ids, **given), clean), (
+        "eval stays what it was, bit for bit"
+    )
     embedding = model.get_input_embeddings()
     noisy = first_hidden(model.train(), input_ids=ids, **given)
     noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
@@ -158,12 +183,15 @@ def test_decoders(family, padding, proves):
             model.eval()(input_ids=ids, **given)
             model.train()(input_ids=ids, **given)
         clean, noisy = seen
-        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
+        noise = neftune_noise(
+            ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding)
+        )
     assert torch.equal(noisy, clean + noise)
     assert handle.stats()["calls"] == (2 if family in ("GPT2", "OPT") else 1)
     handle.remove()
     assert torch.equal(
-        first_hidden(model.eval(), input_ids=ids, **given), first_hidden(decoder_only(family).eval(), input_ids=ids, **given)
+        first_hidden(model.eval(), input_ids=ids, **given),
+        first_hidden(decoder_only(family).eval(), input_ids=ids, **given),
     )
     proves(family, "forward", f"padding: {padding}")
 
@@ -178,24 +206,32 @@ def test_encoders(family, proves):
     for given, real in (({"attention_mask": mask}, mask), ({}, torch.ones_like(mask))):
         with Recorded(embedding) as (seen,):
             model(input_ids=ids, **given)
-        assert torch.equal(seen[0], clean + neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(embedding)))
+        assert torch.equal(
+            seen[0],
+            clean
+            + neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(embedding)),
+        )
     padded = ids.masked_fill(mask == 0, embedding.padding_idx)
     with Recorded(embedding) as (seen,):
         model(input_ids=padded)
     expected = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
-    assert torch.equal(seen[0], torch.nn.functional.embedding(padded, embedding.weight) + expected), (
-        "padding_idx tells padding where nothing else does"
-    )
+    assert torch.equal(
+        seen[0], torch.nn.functional.embedding(padded, embedding.weight) + expected
+    ), "padding_idx tells padding where nothing else does"
     assert handle.stats()["calls"] == 3
     proves(family, "forward", "padding: right")
 
 
 def encoder_decoder(family):
-    return build(family, ENCODER_DECODERS, "MTModel" if family == "Marian" else "ForConditionalGeneration").train()
+    return build(
+        family, ENCODER_DECODERS, "MTModel" if family == "Marian" else "ForConditionalGeneration"
+    ).train()
 
 
 def labels_and_ids(model):
-    """Labels padded with -100 and the decoder's own shifted ids with the real tokens of each row: labels and the start token."""
+    """Labels padded with -100 and the decoder's own shifted ids with the real tokens of each row:
+    labels and the start token.
+    """
     labels = torch.randint(3, VOCAB, (3, 6), generator=torch.Generator().manual_seed(3))
     labels[0, 4:], labels[1, 1:] = -100, -100
     real = torch.ones(3, 6, dtype=torch.int64)
@@ -205,11 +241,16 @@ def labels_and_ids(model):
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_encoder_decoders(family, proves):
-    """Encoder and decoder tokens get noise, each once and each with its own lengths; `shared`, which transformers hooks, never runs."""
+    """Encoder and decoder tokens get noise, each once and each with its own lengths; `shared`,
+    which transformers hooks, never runs.
+    """
     model = encoder_decoder(family)
     ids, mask = batch("right")
     labels, real = labels_and_ids(model)
-    encoder, decoder = model.get_encoder().get_input_embeddings(), model.get_decoder().get_input_embeddings()
+    encoder, decoder = (
+        model.get_encoder().get_input_embeddings(),
+        model.get_decoder().get_input_embeddings(),
+    )
     scale = {
         stack: getattr(stack, "embed_scale", 1.0) if family in ("Pegasus", "Marian") else 1.0
         for stack in (model.get_encoder(), model.get_decoder())
@@ -230,7 +271,9 @@ def test_encoder_decoders(family, proves):
         model(input_ids=ids, attention_mask=mask, labels=labels)
     assert len(decoded) == 1
     noise = neftune_noise(mask.shape, HIDDEN, 5.0, attention_mask=mask, seed=seeds[0])
-    assert all(torch.equal(*pair) for pair in zip(encoded[1:], encoded_clean[1:], strict=True)), "the padding of LED's window"
+    assert all(torch.equal(*pair) for pair in zip(encoded[1:], encoded_clean[1:], strict=True)), (
+        "the padding of LED's window"
+    )
     assert len(encoded) == (2 if family == "LED" else 1)
     assert torch.equal(encoded[0], encoded_clean[0] * scale[model.get_encoder()] + noise)
     noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=seeds[1])
@@ -239,18 +282,29 @@ def test_encoder_decoders(family, proves):
     handle.noise_alpha = 5.0
     own = torch.ones_like(real)
     own[2, :2] = 0
-    model(input_ids=ids, attention_mask=mask, decoder_input_ids=labels.clamp(min=3), decoder_attention_mask=own)
+    model(
+        input_ids=ids,
+        attention_mask=mask,
+        decoder_input_ids=labels.clamp(min=3),
+        decoder_attention_mask=own,
+    )
     assert decoder._neftune.last.samples.attention_mask.equal(own)
     handle.remove()
-    assert torch.equal(model.eval()(input_ids=ids, attention_mask=mask, labels=labels).logits, eval_logits)
+    assert torch.equal(
+        model.eval()(input_ids=ids, attention_mask=mask, labels=labels).logits, eval_logits
+    )
     proves(family, "forward", "encoder and decoder")
 
 
 def test_fsmt(proves):
-    """Its decoder is a plain module whose mask has a name and sense of its own: its ids up to the last that is not padding are real."""
+    """Its decoder is a plain module whose mask has a name and sense of its own: its ids up to the
+    last that is not padding are real.
+    """
     torch.manual_seed(0)
     options = {k: v for k, v in BART_LIKE.items() if k != "vocab_size"}
-    config = transformers.FSMTConfig(langs=["en", "de"], src_vocab_size=VOCAB, tgt_vocab_size=VOCAB, **options)
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=VOCAB, tgt_vocab_size=VOCAB, **options
+    )
     model = transformers.FSMTForConditionalGeneration(config).train()
     ids, mask = batch("right")
     decoder_ids = ids.masked_fill(mask == 0, 1).flip(0)
@@ -258,9 +312,13 @@ def test_fsmt(proves):
     handle = apply_neftune(model, 5.0)
     with Recorded(encoder, decoder) as outputs:
         model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids)
-    for output, module, tokens, real in zip(outputs, (encoder, decoder), (ids, decoder_ids), (mask, mask.flip(0)), strict=True):
+    for output, module, tokens, real in zip(
+        outputs, (encoder, decoder), (ids, decoder_ids), (mask, mask.flip(0)), strict=True
+    ):
         noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(module))
-        assert torch.equal(output[0], nn.functional.embedding(tokens, module.weight) * HIDDEN**0.5 + noise)
+        assert torch.equal(
+            output[0], nn.functional.embedding(tokens, module.weight) * HIDDEN**0.5 + noise
+        )
     assert handle.stats()["calls"] == 2
     proves("FSMT", "forward", "encoder and decoder")
 
@@ -315,17 +373,28 @@ def test_whisper(proves):
 def llava():
     torch.manual_seed(0)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
     text = transformers.LlamaConfig(**GROUPED)
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=3, vision_feature_layer=-1, vision_feature_select_strategy="default"
+        vision_config=vision,
+        text_config=text,
+        image_token_id=3,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
     )
     return transformers.LlavaForConditionalGeneration(config).train()
 
 
 def test_llava(proves):
-    """Image placeholders are tokens of the sequence and count in L; their embeddings, noise and all, are replaced by the image's."""
+    """Image placeholders are tokens of the sequence and count in L; their embeddings, noise and
+    all, are replaced by the image's.
+    """
     model = llava()
     ids = torch.randint(4, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
     ids[:, 2:6] = 3  # four patches
@@ -371,14 +440,18 @@ def test_own_module_with_a_callable():
         model = Own()
         handle = apply_neftune(model, 5.0, embedding="parts.embed", samples=told)
         out = model(ids, keep=mask)
-        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(model.parts["embed"]))
+        noise = neftune_noise(
+            ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(model.parts["embed"])
+        )
         assert torch.equal(out, nn.functional.embedding(ids, model.parts["embed"].weight) + noise)
         handle.remove()
         assert type(model.parts["embed"]) is nn.Embedding and not model._forward_pre_hooks
 
 
 def test_shards_of_a_sequence_through_apply_neftune():
-    """A context-parallel split that samples= explains: global lengths, each token's place, one stream; shards together are the whole."""
+    """A context-parallel split that samples= explains: global lengths, each token's place, one
+    stream; shards together are the whole.
+    """
     model = decoder_only("Llama").train()
     ids, mask = batch("right")
     lengths = mask.sum(1)
@@ -387,7 +460,12 @@ def test_shards_of_a_sequence_through_apply_neftune():
     with Recorded(model.get_input_embeddings()) as (seen,):
         model(input_ids=ids, attention_mask=mask)
     whole.remove()
-    apply_neftune(model, 5.0, stream=0, samples=lambda given: {"lengths": lengths, "position_ids": given["position_ids"]})
+    apply_neftune(
+        model,
+        5.0,
+        stream=0,
+        samples=lambda given: {"lengths": lengths, "position_ids": given["position_ids"]},
+    )
     shards = []
     for columns in (torch.tensor([0, 1, 6, 7]), torch.tensor([2, 3, 4, 5])):  # zig-zag
         torch.manual_seed(3)
@@ -403,7 +481,9 @@ def test_own_module_that_tells_nothing_warns_and_names_the_remedy():
     ids, mask = batch("right")
     model = Own()
     apply_neftune(model, embedding="parts.embed", samples=lambda given: 5)
-    with pytest.raises(TypeError, match="must return an attention_mask tensor, a dictionary or None, got int"):
+    with pytest.raises(
+        TypeError, match="must return an attention_mask tensor, a dictionary or None, got int"
+    ):
         model(ids, mask)
     model = Own()
     apply_neftune(model, embedding="parts.embed", samples=lambda given: {"mask": mask})
@@ -418,7 +498,9 @@ def test_own_module_by_hand():
     embedding = NEFTuneEmbedding(VOCAB, HIDDEN, noise_alpha=5.0)
     ids, mask = batch("left")
     noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=3)
-    assert torch.equal(embedding(ids, mask, seed=3), nn.functional.embedding(ids, embedding.weight) + noise)
+    assert torch.equal(
+        embedding(ids, mask, seed=3), nn.functional.embedding(ids, embedding.weight) + noise
+    )
 
 
 @pytest.mark.parametrize("version", ["2", "2_5"])
@@ -438,14 +520,21 @@ def test_qwen_vl(version, proves):
     vision = (
         {**sizes, "embed_dim": 32}
         if version == "2"
-        else {**sizes, "out_hidden_size": HIDDEN, "intermediate_size": 32, "fullatt_block_indexes": [0]}
+        else {
+            **sizes,
+            "out_hidden_size": HIDDEN,
+            "intermediate_size": 32,
+            "fullatt_block_indexes": [0],
+        }
     )
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "type": "default"}
     text = {**GROUPED, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 10000.0}}
     config = getattr(transformers, f"Qwen{version}VLConfig".replace("2_5", "2_5_"))(
         text_config=text, vision_config=vision, image_token_id=3
     )
-    model = getattr(transformers, f"{name.replace('2_5', '2_5_')}ForConditionalGeneration")(config).train()
+    model = getattr(transformers, f"{name.replace('2_5', '2_5_')}ForConditionalGeneration")(
+        config
+    ).train()
     ids, mask = batch("right")
     ids = ids.clamp(min=8)
     handle = apply_neftune(model, 5.0)
@@ -454,7 +543,9 @@ def test_qwen_vl(version, proves):
     for given in ({}, {"position_ids": positions}):
         with Recorded(embedding) as (seen,):
             model(input_ids=ids, attention_mask=mask, **given)
-        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding))
+        noise = neftune_noise(
+            ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding)
+        )
         assert torch.equal(seen[0], nn.functional.embedding(ids, embedding.weight) + noise)
     assert handle.stats()["calls"] == 2
     proves(f"Qwen{version.replace('_', '.')}-VL", "forward", "padding: right")
@@ -479,7 +570,11 @@ def test_a_mask_that_the_outer_model_keeps_to_itself():
     """RwkvForCausalLM takes an attention_mask and does not hand it on."""
     torch.manual_seed(0)
     config = transformers.RwkvConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, attention_hidden_size=HIDDEN, intermediate_size=32
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        attention_hidden_size=HIDDEN,
+        intermediate_size=32,
     )
     model = transformers.RwkvForCausalLM(config).train()
     ids, mask = batch("right")
@@ -489,8 +584,12 @@ def test_a_mask_that_the_outer_model_keeps_to_itself():
 
 
 def test_models_that_look_up_time_first_are_refused():
-    config = transformers.XLNetConfig(vocab_size=VOCAB, d_model=HIDDEN, n_layer=1, n_head=2, d_inner=32)
-    with pytest.raises(ValueError, match=r"XLNetModel looks tokens up time first.*add_noise.*as inputs_embeds"):
+    config = transformers.XLNetConfig(
+        vocab_size=VOCAB, d_model=HIDDEN, n_layer=1, n_head=2, d_inner=32
+    )
+    with pytest.raises(
+        ValueError, match=r"XLNetModel looks tokens up time first.*add_noise.*as inputs_embeds"
+    ):
         apply_neftune(transformers.XLNetModel(config))
 
     class TimeFirst(nn.Module):
@@ -504,7 +603,11 @@ def test_models_that_look_up_time_first_are_refused():
     ids, mask = batch("right")
     model = TimeFirst()
     apply_neftune(model, embedding="embed")
-    with pytest.warns(UserWarning, match=r"attention_mask of shape \(3, 8\) does not fit the embedding's input \(8, 3\).*samples="):
+    with pytest.warns(
+        UserWarning,
+        match=r"attention_mask of shape \(3, 8\) does not fit the embedding's input \(8, "
+        r"3\).*samples=",
+    ):
         model(ids, mask)
 
 
@@ -525,13 +628,18 @@ class ScaledByConfig(Scaled):
 
 @pytest.mark.parametrize("kind", [Scaled, ScaledByConfig])
 def test_factors_that_cannot_be_taken_over_warn(kind):
-    with pytest.warns(UserWarning, match=rf"{kind.__name__} may multiply embeddings.*divide noise_alpha by the factor"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"{kind.__name__} may multiply embeddings.*divide noise_alpha by the factor",
+    ):
         apply_neftune(kind(), embedding="embed")
 
 
 @pytest.mark.parametrize("then", ["remove", "forward", "wrap"])
 def test_an_interrupted_forward_leaves_nothing_behind(then):
-    """KeyboardInterrupt runs no forward hooks: the model's own factor comes back all the same, and so does the noise."""
+    """KeyboardInterrupt runs no forward hooks: the model's own factor comes back all the same, and
+    so does the noise.
+    """
     peft = pytest.importorskip("peft")
     model = decoder_only("Granite").train()
     ids, mask = batch("right")
@@ -550,11 +658,24 @@ def test_an_interrupted_forward_leaves_nothing_behind(then):
         assert model.model.embedding_multiplier == 12.0
     elif then == "forward":
         noisy = first_hidden(model, input_ids=ids, attention_mask=mask)
-        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(model.get_input_embeddings()))
-        assert torch.equal(noisy, first_hidden(model.eval(), input_ids=ids, attention_mask=mask) + noise)
+        noise = neftune_noise(
+            ids.shape,
+            HIDDEN,
+            5.0,
+            attention_mask=mask,
+            seed=last_seed(model.get_input_embeddings()),
+        )
+        assert torch.equal(
+            noisy, first_hidden(model.eval(), input_ids=ids, attention_mask=mask) + noise
+        )
         assert not handle._live_state().running and model.model.embedding_multiplier == 12.0
     else:
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}))
+        wrapped = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}
+            ),
+        )
         calls = handle.stats()["calls"]
         wrapped.train()(input_ids=ids, attention_mask=mask)
         assert handle.stats()["calls"] == calls + 1

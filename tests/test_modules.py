@@ -11,7 +11,14 @@ from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, functional, neftune_noise, noisy_embedding, ops
+from neftune_kernels import (
+    NEFTuneEmbedding,
+    add_noise,
+    functional,
+    neftune_noise,
+    noisy_embedding,
+    ops,
+)
 
 EMBEDDING_MODULE = next(info for info in module_db if info.module_cls is nn.Embedding)
 EMBEDDING_OP = next(info for info in op_db if info.name == "nn.functional.embedding")
@@ -25,8 +32,12 @@ def with_mask():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("off", ["eval", "alpha 0", "alpha None"])
 def test_pytorch_module_samples(dtype, off):
-    """PyTorch's own samples of nn.Embedding (module_db): outputs, gradients and repr of the arguments."""
-    samples = EMBEDDING_MODULE.module_inputs_func(EMBEDDING_MODULE, "cpu", dtype, requires_grad=False, training=True)
+    """PyTorch's own samples of nn.Embedding (module_db): outputs, gradients and repr of the
+    arguments.
+    """
+    samples = EMBEDDING_MODULE.module_inputs_func(
+        EMBEDDING_MODULE, "cpu", dtype, requires_grad=False, training=True
+    )
     assert len(samples) >= 2
     for sample in samples:
         construct, call = sample.constructor_input, sample.forward_input
@@ -47,7 +58,9 @@ def test_pytorch_module_samples(dtype, off):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_pytorch_op_samples(dtype):
-    """PyTorch's own samples of F.embedding (op_db), max_norm, sparse and scale_grad_by_freq among them, through the module in eval mode."""
+    """PyTorch's own samples of F.embedding (op_db), max_norm, sparse and scale_grad_by_freq among
+    them, through the module in eval mode.
+    """
     options_seen = set()
     for sample in EMBEDDING_OP.sample_inputs("cpu", dtype, requires_grad=False):
         weight, (ids,), options = sample.input, sample.args, sample.kwargs
@@ -55,7 +68,9 @@ def test_pytorch_op_samples(dtype):
         plain = nn.Embedding(*weight.shape, _weight=weight.clone(), **options)
         out, expected = module(ids), plain(ids)
         assert torch.equal(out, expected)
-        if not (options.get("sparse") and options.get("scale_grad_by_freq")):  # PyTorch itself has no such backward
+        if not (
+            options.get("sparse") and options.get("scale_grad_by_freq")
+        ):  # PyTorch itself has no such backward
             out.sum().backward()
             expected.sum().backward()
             assert torch.equal(module.weight.grad.to_dense(), plain.weight.grad.to_dense())
@@ -67,26 +82,42 @@ def test_training_noise_is_the_functional_one():
     ids, mask = with_mask()
     module = NEFTuneEmbedding(10, 24, noise_alpha=7.0, embed_scale=3.0, stream=2)
     expected = noisy_embedding(
-        ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=2, seed=11, sample_offset=4, position_offset=1
+        ids,
+        module.weight,
+        7.0,
+        attention_mask=mask,
+        embed_scale=3.0,
+        stream=2,
+        seed=11,
+        sample_offset=4,
+        position_offset=1,
     )
     assert torch.equal(module(ids, mask, seed=11, sample_offset=4, position_offset=1), expected)
     assert torch.equal(
         module(ids, mask, seed=11, stream=9),
-        noisy_embedding(ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=9, seed=11),
+        noisy_embedding(
+            ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=9, seed=11
+        ),
     )
     generator = torch.Generator().manual_seed(5)
-    drawn = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(5))
+    drawn = torch.empty((), dtype=torch.int64).random_(
+        -(2**63), None, generator=torch.Generator().manual_seed(5)
+    )
     assert torch.equal(module(ids, mask, generator=generator), module(ids, mask, seed=drawn))
     lengths, cu_seqlens = torch.tensor([4, 2, 0]), torch.tensor([0, 5, 12])
     assert torch.equal(module(ids, lengths=lengths, seed=1), module(ids, mask, seed=1))
     assert torch.equal(
         module(ids, cu_seqlens=cu_seqlens, seed=1),
-        noisy_embedding(ids, module.weight, 7.0, cu_seqlens=cu_seqlens, embed_scale=3.0, stream=2, seed=1),
+        noisy_embedding(
+            ids, module.weight, 7.0, cu_seqlens=cu_seqlens, embed_scale=3.0, stream=2, seed=1
+        ),
     )
     positions = torch.tensor([[0, 1, 0, 1]])
     assert torch.equal(
         module(ids, position_ids=positions, seed=1),
-        noisy_embedding(ids, module.weight, 7.0, position_ids=positions, embed_scale=3.0, stream=2, seed=1),
+        noisy_embedding(
+            ids, module.weight, 7.0, position_ids=positions, embed_scale=3.0, stream=2, seed=1
+        ),
     )
 
 
@@ -138,8 +169,16 @@ def test_copies_pickles_and_state():
     buffer = io.BytesIO()
     torch.save(module, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)):
-        assert type(twin) is NEFTuneEmbedding and twin.weight is not module.weight and twin.noise_alpha == 3.0
+    for twin in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert (
+            type(twin) is NEFTuneEmbedding
+            and twin.weight is not module.weight
+            and twin.noise_alpha == 3.0
+        )
         assert torch.equal(twin(ids, seed=8), expected)
         twin.noise_alpha = 0
         assert module.noise_alpha == 3.0
@@ -165,15 +204,33 @@ def test_is_an_embedding_and_ties():
 
 
 def test_conversions_share_the_parameter():
-    plain = nn.Embedding(10, 24, padding_idx=2, max_norm=3.0, norm_type=1.5, scale_grad_by_freq=True, sparse=True).eval()
-    module = NEFTuneEmbedding.from_embedding(plain, 4.0, embed_scale=2.0, stream=3, backend="reference")
+    plain = nn.Embedding(
+        10, 24, padding_idx=2, max_norm=3.0, norm_type=1.5, scale_grad_by_freq=True, sparse=True
+    ).eval()
+    module = NEFTuneEmbedding.from_embedding(
+        plain, 4.0, embed_scale=2.0, stream=3, backend="reference"
+    )
     assert module.weight is plain.weight and not module.training
-    assert (module.noise_alpha, module.embed_scale, module.stream, module.backend) == (4.0, 2.0, 3, "reference")
+    assert (module.noise_alpha, module.embed_scale, module.stream, module.backend) == (
+        4.0,
+        2.0,
+        3,
+        "reference",
+    )
     with pytest.warns(UserWarning, match="no embed_scale: multiply its output by 2.0"):
         back = module.to_embedding()
-    assert type(back) is nn.Embedding and back.weight is plain.weight and repr(back) == repr(plain) and not back.training
+    assert (
+        type(back) is nn.Embedding
+        and back.weight is plain.weight
+        and repr(back) == repr(plain)
+        and not back.training
+    )
     pretrained = NEFTuneEmbedding.from_pretrained(torch.ones(4, 3), padding_idx=1, noise_alpha=2.0)
-    assert not pretrained.weight.requires_grad and pretrained.padding_idx == 1 and pretrained.noise_alpha == 2.0
+    assert (
+        not pretrained.weight.requires_grad
+        and pretrained.padding_idx == 1
+        and pretrained.noise_alpha == 2.0
+    )
     with pytest.raises(ValueError, match=r"shape \(num_embeddings, embedding_dim\), got \(3,\)"):
         NEFTuneEmbedding.from_pretrained(torch.ones(3))
 
@@ -188,9 +245,17 @@ def test_conversions_share_the_parameter():
 
 
 def test_extra_repr():
-    assert repr(NEFTuneEmbedding(10, 24, padding_idx=1)) == "NEFTuneEmbedding(10, 24, padding_idx=1, noise_alpha=5.0)"
-    shown = repr(NEFTuneEmbedding(10, 24, noise_alpha=1, embed_scale=2.0, stream=3, backend="reference"))
-    assert shown == "NEFTuneEmbedding(10, 24, noise_alpha=1.0, embed_scale=2.0, stream=3, backend='reference')"
+    assert (
+        repr(NEFTuneEmbedding(10, 24, padding_idx=1))
+        == "NEFTuneEmbedding(10, 24, padding_idx=1, noise_alpha=5.0)"
+    )
+    shown = repr(
+        NEFTuneEmbedding(10, 24, noise_alpha=1, embed_scale=2.0, stream=3, backend="reference")
+    )
+    assert (
+        shown == "NEFTuneEmbedding(10, 24, noise_alpha=1.0, embed_scale=2.0, stream=3, "
+        "backend='reference')"
+    )
 
 
 def test_unknown_weights_take_the_slow_path():
@@ -223,14 +288,21 @@ def test_one_draw_per_training_call_and_none_otherwise():
 
 @pytest.mark.parametrize("rows", [(2, 5), (40, 200)])
 def test_short_and_long_eager_paths_have_the_same_bits(rows):
-    """Below IN_PLACE_LIMIT elements eager training goes another way than above; both are add_noise of the embedding."""
+    """Below IN_PLACE_LIMIT elements eager training goes another way than above; both are add_noise
+    of the embedding.
+    """
     module = NEFTuneEmbedding(10, 100)
     ids = torch.randint(0, 10, rows)
     lengths = torch.arange(rows[0])
     out = module(ids, lengths=lengths, seed=6)
     assert out.requires_grad
-    assert torch.equal(out, add_noise(F.embedding(ids, module.weight), 5.0, lengths=lengths, seed=6))
-    assert torch.equal(out, F.embedding(ids, module.weight) + neftune_noise(rows, 100, 5.0, lengths=lengths, seed=6))
+    assert torch.equal(
+        out, add_noise(F.embedding(ids, module.weight), 5.0, lengths=lengths, seed=6)
+    )
+    assert torch.equal(
+        out,
+        F.embedding(ids, module.weight) + neftune_noise(rows, 100, 5.0, lengths=lengths, seed=6),
+    )
     clean = F.embedding(ids, module.weight)
     assert torch.equal(out[0], clean[0]) and not torch.equal(out[1], clean[1])
 
@@ -238,27 +310,47 @@ def test_short_and_long_eager_paths_have_the_same_bits(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_quick_path_is_the_long_one(dtype, frozen, monkeypatch):
-    """Ids and nothing else take _embed_quickly: the same bits, gradient and generator state as the whole of embed_with_noise."""
-    module = NEFTuneEmbedding(10, 24, dtype=dtype, _weight=torch.randn(10, 24, dtype=dtype), _freeze=frozen)
+    """Ids and nothing else take _embed_quickly: the same bits, gradient and generator state as the
+    whole of embed_with_noise.
+    """
+    module = NEFTuneEmbedding(
+        10, 24, dtype=dtype, _weight=torch.randn(10, 24, dtype=dtype), _freeze=frozen
+    )
     ids = torch.randint(0, 10, (2, 5))
     results = []
     quick = functional._embed_quickly
     answers = []
-    monkeypatch.setattr(functional, "_embed_quickly", lambda *args: answers.append(quick(*args)) or answers[-1])
+    monkeypatch.setattr(
+        functional, "_embed_quickly", lambda *args: answers.append(quick(*args)) or answers[-1]
+    )
     for _ in range(2):
         torch.manual_seed(4)
         results.append(
-            (module(ids), torch.get_rng_state(), module(ids, seed=torch.tensor(5)), noisy_embedding(ids, module.weight, 5.0, seed=5))
+            (
+                module(ids),
+                torch.get_rng_state(),
+                module(ids, seed=torch.tensor(5)),
+                noisy_embedding(ids, module.weight, 5.0, seed=5),
+            )
         )
         monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
-    assert len(answers) == 2 and all((answer is None) == bool(ops.native.reason) for answer in answers)
+    assert len(answers) == 2 and all(
+        (answer is None) == bool(ops.native.reason) for answer in answers
+    )
     (short, state, seeded, other), (long, long_state, long_seeded, long_other) = results
     assert torch.equal(short, long) and torch.equal(state, long_state)
-    assert torch.equal(seeded, long_seeded) and torch.equal(other, long_other) and torch.equal(seeded, other)
+    assert (
+        torch.equal(seeded, long_seeded)
+        and torch.equal(other, long_other)
+        and torch.equal(seeded, other)
+    )
     assert short.requires_grad == long.requires_grad == (not frozen)
     if not frozen:
         grad = torch.randn(2, 5, 24).to(dtype)
-        assert torch.equal(torch.autograd.grad(short, module.weight, grad)[0], torch.autograd.grad(long, module.weight, grad)[0])
+        assert torch.equal(
+            torch.autograd.grad(short, module.weight, grad)[0],
+            torch.autograd.grad(long, module.weight, grad)[0],
+        )
     monkeypatch.undo()
     with pytest.raises(IndexError, match=r"\[0, num_embeddings = 10\), got 1[0-9]"):
         module(ids + 10)
@@ -270,7 +362,9 @@ def test_quick_path_is_the_long_one(dtype, frozen, monkeypatch):
 
 @pytest.mark.parametrize("quiet", ("eval", "alpha"))
 def test_layout_is_checked_without_noise_too(quiet):
-    module = NEFTuneEmbedding(10, 4, noise_alpha=0 if quiet == "alpha" else 5.0).train(quiet == "alpha")
+    module = NEFTuneEmbedding(10, 4, noise_alpha=0 if quiet == "alpha" else 5.0).train(
+        quiet == "alpha"
+    )
     ids = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="attention_mask must have the tokens' shape"):
         module(ids, torch.ones(2, 4))

@@ -47,17 +47,23 @@ def test_opcheck(family, requires_grad, layout):
     args = (ids, weight, SEED, ALPHA, *fields, 3, 2**32 - 1, 7, 5, 2.5)
     torch.library.opcheck(getattr(OPS, f"{family}noisy_embedding").default, args)
     embeds = torch.randn(3, 6, 20, requires_grad=requires_grad)
-    torch.library.opcheck(getattr(OPS, f"{family}add_noise").default, (embeds, SEED, ALPHA, *fields, 3, 2**32 - 1, 7))
+    torch.library.opcheck(
+        getattr(OPS, f"{family}add_noise").default, (embeds, SEED, ALPHA, *fields, 3, 2**32 - 1, 7)
+    )
     if not requires_grad:
         out = torch.empty(3, 6, 20)
         torch.library.opcheck(getattr(OPS, f"{family}noisy_embedding").out, args, {"out": out})
-        torch.library.opcheck(getattr(OPS, f"{family}add_noise").out, (embeds, SEED, ALPHA, *fields), {"out": out})
+        torch.library.opcheck(
+            getattr(OPS, f"{family}add_noise").out, (embeds, SEED, ALPHA, *fields), {"out": out}
+        )
 
 
 def test_opcheck_of_layout_and_seed():
     _, _, mask = batch()
     torch.library.opcheck(OPS.mask_layout.default, (mask, None))
-    torch.library.opcheck(OPS.mask_layout.default, (None, torch.arange(6).expand(3, 6).contiguous()))
+    torch.library.opcheck(
+        OPS.mask_layout.default, (None, torch.arange(6).expand(3, 6).contiguous())
+    )
     torch.library.opcheck(OPS.draw_seed.default, (torch.empty((), dtype=torch.int64),))
     assert torch.Tag.nondeterministic_seeded in OPS.draw_seed.default.tags
 
@@ -99,10 +105,14 @@ def test_compile_gives_eager_bits_and_one_graph_for_many_seeds(backend):
 def test_compile_six_alphas_at_most_twice():
     ids, weight, mask = batch()
     compiled = torch.compile(
-        lambda alpha: noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3), fullgraph=True, backend="aot_eager"
+        lambda alpha: noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3),
+        fullgraph=True,
+        backend="aot_eager",
     )
     for alpha in (1.0, 2.5, 3.0, 5.0, 10.0, 15.0):
-        assert torch.equal(compiled(alpha), noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3))
+        assert torch.equal(
+            compiled(alpha), noisy_embedding(ids, weight, alpha, attention_mask=mask, seed=3)
+        )
     assert graphs() <= 2
 
 
@@ -130,7 +140,11 @@ def test_compiled_module_takes_six_alphas_in_one_graph_and_dynamic_lengths():
 
 def test_compiled_add_noise():
     embeds = torch.randn(3, 6, 20, requires_grad=True)
-    compiled = torch.compile(lambda x: add_noise(x, 5.0, lengths=torch.tensor([1, 6, 3]), seed=3), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: add_noise(x, 5.0, lengths=torch.tensor([1, 6, 3]), seed=3),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     out = compiled(embeds)
     assert torch.equal(out, add_noise(embeds, 5.0, lengths=torch.tensor([1, 6, 3]), seed=3))
     out.sum().backward()
@@ -138,12 +152,19 @@ def test_compiled_add_noise():
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented the batching rule"
+)
 def test_torch_func(backend):
     ids, weight, mask = batch()
 
     def loss(weight, ids=ids):
-        return (noisy_embedding(ids, weight, 5.0, attention_mask=mask, embed_scale=1.5, seed=3, backend=backend) ** 2).sum()
+        return (
+            noisy_embedding(
+                ids, weight, 5.0, attention_mask=mask, embed_scale=1.5, seed=3, backend=backend
+            )
+            ** 2
+        ).sum()
 
     leaf = weight.clone().requires_grad_()
     loss(leaf).backward()
@@ -154,21 +175,47 @@ def test_torch_func(backend):
     assert torch.equal(per_weight, torch.stack([torch.func.grad(loss)(one) for one in weights]))
 
     many_ids = torch.stack([ids, ids.flip(0)])
-    mapped = torch.func.vmap(lambda one: noisy_embedding(one, weight, 5.0, seed=3, backend=backend))(many_ids)
-    assert torch.equal(mapped, torch.stack([noisy_embedding(one, weight, 5.0, seed=3, backend=backend) for one in many_ids]))
+    mapped = torch.func.vmap(
+        lambda one: noisy_embedding(one, weight, 5.0, seed=3, backend=backend)
+    )(many_ids)
+    assert torch.equal(
+        mapped,
+        torch.stack(
+            [noisy_embedding(one, weight, 5.0, seed=3, backend=backend) for one in many_ids]
+        ),
+    )
 
     embeds = torch.randn(2, 3, 6, 20)
-    mapped = torch.func.vmap(lambda one: add_noise(one, 5.0, attention_mask=mask, seed=3, backend=backend))(embeds)
-    assert torch.equal(mapped, torch.stack([add_noise(one, 5.0, attention_mask=mask, seed=3, backend=backend) for one in embeds]))
+    mapped = torch.func.vmap(
+        lambda one: add_noise(one, 5.0, attention_mask=mask, seed=3, backend=backend)
+    )(embeds)
+    assert torch.equal(
+        mapped,
+        torch.stack(
+            [add_noise(one, 5.0, attention_mask=mask, seed=3, backend=backend) for one in embeds]
+        ),
+    )
 
 
 def test_forward_mode_raises_instead_of_zero_tangents():
     ids, weight, _ = batch()
     with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda weight: noisy_embedding(ids, weight, 5.0, seed=3), (weight,), (torch.ones_like(weight),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
-        noisy_embedding(ids, torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight)), 5.0, seed=3)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.func.jvp(
+            lambda weight: noisy_embedding(ids, weight, 5.0, seed=3),
+            (weight,),
+            (torch.ones_like(weight),),
+        )
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises((NotImplementedError, RuntimeError), match="jvp"),
+    ):
+        noisy_embedding(
+            ids, torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight)), 5.0, seed=3
+        )
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises((NotImplementedError, RuntimeError), match="jvp"),
+    ):
         add_noise(torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight)), 5.0, seed=3)
 
 
@@ -189,7 +236,8 @@ def test_export():
     torch.manual_seed(4)
     assert torch.equal(exported(ids, mask), expected)
     assert torch.equal(
-        torch.export.export(model.eval(), (ids, mask)).module()(ids, mask), torch.nn.functional.embedding(ids, model.embed.weight)
+        torch.export.export(model.eval(), (ids, mask)).module()(ids, mask),
+        torch.nn.functional.embedding(ids, model.embed.weight),
     )
 
 
@@ -204,7 +252,11 @@ def test_two_noisy_calls_of_one_graph_draw_twice(backend, frozen):
     expected, state = (module(ids), module(ids)), torch.get_rng_state()
     torch.manual_seed(2)
     first, second = compiled()
-    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1]) and not torch.equal(first, second)
+    assert (
+        torch.equal(first, expected[0])
+        and torch.equal(second, expected[1])
+        and not torch.equal(first, second)
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -222,16 +274,26 @@ def test_choice_of_backend_is_traced_whole(device_type):
     device = torch.device(device_type)
 
     def chosen(x):
-        names = (ops.choose_backend(None, device, torch.bfloat16), str(ops.available_backends(device_type)))
+        names = (
+            ops.choose_backend(None, device, torch.bfloat16),
+            str(ops.available_backends(device_type)),
+        )
         return x + sum(map(len, names))
 
-    ops.choose_backend(None, device, torch.bfloat16)  # where there is no kernel it warns, once, in eager mode
+    ops.choose_backend(
+        None, device, torch.bfloat16
+    )  # where there is no kernel it warns, once, in eager mode
     torch.compiler.reset()
-    assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)), chosen(torch.zeros(1)))
+    assert torch.equal(
+        torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)),
+        chosen(torch.zeros(1)),
+    )
 
 
 def test_triton_is_chosen_while_tracing(monkeypatch):
-    """As on a GPU: nothing speaks against triton, and it is imported at the first choice, which is inside a graph."""
+    """As on a GPU: nothing speaks against triton, and it is imported at the first choice, which is
+    inside a graph.
+    """
     pytest.importorskip("triton")
     monkeypatch.setattr(ops, "_triton_reason", lambda device_type: "")
     ops._import_for.cache_clear()
@@ -239,7 +301,9 @@ def test_triton_is_chosen_while_tracing(monkeypatch):
     try:
         torch.compiler.reset()
         chosen = torch.compile(
-            lambda x: x + len(ops.choose_backend(None, torch.device("cuda"), torch.bfloat16)), fullgraph=True, backend="eager"
+            lambda x: x + len(ops.choose_backend(None, torch.device("cuda"), torch.bfloat16)),
+            fullgraph=True,
+            backend="eager",
         )
         assert chosen(torch.zeros(())) == len("triton")
     finally:
@@ -247,7 +311,13 @@ def test_triton_is_chosen_while_tracing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "triton, cuda, expected", [("", "", "triton"), ("", "not built", "triton"), ("none", "", "cuda"), ("none", "not built", "reference")]
+    "triton, cuda, expected",
+    [
+        ("", "", "triton"),
+        ("", "not built", "triton"),
+        ("none", "", "cuda"),
+        ("none", "not built", "reference"),
+    ],
 )
 def test_what_serves_a_gpu_by_itself(monkeypatch, triton, cuda, expected):
     monkeypatch.setattr(ops, "_triton_fails", lambda device_type: triton)
@@ -255,7 +325,9 @@ def test_what_serves_a_gpu_by_itself(monkeypatch, triton, cuda, expected):
     monkeypatch.setattr(ops, "_warned_devices", set())
     device = torch.device("cuda")
     if expected == "reference":
-        with pytest.warns(UserWarning, match="no fused kernel for cuda .* triton: none; cuda: not built"):
+        with pytest.warns(
+            UserWarning, match="no fused kernel for cuda .* triton: none; cuda: not built"
+        ):
             assert ops.choose_backend(None, device, torch.bfloat16) == expected
     else:
         assert ops.choose_backend(None, device, torch.bfloat16) == expected
@@ -269,13 +341,20 @@ def test_what_serves_a_gpu_by_itself(monkeypatch, triton, cuda, expected):
 
 @pytest.mark.parametrize("served_by", ["triton", "cuda", "reference"])
 def test_default_operators_of_a_gpu(monkeypatch, served_by):
-    """The implementation behind the CUDA key: Triton's launcher, without triton the CUDA library's operator, else the reference."""
+    """The implementation behind the CUDA key: Triton's launcher, without triton the CUDA library's
+    operator, else the reference.
+    """
 
     class Triton:
         @staticmethod
         def mask_layout(*args):
             return "triton"
 
-    monkeypatch.setattr(ops, "_load_triton", lambda: Triton if served_by == "triton" else ops.NO_TRITON)
+    monkeypatch.setattr(
+        ops, "_load_triton", lambda: Triton if served_by == "triton" else ops.NO_TRITON
+    )
     cuda = None if served_by == "reference" else lambda *args: "cuda"
-    assert ops._on_gpu("mask_layout", lambda *args: "reference", cuda)(torch.ones(1, 2), None) == served_by
+    assert (
+        ops._on_gpu("mask_layout", lambda *args: "reference", cuda)(torch.ones(1, 2), None)
+        == served_by
+    )

@@ -1,7 +1,8 @@
 """What today's NEFTune implementations get wrong, each shown on them and then on ours.
 
-`hf` is transformers' own hook, `official` the paper authors' train.py (github.com/neelsjain/NEFTune), restated here in a few lines.
-Batches, crashes and reference policies of real trainers are in test_trainers.py.
+`hf` is transformers' own hook, `official` the paper authors' train.py
+(github.com/neelsjain/NEFTune), restated here in a few lines. Batches, crashes and reference
+policies of real trainers are in test_trainers.py.
 """
 
 import math
@@ -59,7 +60,10 @@ def test_noise_depends_on_who_shares_the_batch():
     alone = hf(short)[0]
     torch.manual_seed(0)
     assert not torch.equal(hf(long)[0, :16], alone)
-    ours = [add_noise(embeds, 5.0, lengths=torch.tensor([16, embeds.shape[1]]), seed=0)[0, :16] for embeds in (short, long)]
+    ours = [
+        add_noise(embeds, 5.0, lengths=torch.tensor([16, embeds.shape[1]]), seed=0)[0, :16]
+        for embeds in (short, long)
+    ]
     assert torch.equal(*ours)
 
 
@@ -68,7 +72,14 @@ def test_encoder_decoders_are_silently_without_noise(name):
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "d_model": HIDDEN}
     small = {
-        "T5": {"d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0},
+        "T5": {
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
         "Bart": {
             f"{side}_{part}": size
             for side in ("encoder", "decoder")
@@ -102,9 +113,14 @@ def test_sequence_parallel_shards_use_their_own_length():
     whole = torch.zeros(1, 64, HIDDEN)
     shards = whole.chunk(4, dim=1)
     exact = 5.0 / math.sqrt(64 * HIDDEN)
-    assert max(largest(hf(shard), torch.ones(1, 16)) for shard in shards) > 1.9 * exact, "sqrt(4) too loud"
+    assert max(largest(hf(shard), torch.ones(1, 16)) for shard in shards) > 1.9 * exact, (
+        "sqrt(4) too loud"
+    )
     length = torch.tensor([64])
-    parts = [add_noise(shard, 5.0, lengths=length, position_offset=16 * i, seed=3) for i, shard in enumerate(shards)]
+    parts = [
+        add_noise(shard, 5.0, lengths=length, position_offset=16 * i, seed=3)
+        for i, shard in enumerate(shards)
+    ]
     assert torch.equal(torch.cat(parts, 1), add_noise(whole, 5.0, lengths=length, seed=3))
 
 
@@ -113,16 +129,22 @@ def test_no_noise_in_fp16_and_wrong_lengths_in_bf16():
     embeds = torch.zeros(1, 32, 4096, dtype=torch.float16)
     assert not official(embeds, mask).any(), "32 * 4096 is infinite in fp16"
     exact = 5.0 / math.sqrt(32 * 4096)
-    assert float(add_noise(embeds, 5.0, attention_mask=mask).abs().max()) == pytest.approx(exact, rel=2**-10)  # one rounding to fp16
+    assert float(add_noise(embeds, 5.0, attention_mask=mask).abs().max()) == pytest.approx(
+        exact, rel=2**-10
+    )  # one rounding to fp16
     assert torch.tensor(257).to(torch.bfloat16) == 256
     lengths = torch.tensor([257]).to(torch.bfloat16), torch.tensor([256]).to(torch.bfloat16)
     assert torch.equal(*lengths), "the official code cannot tell them apart"
-    longer, shorter = (neftune_noise((1, 300), 8, 5.0, lengths=torch.tensor([n]), seed=0)[0, 0] for n in (257, 256))
+    longer, shorter = (
+        neftune_noise((1, 300), 8, 5.0, lengths=torch.tensor([n]), seed=0)[0, 0] for n in (257, 256)
+    )
     assert not torch.equal(longer, shorter)
 
 
 def test_bf16_uniform_is_coarse_and_biased():
-    """2**23 draws: the mean of n uniforms on (-1, 1) has a standard deviation of 1/sqrt(3 n); theirs lies 6 of them off, ours within."""
+    """2**23 draws: the mean of n uniforms on (-1, 1) has a standard deviation of 1/sqrt(3 n);
+    theirs lies 6 of them off, ours within.
+    """
     n = 1 << 23
     torch.manual_seed(0)
     theirs = torch.empty(n, dtype=torch.bfloat16).uniform_(-1, 1)
@@ -137,11 +159,18 @@ def test_compiling_the_hook_breaks_at_a_second_length():
     embedding = nn.Embedding(VOCAB, HIDDEN)
     ids = [torch.randint(0, VOCAB, (2, columns)) for columns in (7, 9)]
     torch._dynamo.reset()
-    theirs = torch.compile(lambda input_ids: hf(embedding(input_ids)), backend="eager", fullgraph=True, dynamic=True)
+    theirs = torch.compile(
+        lambda input_ids: hf(embedding(input_ids)), backend="eager", fullgraph=True, dynamic=True
+    )
     with pytest.raises(Exception, match="(?i)unsupported|data.dependent|scalar|item"):
         [theirs(one) for one in ids]
     torch._dynamo.reset()
-    ours = torch.compile(lambda input_ids: noisy_embedding(input_ids, embedding.weight, 5.0), backend="eager", fullgraph=True, dynamic=True)
+    ours = torch.compile(
+        lambda input_ids: noisy_embedding(input_ids, embedding.weight, 5.0),
+        backend="eager",
+        fullgraph=True,
+        dynamic=True,
+    )
     for one in ids:
         torch.manual_seed(1)
         compiled = ours(one)
@@ -152,7 +181,13 @@ def test_compiling_the_hook_breaks_at_a_second_length():
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_bad_alphas_are_accepted(bad):
     model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
     )
     hook = transformers.trainer.activate_neftune(model, bad)
     transformers.trainer.deactivate_neftune(model, hook)
@@ -170,7 +205,9 @@ def test_shapes_that_break_the_hook(shape, error):
 
 
 def test_every_later_dropout_mask_is_shifted():
-    """Theirs draws one number per element from the global generator; ours one per call, or none with a generator of its own."""
+    """Theirs draws one number per element from the global generator; ours one per call, or none
+    with a generator of its own.
+    """
 
     def dropout_after(noise):
         torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""Real quantised embeddings, torchao's and bitsandbytes': their own lookup, plus the noise, rounded once; eval, removal and PEFT."""
+"""Real quantised embeddings, torchao's and bitsandbytes': their own lookup, plus the noise, rounded
+once; eval, removal and PEFT.
+"""
 
 import copy
 
@@ -39,12 +41,16 @@ def torchao_embedding(config, everything=False):
     configs = {
         "int8": lambda: quantization.Int8WeightOnlyConfig(),
         "intx8": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int8),
-        "intx4": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.granularity.PerGroup(32)),
+        "intx4": lambda: quantization.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=quantization.granularity.PerGroup(32)
+        ),
     }
 
     def quantise(model):
         kinds = (nn.Embedding, nn.Linear) if everything else nn.Embedding
-        quantization.quantize_(model, configs[config](), filter_fn=lambda module, name: isinstance(module, kinds))
+        quantization.quantize_(
+            model, configs[config](), filter_fn=lambda module, name: isinstance(module, kinds)
+        )
 
     return quantise
 
@@ -55,15 +61,22 @@ def bitsandbytes_embedding(name):
     def quantise(model):
         plain = model.get_input_embeddings()
         quantised = name not in PLAIN  # the two others mistake dtype= for a device
-        made = getattr(bnb.nn, name)(VOCAB, HIDDEN, **({"dtype": plain.weight.dtype} if quantised else {}))
+        made = getattr(bnb.nn, name)(
+            VOCAB, HIDDEN, **({"dtype": plain.weight.dtype} if quantised else {})
+        )
         made.load_state_dict({"weight": plain.weight.detach().clone()}, strict=False)
-        made.weight.data = made.weight.data.to(plain.weight.dtype)  # StableEmbedding's norm stays in float32
+        made.weight.data = made.weight.data.to(
+            plain.weight.dtype
+        )  # StableEmbedding's norm stays in float32
         model.set_input_embeddings(made.to("cpu").train())  # which quantises
 
     return quantise
 
 
-TORCHAO = {f"torchao-{config}": lambda config=config: torchao_embedding(config) for config in ("int8", "intx8", "intx4")}
+TORCHAO = {
+    f"torchao-{config}": lambda config=config: torchao_embedding(config)
+    for config in ("int8", "intx8", "intx4")
+}
 BITSANDBYTES = {
     f"bitsandbytes-{name}": lambda name=name: bitsandbytes_embedding(name)
     for name in ("Embedding8bit", "Embedding4bit", "EmbeddingFP4", "EmbeddingNF4", *PLAIN)
@@ -86,7 +99,9 @@ def drawn_after(seed):
 
 def embedding_output(model, **inputs):
     seen = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
     output = model(**inputs)
     hook.remove()
     assert len(seen) == 1
@@ -117,11 +132,20 @@ def test_noise_is_added_to_the_modules_own_output(library, dtype):
     assert torch.equal(noisy[mask == 0], own[mask == 0]) and not torch.equal(noisy, own)
     assert not torch.equal(output.logits, before)
     stats = handle.stats()
-    assert (stats["calls"], stats["samples"], stats["length_min"], stats["length_max"]) == (1, 3, 2, 8)
+    assert (stats["calls"], stats["samples"], stats["length_min"], stats["length_max"]) == (
+        1,
+        3,
+        2,
+        8,
+    )
     assert torch.equal(model.eval()(**inputs).logits, before)
     assert torch.equal(embedding_output(model.train(), **inputs)[0][mask == 0], own[mask == 0])
     handle.remove()
-    assert type(embedding) is kind and embedding.weight is weight and "_neftune" not in embedding.__dict__
+    assert (
+        type(embedding) is kind
+        and embedding.weight is weight
+        and "_neftune" not in embedding.__dict__
+    )
     assert torch.equal(model.train()(**inputs).logits, before)
 
 
@@ -167,19 +191,31 @@ def test_the_module_with_a_quantised_weight(library):
     assert torch.equal(module(ids, mask, seed=3), model.get_input_embeddings()(ids) + noise)
 
 
-@pytest.mark.parametrize("use_reentrant", (None, True, False), ids=("kept", "reentrant", "non-reentrant"))
+@pytest.mark.parametrize(
+    "use_reentrant", (None, True, False), ids=("kept", "reentrant", "non-reentrant")
+)
 @pytest.mark.parametrize("order", ("before", "after"))
-@pytest.mark.parametrize("quantised", ("torchao-int8", "torchao-intx8", "bitsandbytes-Embedding4bit"))
+@pytest.mark.parametrize(
+    "quantised", ("torchao-int8", "torchao-intx8", "bitsandbytes-Embedding4bit")
+)
 def test_lora_on_a_quantised_model(quantised, order, use_reentrant):
-    """torchao quantises every layer, bitsandbytes' linear layers are PEFT's own business: there the embedding alone."""
+    """torchao quantises every layer, bitsandbytes' linear layers are PEFT's own business: there the
+    embedding alone.
+    """
     peft = pytest.importorskip("peft")
     library, config = quantised.split("-")
     model = make_model()
-    (torchao_embedding(config, everything=True) if library == "torchao" else bitsandbytes_embedding(config))(model)
+    (
+        torchao_embedding(config, everything=True)
+        if library == "torchao"
+        else bitsandbytes_embedding(config)
+    )(model)
     for value in model.parameters():
         value.requires_grad_(False)
     handle = apply_neftune(model, ALPHA) if order == "before" else None
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).train()
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    ).train()
     if use_reentrant is not None:
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -212,11 +248,16 @@ def test_lora_on_a_quantised_model(quantised, order, use_reentrant):
 
 
 def test_lora_on_the_quantised_embedding_itself():
-    """PEFT wraps the embedding; the noise goes to the base layer's output, once. PEFT 0.21 takes torchao's for a linear layer."""
+    """PEFT wraps the embedding; the noise goes to the base layer's output, once.
+
+    PEFT 0.21 takes torchao's for a linear layer.
+    """
     peft = pytest.importorskip("peft")
     model = make_model()
     bitsandbytes_embedding("Embedding4bit")(model)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["embed_tokens"])).train()
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["embed_tokens"])
+    ).train()
     ids, mask = ragged()
     inputs = {"input_ids": ids, "attention_mask": mask}
     own = embedding_output(model, **inputs)[0]
@@ -225,7 +266,9 @@ def test_lora_on_the_quantised_embedding_itself():
     torch.manual_seed(3)
     assert torch.equal(embedding_output(model, **inputs)[0], own + noise)  # lora_A is zero yet
     model(**inputs, labels=ids).loss.backward()
-    gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    gradients = {
+        name: value.grad for name, value in model.named_parameters() if value.requires_grad
+    }
     assert any(gradient.any() for name, gradient in gradients.items() if "lora_embedding_A" in name)
     handle.remove()
     assert torch.equal(embedding_output(model, **inputs)[0], own)
@@ -255,8 +298,11 @@ def test_what_is_no_embedding_is_refused_by_name():
     """torch.ao's converted Embedding is called so too, without being one."""
     model = make_model()
     model.set_input_embeddings(torch.ao.nn.quantized.Embedding(VOCAB, HIDDEN))
-    message = r"must be an nn.Embedding, got torch.ao.nn.quantized.modules.embedding_ops.Embedding: .*neftune_kernels.add_noise"
+    name = "torch.ao.nn.quantized.modules.embedding_ops.Embedding"
+    message = rf"must be an nn.Embedding, got {name}: .*neftune_kernels.add_noise"
     with pytest.raises(ValueError, match=message):
         apply_neftune(model, ALPHA)
-    with pytest.raises(ValueError, match=r"got torch.nn.modules.linear.Linear: name the embedding with embedding="):
+    with pytest.raises(
+        ValueError, match=r"got torch.nn.modules.linear.Linear: name the embedding with embedding="
+    ):
         apply_neftune(make_model(), ALPHA, embedding="lm_head")

@@ -1,4 +1,6 @@
-"""How samples' lengths arrive in a model's arguments: every way transformers, TRL and packing collators say it."""
+"""How samples' lengths arrive in a model's arguments: every way transformers, TRL and packing
+collators say it.
+"""
 
 import re
 
@@ -22,7 +24,12 @@ MASK = torch.tensor([[1] * 5 + [0] * 3, [0] * 6 + [1] * 2, [1, 0, 1, 1, 0, 1, 1,
 def llama(**options):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, **options
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        **options,
     )
     return transformers.LlamaForCausalLM(config).train()
 
@@ -31,7 +38,9 @@ def noised(model, *args, **given):
     """What the embedding returned, and the seed."""
     seen = []
     embedding = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    hook = embedding.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.detach().clone())
+    )
     model.model(*args, **given)
     hook.remove()
     assert len(seen) == 1
@@ -42,10 +51,17 @@ def check(expected, *args, ids=IDS, pad_token_id=None, **given):
     model = llama(pad_token_id=pad_token_id)
     apply_neftune(model, 5.0)
     out, seed = noised(model, *args, **given)
-    assert torch.equal(out, noisy_embedding(ids, model.get_input_embeddings().weight, 5.0, attention_mask=expected, seed=seed))
+    assert torch.equal(
+        out,
+        noisy_embedding(
+            ids, model.get_input_embeddings().weight, 5.0, attention_mask=expected, seed=seed
+        ),
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.uint8, torch.int32])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.float32, torch.uint8, torch.int32]
+)
 def test_masks_of_any_dtype(dtype, proves):
     check(MASK, ids=ROWS, input_ids=ROWS, attention_mask=MASK.to(dtype))
     check(MASK, ROWS, MASK.to(dtype), ids=ROWS)  # positional
@@ -57,13 +73,24 @@ def test_no_mask():
 
 
 WAYS = {
-    "cu_seq_lens_q": {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS, "max_length_q": 5, "max_length_k": 5, "position_ids": POSITIONS},
+    "cu_seq_lens_q": {
+        "cu_seq_lens_q": BOUNDS,
+        "cu_seq_lens_k": BOUNDS,
+        "max_length_q": 5,
+        "max_length_k": 5,
+        "position_ids": POSITIONS,
+    },
     "seq_idx": {"seq_idx": NUMBERS.int() - 1},
     "position_ids": {"position_ids": POSITIONS},
     "numbered mask": {"attention_mask": NUMBERS},
     "position_ids of 3 axes": {"position_ids": POSITIONS.expand(3, 1, 12)},
-    "position_ids of 4 axes": {"position_ids": torch.stack((POSITIONS, POSITIONS * 7, POSITIONS * 3, POSITIONS))},
-    "position_ids and a mask of ones": {"position_ids": POSITIONS, "attention_mask": torch.ones_like(IDS)},
+    "position_ids of 4 axes": {
+        "position_ids": torch.stack((POSITIONS, POSITIONS * 7, POSITIONS * 3, POSITIONS))
+    },
+    "position_ids and a mask of ones": {
+        "position_ids": POSITIONS,
+        "attention_mask": torch.ones_like(IDS),
+    },
 }
 
 
@@ -73,11 +100,15 @@ def test_documents_of_a_pack(way, proves):
     model = llama()
     out = {}
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs
+    ):
         out["embeds"] = self.embed_tokens(input_ids)
 
     given = WAYS[way]
-    original = type(model.model).forward  # the model itself cannot attend by some of these; what reaches the embedding is asked here
+    original = (
+        type(model.model).forward
+    )  # the model itself cannot attend by some of these; what reaches the embedding is asked here
     type(model.model).forward = forward
     try:
         apply_neftune(model, 5.0)
@@ -86,7 +117,10 @@ def test_documents_of_a_pack(way, proves):
         type(model.model).forward = original
     embedding = model.get_input_embeddings()
     seed = embedding._neftune.last.seed
-    assert torch.equal(out["embeds"], noisy_embedding(IDS, embedding.weight, 5.0, attention_mask=NUMBERS, seed=seed))
+    assert torch.equal(
+        out["embeds"],
+        noisy_embedding(IDS, embedding.weight, 5.0, attention_mask=NUMBERS, seed=seed),
+    )
     proves("Llama", "forward", f"packed: {way}")
 
 
@@ -98,16 +132,26 @@ def test_precedence():
     told = from_arguments(given, None, warned.append)
     assert told.position_ids.equal(others) and told.attention_mask.equal(torch.ones_like(IDS))
     given["seq_idx"] = NUMBERS
-    assert from_arguments(given, None, warned.append).attention_mask.unique(return_inverse=True)[1].equal(NUMBERS - 1)
+    assert (
+        from_arguments(given, None, warned.append)
+        .attention_mask.unique(return_inverse=True)[1]
+        .equal(NUMBERS - 1)
+    )
     given["cu_seq_lens_q"] = torch.tensor([0, 1, 12])
-    assert from_arguments(given, None, warned.append).attention_mask.equal(torch.tensor([[1] + [2] * 11]))
+    assert from_arguments(given, None, warned.append).attention_mask.equal(
+        torch.tensor([[1] + [2] * 11])
+    )
     assert not warned
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 0])
-@pytest.mark.parametrize("way", ["cu_seq_lens_q", "seq_idx", "position_ids", "position_ids of 3 axes"])
+@pytest.mark.parametrize(
+    "way", ["cu_seq_lens_q", "seq_idx", "position_ids", "position_ids of 3 axes"]
+)
 def test_tokens_appended_by_pad_to_multiple_of_are_no_documents(way, pad_token_id):
-    """TRL's padding-free collator pads ids with the padding token and position_ids with 0, and counts each such token as a document."""
+    """TRL's padding-free collator pads ids with the padding token and position_ids with 0, and
+    counts each such token as a document.
+    """
     ids = torch.cat((IDS, torch.zeros(1, 4, dtype=torch.int64)), 1)
     positions = torch.cat((POSITIONS, torch.zeros(1, 4, dtype=torch.int64)), 1)
     numbers = torch.tensor([[0] * 5 + [1] * 2 + [2] * 5 + [3, 4, 5, 6]])
@@ -121,7 +165,9 @@ def test_tokens_appended_by_pad_to_multiple_of_are_no_documents(way, pad_token_i
     told = from_arguments({"input_ids": ids, **given}, pad_token_id, pytest.fail)
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
     mask = torch.cat((NUMBERS, torch.zeros(1, 4, dtype=torch.int64)), 1)
-    out = noisy_embedding(ids, weight, 5.0, attention_mask=told.attention_mask, position_ids=told.position_ids, seed=0)
+    out = noisy_embedding(
+        ids, weight, 5.0, attention_mask=told.attention_mask, position_ids=told.position_ids, seed=0
+    )
     assert torch.equal(out, noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=0))
 
 
@@ -129,19 +175,36 @@ def test_a_last_document_of_one_real_token_stays():
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]])
     told = from_arguments({"input_ids": IDS, "position_ids": positions}, 0, pytest.fail)
     assert bool(told.attention_mask.all())
-    for given in ({"position_ids": positions[:, :1]}, {"seq_idx": positions[:, :1]}, {"cu_seq_lens_q": torch.tensor([0, 1])}):
+    for given in (
+        {"position_ids": positions[:, :1]},
+        {"seq_idx": positions[:, :1]},
+        {"cu_seq_lens_q": torch.tensor([0, 1])},
+    ):
         single = from_arguments({"input_ids": IDS[:, :1], **given}, None, pytest.fail)
         assert bool(single.attention_mask.all())
 
 
 def test_shifted_labels_of_a_decoder():
-    """Real up to the last token that is not padding: one between others counts, and so does a row's start token."""
+    """Real up to the last token that is not padding: one between others counts, and so does a row's
+    start token.
+    """
     ids = torch.tensor([[0, 5, 6, 7], [0, 5, 0, 0], [0, 5, 0, 6], [0, 0, 0, 0]])
-    assert trailing_padding(ids, 0).attention_mask.long().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert trailing_padding(ids, 0).attention_mask.long().tolist() == [
+        [1, 1, 1, 1],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+        [1, 0, 0, 0],
+    ]
     assert trailing_padding(ids, None).unknown
 
 
-@pytest.mark.parametrize("given", [{"position_ids": torch.arange(12).expand(3, 1, 12)}, {"seq_idx": torch.zeros(1, 12, dtype=torch.int32)}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": torch.arange(12).expand(3, 1, 12)},
+        {"seq_idx": torch.zeros(1, 12, dtype=torch.int32)},
+    ],
+)
 def test_numbered_masks_count_beside_what_does_not_restart(given):
     told = from_arguments({"input_ids": IDS, "attention_mask": NUMBERS, **given}, None, pytest.fail)
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -153,15 +216,27 @@ def test_numbered_masks_count_beside_what_does_not_restart(given):
 
 def test_holes_split_no_document_of_3_axes():
     mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0]])
-    told = from_arguments({"input_ids": IDS, "attention_mask": mask, "position_ids": torch.arange(12).expand(3, 1, 12)}, None, pytest.fail)
-    assert told.attention_mask.unique().numel() == 2 and torch.equal(told.attention_mask != 0, mask != 0)
+    told = from_arguments(
+        {
+            "input_ids": IDS,
+            "attention_mask": mask,
+            "position_ids": torch.arange(12).expand(3, 1, 12),
+        },
+        None,
+        pytest.fail,
+    )
+    assert told.attention_mask.unique().numel() == 2 and torch.equal(
+        told.attention_mask != 0, mask != 0
+    )
 
 
 def test_rows_of_packs():
     """bfd packs in two rows, position ids restarting inside each."""
     ids = torch.cat((IDS, IDS.flip(1)))
     positions = torch.stack((POSITIONS[0], torch.arange(12)))
-    check(torch.cat((NUMBERS, torch.ones_like(IDS))), ids=ids, input_ids=ids, position_ids=positions)
+    check(
+        torch.cat((NUMBERS, torch.ones_like(IDS))), ids=ids, input_ids=ids, position_ids=positions
+    )
 
 
 def test_one_row_of_position_ids_for_many():
@@ -173,8 +248,12 @@ def test_bounds_over_several_rows():
     """cu_seq_lens_q counts flattened tokens: a document may go on in the next row."""
     bounds = torch.tensor([0, 5, 13, 24], dtype=torch.int32)
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
-    told = from_arguments({"input_ids": ROWS, "attention_mask": MASK, "cu_seq_lens_q": bounds}, None, pytest.fail)
-    out = noisy_embedding(ROWS, weight, 5.0, attention_mask=told.attention_mask, cu_seqlens=told.cu_seqlens, seed=0)
+    told = from_arguments(
+        {"input_ids": ROWS, "attention_mask": MASK, "cu_seq_lens_q": bounds}, None, pytest.fail
+    )
+    out = noisy_embedding(
+        ROWS, weight, 5.0, attention_mask=told.attention_mask, cu_seqlens=told.cu_seqlens, seed=0
+    )
     assert torch.equal(out, noisy_embedding(ROWS, weight, 5.0, cu_seqlens=bounds, seed=0))
 
 
@@ -188,7 +267,10 @@ def test_bad_bounds_are_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"attention_mask": torch.zeros(3, 1, 8, 8)}, r"not \(batch, tokens\).*Pass the model a 2-D attention_mask"),
+        (
+            {"attention_mask": torch.zeros(3, 1, 8, 8)},
+            r"not \(batch, tokens\).*Pass the model a 2-D attention_mask",
+        ),
         ({"attention_mask": torch.ones(3, 4)}, r"not \(batch, tokens\)"),
         ({"position_ids": torch.arange(4)[None]}, r"position_ids of shape \(1, 4\) do not tell"),
         ({"seq_idx": torch.zeros(1, 3)}, r"seq_idx of shape \(1, 3\) does not fit"),

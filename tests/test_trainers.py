@@ -1,4 +1,6 @@
-"""transformers.Trainer and TRL: real batches, reference policies, rollouts, crashes, resumption; what transformers' own hook does there."""
+"""transformers.Trainer and TRL: real batches, reference policies, rollouts, crashes, resumption;
+what transformers' own hook does there.
+"""
 
 import math
 import types
@@ -14,20 +16,45 @@ trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
 
-from neftune_kernels.integrations.transformers import NEFTuneCallback, patch_trainer, unpatch_trainer  # noqa: E402
+from neftune_kernels.integrations.transformers import (  # noqa: E402
+    NEFTuneCallback,
+    patch_trainer,
+    unpatch_trainer,
+)
 
 HIDDEN, WORDS = 16, 60
-DOCUMENTS = [5, 3, 9, 2, 7, 4, 8, 6]  # lengths; all tokens of document i are the word 4 + i, so a batch shows what its tokens belong to
+DOCUMENTS = [
+    5,
+    3,
+    9,
+    2,
+    7,
+    4,
+    8,
+    6,
+    # lengths; all tokens of document i are the word 4 + i, so a batch shows what its tokens belong
+    # to
+]
 
 
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{f"w{i}": 4 + i for i in range(WORDS - 4)}}
+    words = {
+        "<pad>": 0,
+        "<bos>": 1,
+        "<eos>": 2,
+        "<unk>": 3,
+        **{f"w{i}": 4 + i for i in range(WORDS - 4)},
+    }
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
     )
     made.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     return made
@@ -51,18 +78,28 @@ def llama():
 def family(name):
     torch.manual_seed(0)
     tokens = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
+    sizes = {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+    }
     config = {
         "Qwen2": lambda: transformers.Qwen2Config(**tokens, **sizes),
         "Mistral": lambda: transformers.MistralConfig(**tokens, **sizes),
         "Gemma3": lambda: transformers.Gemma3TextConfig(**tokens, **sizes, head_dim=8),
-        "GPT2": lambda: transformers.GPT2Config(**tokens, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=64),
+        "GPT2": lambda: transformers.GPT2Config(
+            **tokens, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=64
+        ),
     }[name]()
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def documents():
-    return datasets.Dataset.from_list([{"input_ids": [4 + i] * length} for i, length in enumerate(DOCUMENTS)])
+    return datasets.Dataset.from_list(
+        [{"input_ids": [4 + i] * length} for i, length in enumerate(DOCUMENTS)]
+    )
 
 
 COMMON = {
@@ -79,7 +116,9 @@ COMMON = {
 
 
 class Watch:
-    """Of every noisy forward of the model's embedding: ids, output without noise, output, seed (ours)."""
+    """Of every noisy forward of the model's embedding: ids, output without noise, output, seed
+    (ours).
+    """
 
     def __init__(self, model):
         self.calls = []
@@ -87,43 +126,69 @@ class Watch:
         self.hook = self.embedding.register_forward_hook(self.record)
 
     def record(self, module, args, output):
-        clean = getattr(type(module), "_neftune_base", type(module)).forward(module, args[0]).detach()
+        clean = (
+            getattr(type(module), "_neftune_base", type(module)).forward(module, args[0]).detach()
+        )
         site = getattr(module, "_neftune", None)
         seed = site.last.seed if site is not None and site.last is not None else None
         self.calls.append(
-            types.SimpleNamespace(ids=args[0], clean=clean, out=output.detach().clone(), seed=seed, grad=torch.is_grad_enabled())
+            types.SimpleNamespace(
+                ids=args[0],
+                clean=clean,
+                out=output.detach().clone(),
+                seed=seed,
+                grad=torch.is_grad_enabled(),
+            )
         )
 
 
 def wear_paper_noise(calls):
-    """Every token has alpha/sqrt(L d) u with the length L of its own document, padding none: to the bit."""
+    """Every token has alpha/sqrt(L d) u with the length L of its own document, padding none: to the
+    bit.
+    """
     for call in calls:
-        noise = neftune_noise(call.ids.shape, HIDDEN, 5.0, attention_mask=call.ids * (call.ids >= 4), seed=call.seed)
+        noise = neftune_noise(
+            call.ids.shape, HIDDEN, 5.0, attention_mask=call.ids * (call.ids >= 4), seed=call.seed
+        )
         assert torch.equal(call.out, call.clean + noise)
 
 
 def wear_no_more_than_paper_noise(calls):
-    """The same by magnitude, for any generator: |noise| < alpha/sqrt(L d) and above half of it somewhere, in every document."""
+    """The same by magnitude, for any generator: |noise| < alpha/sqrt(L d) and above half of it
+    somewhere, in every document.
+    """
     for call in calls:
         noise = (call.out - call.clean).abs()
         for word in call.ids.unique().tolist():
             bound = 0.0 if word < 4 else 5.0 / math.sqrt(DOCUMENTS[word - 4] * HIDDEN)
             largest = float(noise[call.ids == word].max())
-            assert largest <= bound * (1 + 1e-6) and largest >= bound / 2, f"document of {word}: {largest} for {bound}"
+            assert largest <= bound * (1 + 1e-6) and largest >= bound / 2, (
+                f"document of {word}: {largest} for {bound}"
+            )
 
 
 LAYOUTS = {
     "padded": {},
     "packing=True (bfd)": {"packing": True, "max_length": 16, "packing_strategy": "bfd"},
     "padding_free": {"padding_free": True, "max_length": None},
-    "padding_free, pad_to_multiple_of=8": {"padding_free": True, "max_length": None, "pad_to_multiple_of": 8},
+    "padding_free, pad_to_multiple_of=8": {
+        "padding_free": True,
+        "max_length": None,
+        "pad_to_multiple_of": 8,
+    },
     "padded, pad_to_multiple_of=16": {"pad_to_multiple_of": 16},
 }
 
 
 def sft(model, tmp_path, callbacks=(), **options):
     arguments = trl.SFTConfig(output_dir=str(tmp_path), **{**COMMON, "max_length": 32, **options})
-    return trl.SFTTrainer(model=model, args=arguments, train_dataset=documents(), processing_class=tokenizer(), callbacks=list(callbacks))
+    return trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=documents(),
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -154,14 +219,18 @@ def test_sft_batches_of_other_families(name, layout, tmp_path, proves):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sft_batches_with_the_hook_of_transformers(layout, tmp_path):
-    """The same check sees the padded or packed length in transformers' own hook (field: transformers issue 34659)."""
+    """The same check sees the padded or packed length in transformers' own hook (field:
+    transformers issue 34659).
+    """
     model = llama()
     watch = Watch(model)
     trainer = sft(model, tmp_path, neftune_noise_alpha=5.0, **LAYOUTS[layout])
     train = trainer.training_step
-    trainer.training_step = lambda *args, **kwargs: (watch.hook.remove(), watch.__init__(model), train(*args, **kwargs))[
-        -1
-    ]  # after HF's hook
+    trainer.training_step = lambda *args, **kwargs: (
+        watch.hook.remove(),
+        watch.__init__(model),
+        train(*args, **kwargs),
+    )[-1]  # after HF's hook
     trainer.train()
     assert watch.calls
     with pytest.raises(AssertionError, match="document of"):
@@ -170,18 +239,33 @@ def test_sft_batches_with_the_hook_of_transformers(layout, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_sft_wrapped_packing_tells_no_boundaries(tmp_path, proves):
-    """wrapped packing cuts one stream into rows and says nothing of documents: a row is a sample."""
+    """wrapped packing cuts one stream into rows, says nothing of documents: a row is a sample."""
     model = llama()
     watch = Watch(model)
-    sft(model, tmp_path, [NEFTuneCallback(5.0)], packing=True, packing_strategy="wrapped", max_length=8).train()
+    sft(
+        model,
+        tmp_path,
+        [NEFTuneCallback(5.0)],
+        packing=True,
+        packing_strategy="wrapped",
+        max_length=8,
+    ).train()
     for call in watch.calls:
         assert call.ids.shape[1] == 8
-        assert torch.equal(call.out, call.clean + neftune_noise(call.ids.shape, HIDDEN, 5.0, attention_mask=call.ids != 0, seed=call.seed))
+        assert torch.equal(
+            call.out,
+            call.clean
+            + neftune_noise(
+                call.ids.shape, HIDDEN, 5.0, attention_mask=call.ids != 0, seed=call.seed
+            ),
+        )
     proves("Llama", "TRL SFTTrainer", "packing=True (wrapped)")
 
 
 def preferences():
-    return datasets.Dataset.from_list([{"prompt": f"w{i} w1", "chosen": "w2 w3", "rejected": f"w4 w{i} w9"} for i in range(8)])
+    return datasets.Dataset.from_list(
+        [{"prompt": f"w{i} w1", "chosen": "w2 w3", "rejected": f"w4 w{i} w9"} for i in range(8)]
+    )
 
 
 def first_loss(trainer):
@@ -190,7 +274,9 @@ def first_loss(trainer):
 
 
 def dpo(tmp_path, callbacks=(), lora=True, **options):
-    arguments = trl.DPOConfig(output_dir=str(tmp_path), **{**COMMON, "max_steps": 1, "learning_rate": 1e-3, **options})
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), **{**COMMON, "max_steps": 1, "learning_rate": 1e-3, **options}
+    )
     config = peft.LoraConfig(r=2, target_modules=["q_proj"]) if lora else None
     return trl.DPOTrainer(
         ref_model=None if lora else llama(),
@@ -206,7 +292,9 @@ def dpo(tmp_path, callbacks=(), lora=True, **options):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lora", [True, False])
 def test_dpo_reference_is_clean(lora, tmp_path, proves):
-    """Reference log-probs in train mode, also with PEFT's adapters disabled, are eval mode's, bit for bit; the policy is noised."""
+    """Reference log-probs in train mode, also with PEFT's adapters disabled, are eval mode's, bit
+    for bit; the policy is noised.
+    """
     trainer = dpo(tmp_path, [NEFTuneCallback(5.0)], lora=lora)
     watch = Watch(trainer.model)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -217,14 +305,20 @@ def test_dpo_reference_is_clean(lora, tmp_path, proves):
     assert not lora or clean, "with PEFT the reference is the model itself, its adapters disabled"
     for call in noisy:
         mask = call.ids != 0
-        assert torch.equal(call.out, call.clean + neftune_noise(call.ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=call.seed))
+        assert torch.equal(
+            call.out,
+            call.clean
+            + neftune_noise(call.ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=call.seed),
+        )
     assert not hasattr(model.get_input_embeddings(), "_neftune")
     proves("Llama", "TRL DPOTrainer", "padded")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_dpo_reference_under_the_hook_of_transformers_is_noised(tmp_path):
-    """At the first step policy and reference agree, so the loss is ln 2 unless one of them is noised and the other differently."""
+    """At the first step policy and reference agree, so the loss is ln 2 unless one of them is
+    noised and the other differently.
+    """
     assert first_loss(dpo(tmp_path)) == pytest.approx(math.log(2), abs=1e-6)
     trainer = dpo(tmp_path, neftune_noise_alpha=15.0)
     watch = []
@@ -237,7 +331,10 @@ def test_dpo_reference_under_the_hook_of_transformers_is_noised(tmp_path):
     def step(*args, **kwargs):
         embedding.register_forward_hook(
             lambda module, inputs, output: watch.append(
-                (torch.is_grad_enabled(), torch.equal(output, torch.nn.functional.embedding(inputs[0], module.weight)))
+                (
+                    torch.is_grad_enabled(),
+                    torch.equal(output, torch.nn.functional.embedding(inputs[0], module.weight)),
+                )
             )
         )
         return train(*args, **kwargs)
@@ -272,21 +369,36 @@ def test_kto_and_reward(tmp_path, proves):
     config.num_labels = 1
     model = transformers.LlamaForSequenceClassification(config)
     arguments = trl.RewardConfig(output_dir=str(tmp_path), **{**COMMON, "max_steps": 1})
-    pairs = datasets.Dataset.from_list([{"chosen": f"w{i} w2 w3", "rejected": f"w{i} w4"} for i in range(8)])
+    pairs = datasets.Dataset.from_list(
+        [{"chosen": f"w{i} w2 w3", "rejected": f"w{i} w4"} for i in range(8)]
+    )
     trainer = trl.RewardTrainer(
-        model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer(), callbacks=[NEFTuneCallback(5.0)]
+        model=model,
+        args=arguments,
+        train_dataset=pairs,
+        processing_class=tokenizer(),
+        callbacks=[NEFTuneCallback(5.0)],
     )
     watch = Watch(trainer.model)
     trainer.train()
     assert watch.calls
     for call in watch.calls:
-        assert torch.equal(call.out, call.clean + neftune_noise(call.ids.shape, HIDDEN, 5.0, attention_mask=call.ids != 0, seed=call.seed))
+        assert torch.equal(
+            call.out,
+            call.clean
+            + neftune_noise(
+                call.ids.shape, HIDDEN, 5.0, attention_mask=call.ids != 0, seed=call.seed
+            ),
+        )
     proves("Llama", "TRL RewardTrainer", "padded")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_grpo_rollouts_are_clean(tmp_path, proves):
-    """Rollouts and old log-probs run without grad in train mode: no noise. The policy's own forward of the loss has it."""
+    """Rollouts and old log-probs run without grad in train mode: no noise.
+
+    The policy's own forward of the loss has it.
+    """
     arguments = trl.GRPOConfig(
         output_dir=str(tmp_path),
         **{**COMMON, "max_steps": 1},
@@ -308,7 +420,9 @@ def test_grpo_rollouts_are_clean(tmp_path, proves):
     trainer.train()
     noisy = [call for call in watch.calls if not torch.equal(call.out, call.clean)]
     clean = [call for call in watch.calls if torch.equal(call.out, call.clean)]
-    assert len(clean) >= 4 and not any(call.grad for call in clean), "four decoding steps and the old log-probs"
+    assert len(clean) >= 4 and not any(call.grad for call in clean), (
+        "four decoding steps and the old log-probs"
+    )
     assert noisy and all(call.grad for call in noisy)
     proves("Llama", "TRL GRPOTrainer", "rollouts and policy")
 
@@ -324,20 +438,36 @@ class Interrupt(transformers.TrainerCallback):
 def fingerprint(model):
     """Class, hooks and NEFTune's traces of every module; Trainer leaves traces of its own."""
     return {
-        name: (type(module), len(module._forward_pre_hooks), len(module._forward_hooks), [key for key in vars(module) if "neftune" in key])
+        name: (
+            type(module),
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            [key for key in vars(module) if "neftune" in key],
+        )
         for name, module in model.named_modules()
     }
 
 
 def plain_trainer(model, tmp_path, callbacks=(), **options):
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), **{**COMMON, **options})
-    rows = [{"input_ids": [4 + i] * length, "labels": [4 + i] * length} for i, length in enumerate(DOCUMENTS)]
+    rows = [
+        {"input_ids": [4 + i] * length, "labels": [4 + i] * length}
+        for i, length in enumerate(DOCUMENTS)
+    ]
     collator = transformers.DataCollatorForTokenClassification(tokenizer())
-    return transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=list(callbacks))
+    return transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("error", [ValueError("crash"), KeyboardInterrupt(), torch.OutOfMemoryError("oom")])
+@pytest.mark.parametrize(
+    "error", [ValueError("crash"), KeyboardInterrupt(), torch.OutOfMemoryError("oom")]
+)
 @pytest.mark.parametrize("way", ["callback", "added callback", "configuration"])
 def test_nothing_is_left_after_a_crash(error, way, tmp_path):
     model = llama()
@@ -346,7 +476,11 @@ def test_nothing_is_left_after_a_crash(error, way, tmp_path):
         undo = patch_trainer()
         trainer = plain_trainer(model, tmp_path, [Interrupt(error)], neftune_noise_alpha=5.0)
     else:
-        trainer = plain_trainer(model, tmp_path, [Interrupt(error)] + ([NEFTuneCallback(5.0)] if way == "callback" else []))
+        trainer = plain_trainer(
+            model,
+            tmp_path,
+            [Interrupt(error)] + ([NEFTuneCallback(5.0)] if way == "callback" else []),
+        )
         if way == "added callback":
             trainer.add_callback(NEFTuneCallback(5.0))
     with pytest.raises(type(error)):
@@ -361,13 +495,17 @@ def test_the_hook_of_transformers_is_left_after_a_crash(tmp_path):
     model = llama()
     before = fingerprint(model)
     with pytest.raises(ValueError, match="crash"):
-        plain_trainer(model, tmp_path, [Interrupt(ValueError("crash"))], neftune_noise_alpha=5.0).train()
+        plain_trainer(
+            model, tmp_path, [Interrupt(ValueError("crash"))], neftune_noise_alpha=5.0
+        ).train()
     assert fingerprint(model) != before
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_configuration_uses_ours(tmp_path, proves):
-    """axolotl, LLaMA-Factory and others only set TrainingArguments.neftune_noise_alpha: one call makes that exact."""
+    """axolotl, LLaMA-Factory and others only set TrainingArguments.neftune_noise_alpha: one call
+    makes that exact.
+    """
     model = llama()
     before = fingerprint(model)
     undo = patch_trainer()
@@ -379,13 +517,17 @@ def test_configuration_uses_ours(tmp_path, proves):
         wear_paper_noise(watch.calls)
         assert len(watch.calls) == 2 and fingerprint(model) == before
         watch = Watch(model)
-        plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0).train()  # both: one noise
+        plain_trainer(
+            model, tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0
+        ).train()  # both: one noise
         watch.hook.remove()
         wear_paper_noise(watch.calls)
         assert fingerprint(model) == before
     finally:
         unpatch_trainer()
-    assert transformers.trainer.activate_neftune is transformers.integrations.neftune.activate_neftune
+    assert (
+        transformers.trainer.activate_neftune is transformers.integrations.neftune.activate_neftune
+    )
     proves("Llama", "TrainingArguments(neftune_noise_alpha=)", "padded")
 
 
@@ -395,9 +537,24 @@ def test_two_noises_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="two noises.*neftune_noise_alpha=None"):
         plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0).train()
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
-    config = transformers.T5Config(vocab_size=WORDS, d_model=HIDDEN, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    with pytest.raises(RuntimeError, match="two noises"):  # of which transformers' would never run: said before any step all the same
-        plain_trainer(transformers.T5ForConditionalGeneration(config), tmp_path, [NEFTuneCallback(5.0)], neftune_noise_alpha=5.0).train()
+    config = transformers.T5Config(
+        vocab_size=WORDS,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    with pytest.raises(
+        RuntimeError, match="two noises"
+    ):  # of which transformers' would never run: said before any step all the same
+        plain_trainer(
+            transformers.T5ForConditionalGeneration(config),
+            tmp_path,
+            [NEFTuneCallback(5.0)],
+            neftune_noise_alpha=5.0,
+        ).train()
 
 
 def losses(trainer):
@@ -413,7 +570,9 @@ def test_log_and_schedule(tmp_path, proves):
         def on_log(self, args, state, control, logs=None, **_):
             seen.append(dict(logs))
 
-    trainer = plain_trainer(llama(), tmp_path, max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    trainer = plain_trainer(
+        llama(), tmp_path, max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=2
+    )
     trainer.add_callback(Reporter())
     trainer.add_callback(NEFTuneCallback(schedule))
     trainer.train()
@@ -423,7 +582,9 @@ def test_log_and_schedule(tmp_path, proves):
         == [schedule(step) for step in range(4)]
         == [0.0, 10.0, pytest.approx(20 / 3), pytest.approx(10 / 3)]
     )
-    assert [entry["neftune/calls"] for entry in entries] == [0, 2, 4, 6], "two micro-batches per step"
+    assert [entry["neftune/calls"] for entry in entries] == [0, 2, 4, 6], (
+        "two micro-batches per step"
+    )
     assert entries[-1]["neftune/skipped/noise_alpha is 0"] == 2
     for entry in entries[1:]:
         assert entry["neftune/length_min"] in DOCUMENTS and entry["neftune/length_max"] in DOCUMENTS
@@ -431,17 +592,28 @@ def test_log_and_schedule(tmp_path, proves):
         assert entry["neftune/magnitude_max"] == pytest.approx(
             entry["neftune/noise_alpha"] / math.sqrt(entry["neftune/length_min"] * HIDDEN)
         )
-    assert [logs["neftune/noise_alpha"] for logs in seen if "loss" in logs] == [entry["neftune/noise_alpha"] for entry in entries]
+    assert [logs["neftune/noise_alpha"] for logs in seen if "loss" in logs] == [
+        entry["neftune/noise_alpha"] for entry in entries
+    ]
     assert "neftune/noise_alpha" not in trainer.state.log_history[-1]
     proves("Llama", "transformers.Trainer", "padded")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_training_is_the_uninterrupted_one(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    whole = plain_trainer(llama(), tmp_path / "whole", [NEFTuneCallback(linear_schedule(10.0, 1.0, 4))], **options)
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "constant",
+    }
+    whole = plain_trainer(
+        llama(), tmp_path / "whole", [NEFTuneCallback(linear_schedule(10.0, 1.0, 4))], **options
+    )
     whole.train()
-    part = plain_trainer(llama(), tmp_path / "part", [NEFTuneCallback(linear_schedule(10.0, 1.0, 4))], **options)
+    part = plain_trainer(
+        llama(), tmp_path / "part", [NEFTuneCallback(linear_schedule(10.0, 1.0, 4))], **options
+    )
     with pytest.raises(KeyboardInterrupt):
 
         class Stop(transformers.TrainerCallback):
@@ -450,9 +622,14 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path):
 
         part.add_callback(Stop())
         part.train()
-    rest = plain_trainer(llama(), tmp_path / "part", [NEFTuneCallback(linear_schedule(10.0, 1.0, 4))], **options)
+    rest = plain_trainer(
+        llama(), tmp_path / "part", [NEFTuneCallback(linear_schedule(10.0, 1.0, 4))], **options
+    )
     rest.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    assert all(torch.equal(value, rest.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+    assert all(
+        torch.equal(value, rest.model.state_dict()[name])
+        for name, value in whole.model.state_dict().items()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -462,14 +639,23 @@ def test_compiled_trainer(tmp_path, proves):
     eager = plain_trainer(llama(), tmp_path, [NEFTuneCallback(5.0)], per_device_train_batch_size=8)
     eager.train()
     compiled = plain_trainer(
-        llama(), tmp_path, [NEFTuneCallback(5.0)], torch_compile=True, torch_compile_backend="aot_eager", per_device_train_batch_size=8
+        llama(),
+        tmp_path,
+        [NEFTuneCallback(5.0)],
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        per_device_train_batch_size=8,
     )
     compiled.train()
     logged = [entry for entry in compiled.state.log_history if "loss" in entry]
-    assert all(entry["neftune/noise_alpha"] == 5.0 and "neftune/calls" not in entry for entry in logged)
+    assert all(
+        entry["neftune/noise_alpha"] == 5.0 and "neftune/calls" not in entry for entry in logged
+    )
     quiet = plain_trainer(llama(), tmp_path, per_device_train_batch_size=8)
     quiet.train()
-    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-6)  # printed figures of the same float32 sums in another order
+    assert losses(compiled) == pytest.approx(
+        losses(eager), rel=1e-6
+    )  # printed figures of the same float32 sums in another order
     assert losses(quiet) != pytest.approx(losses(eager), rel=1e-6)
     proves("Llama", "transformers.Trainer", "torch_compile=True")
 
@@ -478,10 +664,20 @@ def test_compiled_trainer(tmp_path, proves):
 def test_seq2seq_trainer(tmp_path, proves):
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=WORDS, d_model=HIDDEN, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+        vocab_size=WORDS,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
     )
     model = transformers.T5ForConditionalGeneration(config)
-    rows = [{"input_ids": [4 + i] * length, "labels": [4 + i] * (12 - length)} for i, length in enumerate(DOCUMENTS)]
+    rows = [
+        {"input_ids": [4 + i] * length, "labels": [4 + i] * (12 - length)}
+        for i, length in enumerate(DOCUMENTS)
+    ]
     arguments = transformers.Seq2SeqTrainingArguments(output_dir=str(tmp_path), **COMMON)
     trainer = transformers.Seq2SeqTrainer(
         model=model,
@@ -501,12 +697,20 @@ def test_seq2seq_trainer(tmp_path, proves):
 def test_a_run_without_noise_warns(tmp_path):
     class Clean(transformers.Trainer):
         def compute_loss(self, model, inputs, **_):
-            embeds = torch.nn.functional.embedding(inputs["input_ids"], model.get_input_embeddings().weight)
-            return model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], labels=inputs["labels"]).loss
+            embeds = torch.nn.functional.embedding(
+                inputs["input_ids"], model.get_input_embeddings().weight
+            )
+            return model(
+                inputs_embeds=embeds,
+                attention_mask=inputs["attention_mask"],
+                labels=inputs["labels"],
+            ).loss
 
     trainer = plain_trainer(llama(), tmp_path, [NEFTuneCallback(5.0)])
     trainer.__class__ = Clean
-    with pytest.warns(UserWarning, match="ended without one noisy forward although noise_alpha was 5.0"):
+    with pytest.warns(
+        UserWarning, match="ended without one noisy forward although noise_alpha was 5.0"
+    ):
         trainer.train()
 
 
@@ -551,7 +755,9 @@ def test_bad_arguments_of_the_callback():
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_alphas_that_transformers_accepts_are_refused(bad, tmp_path):
-    """A negative, infinite or undefined alpha goes through TrainingArguments and its own hook's activation; ours says so."""
+    """A negative, infinite or undefined alpha goes through TrainingArguments and its own hook's
+    activation; ours says so.
+    """
     model = llama()
     handle = transformers.integrations.neftune.activate_neftune(model, bad)
     transformers.integrations.neftune.deactivate_neftune(model, handle)

@@ -1,10 +1,13 @@
-"""The Triton kernels against the reference, bit for bit: on a GPU; without one, as what the compiler's front end produced and as Python.
+"""The Triton kernels against the reference, bit for bit: on a GPU; without one, as what the
+compiler's front end produced and as Python.
 
-    pytest -m gpu                                                    on a GPU
-    python -m ttsem.sanitize pytest -m gpu tests/test_triton.py      the compiler's IR executed on the CPU, every access checked
-    TRITON_INTERPRET=1 pytest -m gpu tests/test_triton.py            Triton's interpreter
+    pytest -m gpu                                                 on a GPU
+    python -m ttsem.sanitize pytest -m gpu tests/test_triton.py   the compiler's IR executed on the
+                                                                  CPU, every access checked
+    TRITON_INTERPRET=1 pytest -m gpu tests/test_triton.py         Triton's interpreter
 
-`make test` runs the last two. ttsem (Potenza 2026, github.com/alepot55/ttsem) reports an access outside a tensor at its line.
+`make test` runs the last two. ttsem (Potenza 2026, github.com/alepot55/ttsem) reports an access
+outside a tensor at its line.
 """
 
 import importlib.util
@@ -18,11 +21,21 @@ import torch
 import torch.nn.functional as F
 from conftest import FLOAT_DTYPES, MASK_KINDS, make_batch, same_bits
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, available_backends, functional, neftune_noise, noisy_embedding, ops
+from neftune_kernels import (
+    NEFTuneEmbedding,
+    add_noise,
+    available_backends,
+    functional,
+    neftune_noise,
+    noisy_embedding,
+    ops,
+)
 from neftune_kernels import layout as layouts
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EXECUTED = "ttsem" in sys.modules  # ttsem.sanitize runs us: "cuda" tensors live in this machine's memory
+EXECUTED = (
+    "ttsem" in sys.modules
+)  # ttsem.sanitize runs us: "cuda" tensors live in this machine's memory
 WORD = 2**32
 
 
@@ -34,18 +47,26 @@ def needs_triton():
 
 @pytest.fixture
 def device(needs_triton, monkeypatch):
-    """Where Triton kernels run: a GPU, real or executed by ttsem, or the CPU under the interpreter."""
+    """Where Triton kernels run: a GPU, real or executed by ttsem, or the interpreter's CPU."""
     if INTERPRETED:
-        monkeypatch.setattr(kernels(), "DOCUMENT_BLOCK", 32)  # its scans take a Python step per element
+        monkeypatch.setattr(
+            kernels(), "DOCUMENT_BLOCK", 32
+        )  # its scans take a Python step per element
         round_fma_once(monkeypatch)
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        pytest.skip("no GPU here: `make test` runs these on the compiled IR (ttsem) and in Triton's interpreter")
+        pytest.skip(
+            "no GPU here: `make test` runs these on the compiled IR (ttsem) and in Triton's "
+            "interpreter"
+        )
     return torch.device("cuda", 0)
 
 
 def round_fma_once(monkeypatch):
-    """Before 3.9 the interpreter's fma rounded its product too. In float64 product and sum of the noise are exact: 24 + 16 bits."""
+    """Before 3.9 the interpreter's fma rounded its product too.
+
+    In float64 product and sum of the noise are exact: 24 + 16 bits.
+    """
     import triton
     from triton.runtime import interpreter
 
@@ -69,7 +90,10 @@ def gpu(device):
 def public(device, monkeypatch):
     """Where the public functions choose Triton by themselves."""
     if INTERPRETED:
-        pytest.skip("the interpreter runs on CPU tensors, which the public functions give to the CPU backends")
+        pytest.skip(
+            "the interpreter runs on CPU tensors, which the public functions give to the CPU "
+            "backends"
+        )
     if EXECUTED:  # ttsem's "cuda" tensors say is_cpu, and would be served by the CPU's shortcut
         monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
     return device
@@ -88,10 +112,20 @@ def cuda(value, device):
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def triton_layout(shape, device, attention_mask=None, lengths=None, cu_seqlens=None, position_ids=None, padded_ids=None, padding_idx=-1):
+def triton_layout(
+    shape,
+    device,
+    attention_mask=None,
+    lengths=None,
+    cu_seqlens=None,
+    position_ids=None,
+    padded_ids=None,
+    padding_idx=-1,
+):
     """The operators' layout arguments, documents numbered by the Triton kernel."""
     attention_mask, lengths, cu_seqlens, position_ids, padded_ids = (
-        cuda(value, device) for value in (attention_mask, lengths, cu_seqlens, position_ids, padded_ids)
+        cuda(value, device)
+        for value in (attention_mask, lengths, cu_seqlens, position_ids, padded_ids)
     )
     if padded_ids is not None:
         return (*kernels().padding_layout(padded_ids, padding_idx), None)
@@ -100,22 +134,47 @@ def triton_layout(shape, device, attention_mask=None, lengths=None, cu_seqlens=N
     if position_ids is not None:
         position_ids = position_ids.expand(shape)
     if lengths is not None:
-        return (None, None if position_ids is None else position_ids.reshape(-1), lengths.reshape(-1), None)
+        return (
+            None,
+            None if position_ids is None else position_ids.reshape(-1),
+            lengths.reshape(-1),
+            None,
+        )
     if attention_mask is None and position_ids is None:
         return (None, None, None, None)
     return (*kernels().mask_layout(attention_mask, position_ids), None)
 
 
-def by_kernel(device, input_ids, weight, noise_alpha, *, seed, stream=0, sample_offset=0, position_offset=0, embed_scale=1.0, **samples):
+def by_kernel(
+    device,
+    input_ids,
+    weight,
+    noise_alpha,
+    *,
+    seed,
+    stream=0,
+    sample_offset=0,
+    position_offset=0,
+    embed_scale=1.0,
+    **samples,
+):
     """noisy_embedding through the launcher itself, so that the interpreter serves too."""
-    padding_idx, noise_mask, sign = samples.pop("padding_idx", None), samples.pop("noise_mask", None), samples.pop("sign", 1)
+    padding_idx, noise_mask, sign = (
+        samples.pop("padding_idx", None),
+        samples.pop("noise_mask", None),
+        samples.pop("sign", 1),
+    )
     if padding_idx is not None and not samples:
         samples = {"padded_ids": input_ids, "padding_idx": padding_idx}
     layout = layouts.Layout(*triton_layout(input_ids.shape, device, **samples))
     if noise_mask is not None:
-        document = torch.ops.neftune_kernels.noisy_documents(cuda(noise_mask, device), *layout, position_offset)
+        document = torch.ops.neftune_kernels.noisy_documents(
+            cuda(noise_mask, device), *layout, position_offset
+        )
         layout = layouts.by_document(layout, document, input_ids.shape)
-    out = torch.full((*input_ids.shape, weight.shape[1]), float("nan"), dtype=weight.dtype, device=device)
+    out = torch.full(
+        (*input_ids.shape, weight.shape[1]), float("nan"), dtype=weight.dtype, device=device
+    )
     kernels().noisy_embedding_out(
         cuda(input_ids, device),
         cuda(weight, device),
@@ -135,7 +194,10 @@ def by_kernel(device, input_ids, weight, noise_alpha, *, seed, stream=0, sample_
 def agree(device, input_ids, weight, noise_alpha=5.0, **arguments):
     """Kernel and reference give the same bits; and there is noise, or the case proves nothing."""
     if INTERPRETED and weight.dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates float32 to bfloat16 (3.9): ttsem and GPUs prove bfloat16")
+        pytest.skip(
+            "Triton's interpreter truncates float32 to bfloat16 (3.9): ttsem and GPUs prove "
+            "bfloat16"
+        )
     arguments = {"seed": 3, **arguments}
     expected = noisy_embedding(input_ids, weight, noise_alpha, **arguments, backend="reference")
     if not torch.equal(expected, F.embedding(input_ids, weight)):
@@ -145,7 +207,9 @@ def agree(device, input_ids, weight, noise_alpha=5.0, **arguments):
 
 
 def make_weight(embedding_dim, dtype, vocabulary=11):
-    return torch.randn(vocabulary, embedding_dim, generator=torch.Generator().manual_seed(embedding_dim)).to(dtype)
+    return torch.randn(
+        vocabulary, embedding_dim, generator=torch.Generator().manual_seed(embedding_dim)
+    ).to(dtype)
 
 
 # ---- bits
@@ -154,11 +218,29 @@ def make_weight(embedding_dim, dtype, vocabulary=11):
 @pytest.mark.parametrize("embedding_dim", (1, 7, 8, 20, 64, 100, 576, 896, 4096, 4104))
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_every_dtype_and_width(device, dtype, embedding_dim):
-    batch = make_batch("ragged", rows=2, columns=2) if embedding_dim > 1000 else make_batch("ragged", rows=3, columns=4)
+    batch = (
+        make_batch("ragged", rows=2, columns=2)
+        if embedding_dim > 1000
+        else make_batch("ragged", rows=3, columns=4)
+    )
     weight = make_weight(embedding_dim, dtype)
     agree(device, batch.input_ids, weight)
-    agree(device, batch.input_ids.int(), weight, lengths=batch.lengths + 4, stream=2, sample_offset=3, position_offset=4)
-    agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask, embed_scale=embedding_dim**0.5 + 0.1)
+    agree(
+        device,
+        batch.input_ids.int(),
+        weight,
+        lengths=batch.lengths + 4,
+        stream=2,
+        sample_offset=3,
+        position_offset=4,
+    )
+    agree(
+        device,
+        batch.input_ids,
+        weight,
+        attention_mask=batch.attention_mask,
+        embed_scale=embedding_dim**0.5 + 0.1,
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -167,7 +249,9 @@ def test_every_mask(device, kind, dtype):
     batch = make_batch(kind)
     weight = make_weight(24, dtype)
     if kind == "nothing_real":
-        out = by_kernel(device, batch.input_ids, weight, 5.0, seed=1, attention_mask=batch.attention_mask)
+        out = by_kernel(
+            device, batch.input_ids, weight, 5.0, seed=1, attention_mask=batch.attention_mask
+        )
         assert same_bits(out, F.embedding(batch.input_ids, weight))
         return
     agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask, seed=-(2**63))
@@ -175,9 +259,16 @@ def test_every_mask(device, kind, dtype):
 
 
 def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
-    """Documents, positions of real tokens and lengths of documents as layout.mask_layout numbers them."""
-    expected = layouts.mask_layout(attention_mask, None if position_ids is None else position_ids.expand(shape).long())
-    on_device = (cuda(attention_mask, device), None if position_ids is None else cuda(position_ids, device).expand(shape))
+    """Documents, positions of real tokens and lengths of documents as layout.mask_layout numbers
+    them.
+    """
+    expected = layouts.mask_layout(
+        attention_mask, None if position_ids is None else position_ids.expand(shape).long()
+    )
+    on_device = (
+        cuda(attention_mask, device),
+        None if position_ids is None else cuda(position_ids, device).expand(shape),
+    )
     document, position, lengths = (tensor.cpu() for tensor in kernels().mask_layout(*on_device))
     real = expected[0] >= 0
     documents = expected[0][real].unique()
@@ -188,7 +279,9 @@ def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
 
 @pytest.mark.parametrize("block", (16, 64 if INTERPRETED else 2048))
 def test_numbering_of_random_masks_and_positions(device, monkeypatch, block):
-    """Blocks and programs much smaller than a row, so that every carry from block to block and program to program matters."""
+    """Blocks and programs much smaller than a row, so that every carry from block to block and
+    program to program matters.
+    """
     monkeypatch.setattr(kernels(), "DOCUMENT_BLOCK", block)
     monkeypatch.setattr(kernels(), "DOCUMENT_PROGRAMS", 3)
     generator = torch.Generator().manual_seed(block)
@@ -209,7 +302,17 @@ def test_numbering_of_random_masks_and_positions(device, monkeypatch, block):
         assert_same_layout(shape, device, position_ids=place[:1])
 
 
-MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64)
+MASK_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+)
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
@@ -228,13 +331,37 @@ def test_positions_lengths_and_bounds(device):
     place = torch.arange(10).repeat(3, 1)
     place[1, 4:] -= 4
     agree(device, batch.input_ids, weight, position_ids=place)
-    agree(device, batch.input_ids, weight, position_ids=place.int(), attention_mask=batch.attention_mask)
-    agree(device, batch.input_ids, weight, position_ids=place.flip(1), lengths=torch.tensor([10, 6, 3]))
+    agree(
+        device,
+        batch.input_ids,
+        weight,
+        position_ids=place.int(),
+        attention_mask=batch.attention_mask,
+    )
+    agree(
+        device,
+        batch.input_ids,
+        weight,
+        position_ids=place.flip(1),
+        lengths=torch.tensor([10, 6, 3]),
+    )
     agree(device, batch.input_ids, weight, lengths=torch.tensor([40, 12, 0]), position_offset=8)
     agree(device, batch.input_ids, weight, lengths=torch.tensor([10, 6, 3], dtype=torch.int32))
     agree(device, batch.input_ids, weight, cu_seqlens=torch.tensor([0, 0, 4, 4, 21, 30, 30]))
-    agree(device, batch.input_ids, weight, cu_seqlens=torch.tensor([0, 7, 30], dtype=torch.int32), sample_offset=WORD - 1)
-    agree(device, batch.input_ids.flatten(), weight, cu_seqlens=torch.tensor([0, 1, 30]), position_offset=WORD - 2)
+    agree(
+        device,
+        batch.input_ids,
+        weight,
+        cu_seqlens=torch.tensor([0, 7, 30], dtype=torch.int32),
+        sample_offset=WORD - 1,
+    )
+    agree(
+        device,
+        batch.input_ids.flatten(),
+        weight,
+        cu_seqlens=torch.tensor([0, 1, 30]),
+        position_offset=WORD - 2,
+    )
 
 
 @pytest.mark.parametrize("sign", (1, -1))
@@ -242,14 +369,21 @@ def test_noise_masks_and_signs(device, sign):
     """Documents that the noise mask's operator has told, in every kind of layout."""
     batch = make_batch("full", rows=3, columns=10)
     weight = make_weight(40, torch.float32)
-    given = {"noise_mask": torch.rand(3, 10, generator=torch.Generator().manual_seed(2)) < 0.5, "sign": sign, "position_offset": 3}
+    given = {
+        "noise_mask": torch.rand(3, 10, generator=torch.Generator().manual_seed(2)) < 0.5,
+        "sign": sign,
+        "position_offset": 3,
+    }
     holes = make_batch("numbered", rows=3, columns=10).attention_mask
     for layout in (
         {},
         {"attention_mask": holes},
         {"position_ids": torch.arange(10).repeat(3, 1) % 4},
         {"lengths": torch.tensor([40, 9, 0])},
-        {"lengths": torch.tensor([10, 6, 5], dtype=torch.int32), "position_ids": torch.arange(10).repeat(3, 1).flip(1)},
+        {
+            "lengths": torch.tensor([10, 6, 5], dtype=torch.int32),
+            "position_ids": torch.arange(10).repeat(3, 1).flip(1),
+        },
         {"cu_seqlens": torch.tensor([0, 0, 4, 21, 30, 30], dtype=torch.int32)},
         {"padding_idx": int(batch.input_ids[1, 1])},
     ):
@@ -267,10 +401,25 @@ def test_other_distributions(public, distribution):
             {"lengths": torch.tensor([7, 2])},
             {"cu_seqlens": torch.tensor([0, 4, 10])},
         ):
-            kind = {"distribution": distribution, "sign": -1, "seed": 4, "sample_offset": 2, "position_offset": 1}
-            expected = noisy_embedding(batch.input_ids, make_weight(24, dtype), 5.0, **given, **kind, backend="reference")
+            kind = {
+                "distribution": distribution,
+                "sign": -1,
+                "seed": 4,
+                "sample_offset": 2,
+                "position_offset": 1,
+            }
+            expected = noisy_embedding(
+                batch.input_ids, make_weight(24, dtype), 5.0, **given, **kind, backend="reference"
+            )
             on_device = {name: value.to(public) for name, value in given.items()}
-            out = noisy_embedding(batch.input_ids.to(public), make_weight(24, dtype).to(public), 5.0, **on_device, **kind, backend="triton")
+            out = noisy_embedding(
+                batch.input_ids.to(public),
+                make_weight(24, dtype).to(public),
+                5.0,
+                **on_device,
+                **kind,
+                backend="triton",
+            )
             assert same_bits(out.cpu(), expected)
 
 
@@ -280,11 +429,15 @@ def test_shapes_strides_and_padding_idx(device):
     agree(device, ids, weight)
     agree(device, ids[0, 0], weight)
     agree(device, ids[0, 0, 0], weight)
-    agree(device, ids.permute(2, 0, 1), weight, lengths=torch.tensor([[1, 2], [3, 0], [1, 1], [2, 2]]))
+    agree(
+        device, ids.permute(2, 0, 1), weight, lengths=torch.tensor([[1, 2], [3, 0], [1, 1], [2, 2]])
+    )
     agree(device, ids[:, 0, ::2], weight)
     agree(device, ids[0], weight, padding_idx=int(ids[0, 1, 2]))
     agree(device, ids[0], make_weight(11, torch.float32, 16).T, seed=9)  # columns apart
-    agree(device, ids[0], torch.cat((weight, weight), dim=1)[:, 4:20])  # rows apart, not 16-byte aligned for 16-bit
+    agree(
+        device, ids[0], torch.cat((weight, weight), dim=1)[:, 4:20]
+    )  # rows apart, not 16-byte aligned for 16-bit
     for dtype in (torch.bfloat16, torch.float16) if not INTERPRETED else (torch.float16,):
         wide = make_weight(40, dtype)
         agree(device, ids[0], wide[:, 8:24])
@@ -295,9 +448,17 @@ def test_shapes_strides_and_padding_idx(device):
 def test_empty(device):
     weight = make_weight(8, torch.float32)
     for shape in ((0,), (2, 0), (0, 3)):
-        assert by_kernel(device, torch.zeros(shape, dtype=torch.int64), weight, 5.0, seed=0).shape == (*shape, 8)
-    assert by_kernel(device, torch.zeros(2, 3, dtype=torch.int64), weight[:, :0], 5.0, seed=0).shape == (2, 3, 0)
-    assert by_kernel(device, torch.zeros(2, 3, dtype=torch.int64), weight[:0], 5.0, seed=0).isnan().all()
+        assert by_kernel(
+            device, torch.zeros(shape, dtype=torch.int64), weight, 5.0, seed=0
+        ).shape == (*shape, 8)
+    assert by_kernel(
+        device, torch.zeros(2, 3, dtype=torch.int64), weight[:, :0], 5.0, seed=0
+    ).shape == (2, 3, 0)
+    assert (
+        by_kernel(device, torch.zeros(2, 3, dtype=torch.int64), weight[:0], 5.0, seed=0)
+        .isnan()
+        .all()
+    )
     for tensor in kernels().mask_layout(torch.ones(0, 3, device=device), None):
         assert tensor.shape == (0,)
 
@@ -316,7 +477,10 @@ def test_extremes_of_alpha(device):
         {"sign": -1},
         {"sign": -1, "lengths": torch.tensor([3, 2])},
     ):  # magnitudes below 2**-90: no noise, and no bit of a -0.0 changes
-        assert same_bits(by_kernel(device, ids, -torch.zeros(6, 16), 1e-28, seed=0, **arguments), -torch.zeros(2, 3, 16))
+        assert same_bits(
+            by_kernel(device, ids, -torch.zeros(6, 16), 1e-28, seed=0, **arguments),
+            -torch.zeros(2, 3, 16),
+        )
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -328,7 +492,9 @@ def test_padding_keeps_its_bits(device, dtype):
     weight = torch.zeros(4, 16, dtype=dtype)
     weight[1] = -0.0
     weight[2] = float("inf")
-    weight[3].view(integer)[:] = torch.tensor(0x7FC00123 if dtype == torch.float32 else 0x7FF3, dtype=integer)
+    weight[3].view(integer)[:] = torch.tensor(
+        0x7FC00123 if dtype == torch.float32 else 0x7FF3, dtype=integer
+    )
     ids = torch.arange(4).reshape(1, 4)
     out = by_kernel(device, ids, weight, 5.0, seed=0, lengths=torch.tensor([0]))
     assert torch.equal(out.view(integer), F.embedding(ids, weight).view(integer))
@@ -344,15 +510,25 @@ def test_ids_out_of_range_give_rows_of_nan(device):
 
 
 def test_bad_bounds_and_lengths_reach_nothing(device):
-    """Values are not read back from an accelerator: tokens outside every document are padding, and no access leaves a tensor."""
+    """Values are not read back from an accelerator: tokens outside every document are padding, and
+    no access leaves a tensor.
+    """
     ids = torch.arange(10).reshape(1, 10)
     weight = make_weight(16, torch.float32)
     plain = F.embedding(ids, weight)
     out = by_kernel(device, ids, weight, 5.0, seed=0, cu_seqlens=torch.tensor([2, 5]))
-    assert torch.equal(out[0, [0, 1, 5, 9]], plain[0, [0, 1, 5, 9]]) and not torch.equal(out[0, 2:5], plain[0, 2:5])
+    assert torch.equal(out[0, [0, 1, 5, 9]], plain[0, [0, 1, 5, 9]]) and not torch.equal(
+        out[0, 2:5], plain[0, 2:5]
+    )
     for bounds in ([0], [7, 3, 900, -4], [-(2**62), 2**62]):
-        assert by_kernel(device, ids, weight, 5.0, seed=0, cu_seqlens=torch.tensor(bounds)).isfinite().all()
-    assert torch.equal(by_kernel(device, ids, weight, 5.0, seed=0, lengths=torch.tensor([-3])), plain)
+        assert (
+            by_kernel(device, ids, weight, 5.0, seed=0, cu_seqlens=torch.tensor(bounds))
+            .isfinite()
+            .all()
+        )
+    assert torch.equal(
+        by_kernel(device, ids, weight, 5.0, seed=0, lengths=torch.tensor([-3])), plain
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -361,9 +537,18 @@ def test_add_noise(device, dtype):
         pytest.skip("not in the interpreter")
     batch = make_batch("holes", rows=2, columns=5)
     embeds = F.embedding(batch.input_ids, make_weight(24, dtype))
-    expected = add_noise(embeds, 5.0, attention_mask=batch.attention_mask, seed=4, backend="reference")
-    for given in (embeds, embeds.transpose(0, 1).contiguous().transpose(0, 1), torch.cat((embeds, embeds), dim=-1)[..., 24:]):
-        source, out = cuda(given, device), torch.full(given.shape, float("nan"), dtype=dtype, device=device)
+    expected = add_noise(
+        embeds, 5.0, attention_mask=batch.attention_mask, seed=4, backend="reference"
+    )
+    for given in (
+        embeds,
+        embeds.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.cat((embeds, embeds), dim=-1)[..., 24:],
+    ):
+        source, out = (
+            cuda(given, device),
+            torch.full(given.shape, float("nan"), dtype=dtype, device=device),
+        )
         seed, alpha = torch.tensor(4, device=device), torch.tensor(5.0, dtype=torch.float64)
         layout = triton_layout(batch.input_ids.shape, device, attention_mask=batch.attention_mask)
         kernels().add_noise_out(source, seed, alpha, *layout, out=out)
@@ -376,17 +561,34 @@ def test_add_noise(device, dtype):
 def test_rows_beyond_65535(device):
     """More rows than a grid's y axis holds."""
     if INTERPRETED or EXECUTED:
-        pytest.skip("131 075 programs take minutes without a GPU; test_grid_of_many_rows checks the arithmetic")
+        pytest.skip(
+            "131 075 programs take minutes without a GPU; test_grid_of_many_rows checks the "
+            "arithmetic"
+        )
     ids = torch.arange(131075).reshape(-1, 1) % 11
     agree(device, ids, make_weight(8, torch.float32))
 
 
 def test_grid_of_many_rows(device, monkeypatch):
-    """The launcher folds rows beyond 65535 into z, and a program reads its row back: checked with a launch that only records."""
+    """The launcher folds rows beyond 65535 into z, and a program reads its row back: checked with a
+    launch that only records.
+    """
     seen = []
-    monkeypatch.setattr(kernels().Launcher, "__call__", lambda self, key, found, index, grid, args, num_warps: seen.append(grid))
-    by_kernel(device, torch.zeros(131071, 2, dtype=torch.int64), make_weight(8, torch.float32), 5.0, seed=0)
-    by_kernel(device, torch.zeros(65535, 2, dtype=torch.int64), make_weight(8, torch.float32), 5.0, seed=0)
+    monkeypatch.setattr(
+        kernels().Launcher,
+        "__call__",
+        lambda self, key, found, index, grid, args, num_warps: seen.append(grid),
+    )
+    by_kernel(
+        device,
+        torch.zeros(131071, 2, dtype=torch.int64),
+        make_weight(8, torch.float32),
+        5.0,
+        seed=0,
+    )
+    by_kernel(
+        device, torch.zeros(65535, 2, dtype=torch.int64), make_weight(8, torch.float32), 5.0, seed=0
+    )
     assert seen == [(2, 65535, 3), (2, 65535, 1)]
 
 
@@ -402,18 +604,28 @@ def test_public_functions_choose_triton(public):
     batch = make_batch("numbered")
     weight = make_weight(64, torch.bfloat16)
     on_gpu = {"attention_mask": batch.attention_mask.to(public), "seed": 5}
-    expected = noisy_embedding(batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=5)
+    expected = noisy_embedding(
+        batch.input_ids, weight, 5.0, attention_mask=batch.attention_mask, seed=5
+    )
     out = noisy_embedding(batch.input_ids.to(public), weight.to(public), 5.0, **on_gpu)
     assert out.device == public and same_bits(out.cpu(), expected)
-    assert same_bits(add_noise(F.embedding(batch.input_ids, weight).to(public), 5.0, **on_gpu).cpu(), expected)
+    assert same_bits(
+        add_noise(F.embedding(batch.input_ids, weight).to(public), 5.0, **on_gpu).cpu(), expected
+    )
     noise = neftune_noise((4, 13), 64, 5.0, **on_gpu)
-    assert same_bits(noise.cpu(), neftune_noise((4, 13), 64, 5.0, attention_mask=batch.attention_mask, seed=5))
-    by_reference = noisy_embedding(batch.input_ids.to(public), weight.to(public), 5.0, **on_gpu, backend="reference")
+    assert same_bits(
+        noise.cpu(), neftune_noise((4, 13), 64, 5.0, attention_mask=batch.attention_mask, seed=5)
+    )
+    by_reference = noisy_embedding(
+        batch.input_ids.to(public), weight.to(public), 5.0, **on_gpu, backend="reference"
+    )
     assert same_bits(by_reference.cpu(), expected)
 
 
 def test_launches(public, monkeypatch):
-    """One launch where the samples are known; one small one more for masks, position ids and padding_idx."""
+    """One launch where the samples are known; one small one more for masks, position ids and
+    padding_idx.
+    """
     counts = {"noisy_rows": 0, "number_documents": 0}
     for launcher in (kernels().launch_rows, kernels().launch_documents):
         assert launcher.kernel.fn.__name__ in counts
@@ -437,7 +649,9 @@ def test_launches(public, monkeypatch):
     assert launches(ids, weight, lengths=lengths, embed_scale=2.0) == (1, 0)
     assert launches(ids, weight, cu_seqlens=torch.tensor([0, 52], device=public)) == (1, 0)
     if EXECUTED:
-        return  # the dispatcher takes ttsem's tensors to the CPU's kernels; test_operators_are_registered_for_gpus
+        # the dispatcher takes ttsem's tensors to the CPU's kernels;
+        # test_operators_are_registered_for_gpus
+        return
     assert launches(ids, weight.requires_grad_(), attention_mask=mask) == (1, 1)
     assert launches(ids, weight, position_ids=torch.arange(13, device=public)[None]) == (1, 1)
     assert launches(ids, weight, padding_idx=3) == (1, 1)
@@ -447,7 +661,9 @@ def test_operators_are_registered_for_gpus():
     for name in ("noisy_embedding.out", "add_noise.out", "mask_layout", "padding_layout"):
         for key in ("CUDA", "XPU"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"neftune_kernels::{name}", key)
-            assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"neftune_kernels::reference_{name}", key)
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"neftune_kernels::reference_{name}", key
+            )
 
 
 def test_training_on_it(public):
@@ -480,15 +696,27 @@ MUTATIONS = {
         "return tl.fma(high, step * 65536, step * 32768), tl.fma(low",
     ),
     "half a step": ("step * 32768), tl.fma", "step * 0), tl.fma"),
-    "word order": ("return tl.join(tl.join(v0, v2), tl.join(v1, v3))", "return tl.join(tl.join(v0, v1), tl.join(v2, v3))"),
+    "word order": (
+        "return tl.join(tl.join(v0, v2), tl.join(v1, v3))",
+        "return tl.join(tl.join(v0, v1), tl.join(v2, v3))",
+    ),
     "mask flipped": ("tl.where(real, number, -1)", "tl.where(real, -1, number)"),
-    "one token too many": ("real = place.to(tl.int64) < length", "real = place.to(tl.int64) <= length"),
+    "one token too many": (
+        "real = place.to(tl.int64) < length",
+        "real = place.to(tl.int64) <= length",
+    ),
     "stream dropped": ("stream.to(tl.uint32), k0, k1)", "(stream * 0).to(tl.uint32), k0, k1)"),
-    "product not rounded": ("value = (value * scale).to(DTYPE).to(tl.float32)", "value = value * scale"),
+    "product not rounded": (
+        "value = (value * scale).to(DTYPE).to(tl.float32)",
+        "value = value * scale",
+    ),
     "sample offset dropped": ("(sample + sample_offset).to(tl.uint32)", "sample.to(tl.uint32)"),
 }
 OUTSIDE = {
-    "tail of a row": ("tl.store(target + column, value, mask=column < D)", "tl.store(target + column, value, mask=column < D + 8)"),
+    "tail of a row": (
+        "tl.store(target + column, value, mask=column < D)",
+        "tl.store(target + column, value, mask=column < D + 8)",
+    ),
     "id at the end": ("(index < num_embeddings)", "(index <= num_embeddings)"),
     "tail of a mask": ("valid = index < end\n", "valid = index < end + 1\n"),
 }
@@ -553,10 +781,16 @@ def test_cuda_graph_replays_fresh_noise(gpu):
     replays = []
     for _ in range(3):
         graph.replay()
-        expected = noisy_embedding(ids.cpu(), weight.cpu(), 5.0, attention_mask=mask.cpu(), seed=int(seed))
+        expected = noisy_embedding(
+            ids.cpu(), weight.cpu(), 5.0, attention_mask=mask.cpu(), seed=int(seed)
+        )
         assert same_bits(out.cpu(), expected)
         replays.append((out.cpu(), drawn.cpu()))
-    assert all(not torch.equal(replays[i][k], replays[j][k]) for i, j in ((0, 1), (1, 2), (0, 2)) for k in (0, 1))
+    assert all(
+        not torch.equal(replays[i][k], replays[j][k])
+        for i, j in ((0, 1), (1, 2), (0, 2))
+        for k in (0, 1)
+    )
 
 
 def test_more_than_int32_elements(gpu):
@@ -568,7 +802,9 @@ def test_more_than_int32_elements(gpu):
     weight = torch.zeros(2**31 // width + 8, width, dtype=torch.bfloat16, device=gpu)
     weight[-2] = 1
     out = noisy_embedding(ids, weight, 5.0, seed=1)[0, -2:].float().cpu()
-    noise = neftune_noise((1, 2), width, 5.0, lengths=torch.tensor([tokens]), position_offset=tokens - 2, seed=1)[0]
+    noise = neftune_noise(
+        (1, 2), width, 5.0, lengths=torch.tensor([tokens]), position_offset=tokens - 2, seed=1
+    )[0]
     assert torch.equal(out, (torch.tensor([[0.0], [1.0]]) + noise).bfloat16().float())
 
 
@@ -590,20 +826,31 @@ def test_other_devices(gpu):
     ids, weight = torch.arange(8)[None], make_weight(64, torch.bfloat16)
     for device in (gpu, other, gpu):
         assert torch.cuda.current_device() == 0
-        assert same_bits(noisy_embedding(ids.to(device), weight.to(device), 5.0, seed=1).cpu(), noisy_embedding(ids, weight, 5.0, seed=1))
+        assert same_bits(
+            noisy_embedding(ids.to(device), weight.to(device), 5.0, seed=1).cpu(),
+            noisy_embedding(ids, weight, 5.0, seed=1),
+        )
 
 
 def test_compiled_on_a_gpu(gpu):
     ids, weight = torch.arange(8, device=gpu)[None], make_weight(64, torch.bfloat16).to(gpu)
-    compiled = torch.compile(lambda ids, weight, seed: noisy_embedding(ids, weight, 5.0, seed=seed) * 2, fullgraph=True)
+    compiled = torch.compile(
+        lambda ids, weight, seed: noisy_embedding(ids, weight, 5.0, seed=seed) * 2, fullgraph=True
+    )
     seed = torch.tensor(3, device=gpu)
     assert same_bits(compiled(ids, weight, seed), noisy_embedding(ids, weight, 5.0, seed=seed) * 2)
 
 
 def test_debug_asserts(gpu):
     program = (
-        "import torch, neftune_kernels as n; n.noisy_embedding(torch.tensor([[99]], device='cuda'), torch.zeros(3, 8, device='cuda'), 5.0);"
+        "import torch, neftune_kernels as n; n.noisy_embedding(torch.tensor([[99]], "
+        "device='cuda'), torch.zeros(3, 8, device='cuda'), 5.0);"
         "torch.cuda.synchronize()"
     )
-    run = subprocess.run([sys.executable, "-c", program], env=os.environ | {"NEFTUNE_DEBUG": "1"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"NEFTUNE_DEBUG": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode != 0 and "input_ids must lie in [0, num_embeddings)" in run.stderr

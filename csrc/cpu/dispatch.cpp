@@ -22,11 +22,12 @@ struct Level {
 bool has_avx2() {
   unsigned eax, ebx, ecx, edx;
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  return __builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+         (ecx & bit_F16C);
 }
 bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
@@ -47,7 +48,8 @@ constexpr Level kLevels[] = {
 // nullptr as a name asks for the best.
 const Kernels* find(const char* name) {
   for (const Level& level : kLevels) {
-    if ((name == nullptr || std::strcmp(name, level.kernels->name) == 0) && level.supported()) return level.kernels;
+    if ((name == nullptr || std::strcmp(name, level.kernels->name) == 0) && level.supported())
+      return level.kernels;
   }
   return nullptr;
 }
@@ -68,7 +70,8 @@ const Kernels& current_kernels() {
   for (const Level& level : kLevels) {
     if (level.supported()) names += (names.empty() ? "" : ", ") + std::string(level.kernels->name);
   }
-  throw std::invalid_argument("NEFTUNE_SIMD=" + requested + " is not an instruction set of this CPU and build; it has " + names);
+  throw std::invalid_argument("NEFTUNE_SIMD=" + requested +
+                              " is not an instruction set of this CPU and build; it has " + names);
 }
 
 }  // namespace neftune_kernels
@@ -89,9 +92,11 @@ NEFTUNE_EXPORT int neftune_kernels_set_simd_level(const char* name) {
   return 0;
 }
 
-// For the known-answer vectors: the counter in every lane of the current level, 7 or 10 rounds. Zeros if lanes disagree, for any other
-// number of rounds, and without a level.
-NEFTUNE_EXPORT void neftune_kernels_philox4x32(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t out[4]) {
+// For the known-answer vectors: the counter in every lane of the current level, 7 or 10 rounds.
+// Zeros if lanes disagree, for any other number of rounds, and without a level.
+NEFTUNE_EXPORT void neftune_kernels_philox4x32(const uint32_t counter[4], const uint32_t key[2],
+                                               int rounds, uint32_t out[4]) {
   const neftune_kernels::Kernels* kernels = neftune_kernels::chosen.load(std::memory_order_relaxed);
-  if (!kernels || !kernels->philox(counter, key, rounds, out)) out[0] = out[1] = out[2] = out[3] = 0;
+  if (!kernels || !kernels->philox(counter, key, rounds, out))
+    out[0] = out[1] = out[2] = out[3] = 0;
 }

@@ -1,4 +1,5 @@
-// Which instruction set runs: the best this CPU has, or the one that NEFTUNE_SIMD or a test asks for.
+// Which instruction set runs: the best this CPU has, or the one that NEFTUNE_SIMD or a test asks
+// for.
 #pragma once
 
 #include "kernels.h"

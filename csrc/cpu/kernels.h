@@ -1,5 +1,5 @@
-// What the operators know of an instruction set: one table of functions over rows. No torch here, and no code: these types cross between
-// files compiled with different flags.
+// What the operators know of an instruction set: one table of functions over rows. No torch here,
+// and no code: these types cross between files compiled with different flags.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,9 @@ struct RowSettings {
   int64_t columns;
   PhiloxKey key;
   uint32_t stream;
-  float scale;           // embed_scale; read by the scaled functions only
-  const void* products;  // what Kernels::fill_products made of the rest; read by the noisy functions only
+  float scale;  // embed_scale; read by the scaled functions only
+  const void*
+      products;  // what Kernels::fill_products made of the rest; read by the noisy functions only
 };
 
 struct Row {
@@ -34,13 +35,15 @@ using RowFunction = void (*)(const RowSettings&, const Row&);
 
 struct Kernels {
   const char* name;
-  // The products of Philox's first rounds that all rows share: how many bytes they take, and filling these; see block_products.
+  // The products of Philox's first rounds that all rows share: how many bytes they take, and
+  // filling these; see block_products.
   int64_t (*products_bytes)(int64_t columns);
   void (*fill_products)(const RowSettings&, void* products);
   RowFunction noisy[kElementTypes];         // out = cast(e + noise), e = source
   RowFunction noisy_scaled[kElementTypes];  // the same, e = cast(source · scale)
   RowFunction scaled[kElementTypes];        // out = cast(source · scale): padding
-  // Philox with the counter in every lane and 7 or 10 rounds; false if lanes disagree or rounds is another number.
+  // Philox with the counter in every lane and 7 or 10 rounds; false if lanes disagree or rounds is
+  // another number.
   bool (*philox)(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t out[4]);
 };
 

@@ -1,4 +1,5 @@
-// The CPU implementations of the operators whose schemas neftune_kernels/ops.py defines: checks, the walk over tokens, choice of kernels.
+// The CPU implementations of the operators whose schemas neftune_kernels/ops.py defines: checks,
+// the walk over tokens, choice of kernels.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -39,8 +40,10 @@ ElementType element_type(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return kFloat16;
     default:
-      fail<std::runtime_error>(name, " must be float32, bfloat16 or float16 for the C++ kernel, got ",
-                               torch::headeronly::toString(tensor.scalar_type()), "; the reference backend takes float64");
+      fail<std::runtime_error>(name,
+                               " must be float32, bfloat16 or float16 for the C++ kernel, got ",
+                               torch::headeronly::toString(tensor.scalar_type()),
+                               "; the reference backend takes float64");
   }
 }
 
@@ -48,13 +51,15 @@ template <class T>
 T read_scalar(const Tensor& tensor, ScalarType dtype, const char* name) {
   check_cpu(tensor, name);
   if (tensor.scalar_type() != dtype || tensor.numel() != 1) {
-    fail<std::runtime_error>(name, " must be a 0-dim ", torch::headeronly::toString(dtype), " tensor, got ", tensor.numel(),
-                             " element(s) of ", torch::headeronly::toString(tensor.scalar_type()));
+    fail<std::runtime_error>(name, " must be a 0-dim ", torch::headeronly::toString(dtype),
+                             " tensor, got ", tensor.numel(), " element(s) of ",
+                             torch::headeronly::toString(tensor.scalar_type()));
   }
   return *static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// Element offsets of a tensor's first `axes` axes in row-major order; axes that step evenly are merged, which leaves one in most tensors.
+// Element offsets of a tensor's first `axes` axes in row-major order; axes that step evenly are
+// merged, which leaves one in most tensors.
 class Offsets {
  public:
   Offsets(const Tensor& tensor, int64_t axes) {
@@ -90,11 +95,13 @@ class Offsets {
 // int32 or int64 tensor of any shape and strides, read in row-major order.
 class Integers {
  public:
-  Integers(const Tensor& tensor, const char* name) : offsets_(tensor, tensor.dim()), size_(tensor.numel()) {
+  Integers(const Tensor& tensor, const char* name)
+      : offsets_(tensor, tensor.dim()), size_(tensor.numel()) {
     check_cpu(tensor, name);
     const ScalarType dtype = tensor.scalar_type();
     if (dtype != ScalarType::Long && dtype != ScalarType::Int) {
-      fail<std::runtime_error>(name, " must be int32 or int64, got ", torch::headeronly::toString(dtype));
+      fail<std::runtime_error>(name, " must be int32 or int64, got ",
+                               torch::headeronly::toString(dtype));
     }
     wide_ = dtype == ScalarType::Long;
     data_ = tensor.const_data_ptr();
@@ -103,7 +110,8 @@ class Integers {
   int64_t size() const { return size_; }
   int64_t operator[](int64_t index) const {
     const int64_t offset = offsets_(index);
-    return wide_ ? static_cast<const int64_t*>(data_)[offset] : static_cast<const int32_t*>(data_)[offset];
+    return wide_ ? static_cast<const int64_t*>(data_)[offset]
+                 : static_cast<const int32_t*>(data_)[offset];
   }
 
  private:
@@ -113,10 +121,12 @@ class Integers {
   bool wide_;
 };
 
-std::optional<Integers> optional_integers(const std::optional<Tensor>& tensor, const char* name, int64_t size) {
+std::optional<Integers> optional_integers(const std::optional<Tensor>& tensor, const char* name,
+                                          int64_t size) {
   if (!tensor) return std::nullopt;
   Integers values(*tensor, name);
-  if (size >= 0 && values.size() != size) fail<std::invalid_argument>(name, " must have ", size, " elements, got ", values.size());
+  if (size >= 0 && values.size() != size)
+    fail<std::invalid_argument>(name, " must have ", size, " elements, got ", values.size());
   return values;
 }
 
@@ -129,8 +139,9 @@ struct Place {
 // Which sample, position and length each token has: layout.per_token in C++.
 class Layout {
  public:
-  Layout(int64_t rows, int64_t columns, const std::optional<Tensor>& document, const std::optional<Tensor>& position,
-         const std::optional<Tensor>& lengths, const std::optional<Tensor>& cu_seqlens, int64_t sample_offset, int64_t position_offset)
+  Layout(int64_t rows, int64_t columns, const std::optional<Tensor>& document,
+         const std::optional<Tensor>& position, const std::optional<Tensor>& lengths,
+         const std::optional<Tensor>& cu_seqlens, int64_t sample_offset, int64_t position_offset)
       : rows_(rows),
         columns_(columns),
         document_(optional_integers(document, "document", rows * columns)),
@@ -162,10 +173,12 @@ class Layout {
     }
 
     Place next() {
-      while (token_ >= end_) {  // more than one turn only past empty documents; cu_seqlens ends at the number of tokens
+      while (token_ >= end_) {  // more than one turn only past empty documents; cu_seqlens ends at
+                                // the number of tokens
         ++document_;
         begin_ = end_;
-        end_ = layout_.cu_seqlens_ ? (*layout_.cu_seqlens_)[document_ + 1] : begin_ + layout_.columns_;
+        end_ =
+            layout_.cu_seqlens_ ? (*layout_.cu_seqlens_)[document_ + 1] : begin_ + layout_.columns_;
       }
       const int64_t token = token_++;
       int64_t document = document_, position = token - begin_, length = end_ - begin_;
@@ -179,7 +192,8 @@ class Layout {
           if (static_cast<uint32_t>(position + layout_.position_offset_) >= length) length = 0;
         }
       }
-      return {static_cast<uint32_t>(document) + layout_.sample_offset_, static_cast<uint32_t>(position) + layout_.position_offset_, length};
+      return {static_cast<uint32_t>(document) + layout_.sample_offset_,
+              static_cast<uint32_t>(position) + layout_.position_offset_, length};
     }
 
    private:
@@ -191,14 +205,16 @@ class Layout {
   void check_cu_seqlens() const {
     const Integers& bounds = *cu_seqlens_;
     const int64_t tokens = rows_ * columns_, documents = bounds.size() - 1;
-    if (documents < 0) fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got no elements");
+    if (documents < 0)
+      fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got no elements");
     if (bounds[0] != 0 || bounds[documents] != tokens) {
-      fail<std::invalid_argument>("cu_seqlens must run from 0 to the number of tokens ", tokens, ", got ", bounds[0], " to ",
-                                  bounds[documents]);
+      fail<std::invalid_argument>("cu_seqlens must run from 0 to the number of tokens ", tokens,
+                                  ", got ", bounds[0], " to ", bounds[documents]);
     }
     for (int64_t i = 0; i < documents; ++i) {
       if (bounds[i + 1] < bounds[i]) {
-        fail<std::invalid_argument>("cu_seqlens must not decrease, got ", bounds[i], " before ", bounds[i + 1]);
+        fail<std::invalid_argument>("cu_seqlens must not decrease, got ", bounds[i], " before ",
+                                    bounds[i + 1]);
       }
     }
   }
@@ -209,7 +225,8 @@ class Layout {
     if (smallest < 0) fail<std::invalid_argument>("lengths must not be negative, got ", smallest);
   }
 
-  // The last document that starts at or before the token: bounds[document] ≤ token < bounds[document + 1].
+  // The last document that starts at or before the token: bounds[document] ≤ token <
+  // bounds[document + 1].
   int64_t document_of(int64_t token) const {
     int64_t low = 0, high = cu_seqlens_->size() - 1;
     while (high - low > 1) {
@@ -220,14 +237,17 @@ class Layout {
   }
 
   // Documents come from mask_layout; one that lengths does not hold is padding, never a stray read.
-  int64_t document_length(int64_t document) const { return document >= 0 && document < lengths_->size() ? (*lengths_)[document] : 0; }
+  int64_t document_length(int64_t document) const {
+    return document >= 0 && document < lengths_->size() ? (*lengths_)[document] : 0;
+  }
 
   int64_t rows_, columns_;
   std::optional<Integers> document_, position_, lengths_, cu_seqlens_;
   uint32_t sample_offset_, position_offset_;
 };
 
-// The rows that tokens take their embeddings from: rows of a weight chosen by id, or the tokens' own.
+// The rows that tokens take their embeddings from: rows of a weight chosen by id, or the tokens'
+// own.
 class Source {
  public:
   Source(const Tensor& rows, int64_t axes)
@@ -253,7 +273,8 @@ class Source {
   void gather_as(const char* row, char* out) const {
     const T* source = reinterpret_cast<const T*>(row);
     T* values = reinterpret_cast<T*>(out);
-    for (int64_t column = 0; column < columns_; ++column) values[column] = source[column * column_stride_];
+    for (int64_t column = 0; column < columns_; ++column)
+      values[column] = source[column * column_stride_];
   }
 
   int64_t element_size_, columns_, column_stride_;
@@ -266,28 +287,37 @@ struct Noise {
   int64_t stream, sample_offset, position_offset;
 };
 
-// out[token] = cast(e + noise) over all tokens; offset_of(token) is the place of the token's row in source, -1 for a bad id.
+// out[token] = cast(e + noise) over all tokens; offset_of(token) is the place of the token's row in
+// source, -1 for a bad id.
 template <class OffsetOf>
-void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int64_t columns, int64_t embedding_dim, const Noise& noise,
-                       double embed_scale, char* out, const OffsetOf& offset_of) {
+void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int64_t columns,
+                       int64_t embedding_dim, const Noise& noise, double embed_scale, char* out,
+                       const OffsetOf& offset_of) {
   const Kernels& kernels = current_kernels();
-  const uint64_t seed = static_cast<uint64_t>(read_scalar<int64_t>(noise.seed, ScalarType::Long, "seed"));
-  const double noise_alpha = read_scalar<double>(noise.noise_alpha, ScalarType::Double, "noise_alpha");
-  const Layout layout(rows, columns, noise.document, noise.position, noise.lengths, noise.cu_seqlens, noise.sample_offset,
-                      noise.position_offset);
+  const uint64_t seed =
+      static_cast<uint64_t>(read_scalar<int64_t>(noise.seed, ScalarType::Long, "seed"));
+  const double noise_alpha =
+      read_scalar<double>(noise.noise_alpha, ScalarType::Double, "noise_alpha");
+  const Layout layout(rows, columns, noise.document, noise.position, noise.lengths,
+                      noise.cu_seqlens, noise.sample_offset, noise.position_offset);
   const int64_t tokens = rows * columns, row_bytes = source.bytes();
   if (tokens == 0) return;
   const bool scaled = embed_scale != 1;
-  // A NaN scale loses its payload, which rounding to bfloat16 could otherwise carry out of the NaNs.
-  const float scale = std::isnan(embed_scale) ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(embed_scale);
-  RowSettings settings{embedding_dim, noise_key(seed), static_cast<uint32_t>(noise.stream), scale, nullptr};
+  // A NaN scale loses its payload, which rounding to bfloat16 could otherwise carry out of the
+  // NaNs.
+  const float scale = std::isnan(embed_scale) ? std::numeric_limits<float>::quiet_NaN()
+                                              : static_cast<float>(embed_scale);
+  RowSettings settings{embedding_dim, noise_key(seed), static_cast<uint32_t>(noise.stream), scale,
+                       nullptr};
   struct alignas(kProductsAlignment) Line {
     char bytes[kProductsAlignment];
   };
-  const std::unique_ptr<Line[]> products(new Line[kernels.products_bytes(embedding_dim) / kProductsAlignment + 1]);
+  const std::unique_ptr<Line[]> products(
+      new Line[kernels.products_bytes(embedding_dim) / kProductsAlignment + 1]);
   kernels.fill_products(settings, products.get());
   settings.products = products.get();
-  const RowFunction noisy = scaled ? kernels.noisy_scaled[type] : kernels.noisy[type], padding = kernels.scaled[type];
+  const RowFunction noisy = scaled ? kernels.noisy_scaled[type] : kernels.noisy[type],
+                    padding = kernels.scaled[type];
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(embedding_dim, 1));
 
   torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
@@ -304,12 +334,14 @@ void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int
       if (offset < 0) continue;
       if (place.length != last_length) {
         last_length = place.length;
-        const double elements = static_cast<double>(place.length) * static_cast<double>(embedding_dim);
+        const double elements =
+            static_cast<double>(place.length) * static_cast<double>(embedding_dim);
         step = noise_step(noise_alpha, place.length, std::sqrt(elements));
       }
       const char* row = source.at(offset);
       if (!source.contiguous()) {
-        if (row != in_gathered) source.gather(row, gathered.data());  // expanded rows are gathered once
+        if (row != in_gathered)
+          source.gather(row, gathered.data());  // expanded rows are gathered once
         in_gathered = row;
         row = gathered.data();
       }
@@ -333,47 +365,59 @@ int64_t product(const std::vector<int64_t>& sizes, size_t count) {
   return result;
 }
 
-void embed(const Tensor& input_ids, const Tensor& weight, const Noise& noise, double embed_scale, const std::vector<int64_t>& shape,
-           char* out) {
+void embed(const Tensor& input_ids, const Tensor& weight, const Noise& noise, double embed_scale,
+           const std::vector<int64_t>& shape, char* out) {
   check_cpu(weight, "weight");
   const ElementType type = element_type(weight, "weight");
   const Integers ids(input_ids, "input_ids");
-  const int64_t num_embeddings = weight.size(0), embedding_dim = weight.size(1), row_stride = weight.stride(0);
+  const int64_t num_embeddings = weight.size(0), embedding_dim = weight.size(1),
+                row_stride = weight.stride(0);
   const int64_t columns = input_ids.dim() == 0 ? 1 : input_ids.size(input_ids.dim() - 1);
-  const int64_t rows = input_ids.dim() == 0 ? 1 : product(shape, static_cast<size_t>(input_ids.dim() - 1));
+  const int64_t rows =
+      input_ids.dim() == 0 ? 1 : product(shape, static_cast<size_t>(input_ids.dim() - 1));
   std::atomic<int64_t> first_bad{std::numeric_limits<int64_t>::max()};
-  add_noise_to_rows(Source(weight, 1), type, rows, columns, embedding_dim, noise, embed_scale, out, [&](int64_t token) {
-    const int64_t id = ids[token];
-    if (id >= 0 && id < num_embeddings) return id * row_stride;
-    int64_t seen = first_bad.load(std::memory_order_relaxed);
-    while (token < seen && !first_bad.compare_exchange_weak(seen, token, std::memory_order_relaxed)) {
-    }
-    return int64_t{-1};
-  });
+  add_noise_to_rows(Source(weight, 1), type, rows, columns, embedding_dim, noise, embed_scale, out,
+                    [&](int64_t token) {
+                      const int64_t id = ids[token];
+                      if (id >= 0 && id < num_embeddings) return id * row_stride;
+                      int64_t seen = first_bad.load(std::memory_order_relaxed);
+                      while (token < seen && !first_bad.compare_exchange_weak(
+                                                 seen, token, std::memory_order_relaxed)) {
+                      }
+                      return int64_t{-1};
+                    });
   if (const int64_t token = first_bad.load(); token < ids.size()) {
-    fail<std::out_of_range>("input_ids must lie in [0, num_embeddings = ", num_embeddings, "), got ", ids[token]);
+    fail<std::out_of_range>("input_ids must lie in [0, num_embeddings = ", num_embeddings,
+                            "), got ", ids[token]);
   }
 }
 
-Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
-                       std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
-                       int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale) {
+Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
+                       std::optional<Tensor> document, std::optional<Tensor> position,
+                       std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
+                       int64_t stream, int64_t sample_offset, int64_t position_offset,
+                       int64_t /*padding_idx: for autograd*/, double embed_scale) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   element_type(weight, "weight");
   Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
-  embed(input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  embed(input_ids, weight,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+         position_offset},
         embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
   return out;
 }
 
-void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
-                         std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
-                         int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale,
-                         Tensor out) {
+void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
+                         std::optional<Tensor> document, std::optional<Tensor> position,
+                         std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
+                         int64_t stream, int64_t sample_offset, int64_t position_offset,
+                         int64_t /*padding_idx: for autograd*/, double embed_scale, Tensor out) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   check_cpu(out, "out");
   check_out(out, weight, "weight", false, shape);
-  embed(input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  embed(input_ids, weight,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+         position_offset},
         embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
 }
 
@@ -381,34 +425,45 @@ void add_noise_into(const Tensor& inputs_embeds, const Noise& noise, char* out) 
   check_cpu(inputs_embeds, "inputs_embeds");
   const ElementType type = element_type(inputs_embeds, "inputs_embeds");
   const int64_t dim = inputs_embeds.dim();
-  if (dim == 0) fail<std::runtime_error>("inputs_embeds must have shape (..., embedding_dim), got a 0-dim tensor");
+  if (dim == 0)
+    fail<std::runtime_error>(
+        "inputs_embeds must have shape (..., embedding_dim), got a 0-dim tensor");
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
-  const int64_t columns = dim == 1 ? 1 : shape[dim - 2], rows = dim == 1 ? 1 : product(shape, static_cast<size_t>(dim - 2));
+  const int64_t columns = dim == 1 ? 1 : shape[dim - 2],
+                rows = dim == 1 ? 1 : product(shape, static_cast<size_t>(dim - 2));
   const Offsets offset_of(inputs_embeds, dim - 1);
-  add_noise_to_rows(Source(inputs_embeds, dim - 1), type, rows, columns, shape[dim - 1], noise, 1.0, out, offset_of);
+  add_noise_to_rows(Source(inputs_embeds, dim - 1), type, rows, columns, shape[dim - 1], noise, 1.0,
+                    out, offset_of);
 }
 
-Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
-                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
-                 int64_t position_offset) {
+Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
+                 std::optional<Tensor> document, std::optional<Tensor> position,
+                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                 int64_t sample_offset, int64_t position_offset) {
   element_type(inputs_embeds, "inputs_embeds");
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
-  add_noise_into(inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  add_noise_into(inputs_embeds,
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+                  position_offset},
                  static_cast<char*>(out.mutable_data_ptr()));
   return out;
 }
 
-void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
-                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
-                   int64_t position_offset, Tensor out) {
+void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
+                   std::optional<Tensor> document, std::optional<Tensor> position,
+                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                   int64_t sample_offset, int64_t position_offset, Tensor out) {
   check_cpu(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
-  add_noise_into(inputs_embeds, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  add_noise_into(inputs_embeds,
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+                  position_offset},
                  static_cast<char*>(out.mutable_data_ptr()));
 }
 
-// Mask values are compared in a type that holds all of theirs: double for floats, their own for integers.
+// Mask values are compared in a type that holds all of theirs: double for floats, their own for
+// integers.
 struct BFloat16Bits {
   uint16_t bits;
 };
@@ -426,7 +481,8 @@ double mask_value(BFloat16Bits value) {
 }
 double mask_value(HalfBits value) {
   const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
-  const double magnitude = exponent == 31  ? (fraction ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity())
+  const double magnitude = exponent == 31  ? (fraction ? std::numeric_limits<double>::quiet_NaN()
+                                                       : std::numeric_limits<double>::infinity())
                            : exponent == 0 ? std::ldexp(fraction, -24)
                                            : std::ldexp(fraction + 1024, exponent - 25);
   return value.bits & 0x8000 ? -magnitude : magnitude;
@@ -447,10 +503,11 @@ template <class Mask>
 constexpr bool kSignedMask = !std::is_integral_v<Mask> || std::is_signed_v<Mask>;
 
 template <class Mask, class Id>
-void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t rows, int64_t columns, int64_t* document, int64_t* position,
-                      int64_t* lengths) {
+void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t rows, int64_t columns,
+                      int64_t* document, int64_t* position, int64_t* lengths) {
   const Tensor& shaped = mask ? *mask : *position_ids;
-  const Offsets mask_offset(shaped, shaped.dim()), id_offset(position_ids ? *position_ids : shaped, shaped.dim());
+  const Offsets mask_offset(shaped, shaped.dim()),
+      id_offset(position_ids ? *position_ids : shaped, shaped.dim());
   const Mask* masks = mask ? static_cast<const Mask*>(mask->const_data_ptr()) : nullptr;
   const Id* ids = position_ids ? static_cast<const Id*>(position_ids->const_data_ptr()) : nullptr;
   using Value = decltype(mask_value(Mask{}));
@@ -465,7 +522,8 @@ void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t ro
       if (masks) {
         value = mask_value(masks[mask_offset(token)]);
         if (kSignedMask<Mask> && !(value >= Value{0})) {
-          fail<std::invalid_argument>("attention_mask has negative or NaN values, such as ", printed(static_cast<double>(value)),
+          fail<std::invalid_argument>("attention_mask has negative or NaN values, such as ",
+                                      printed(static_cast<double>(value)),
                                       ": a token is real where it is not 0, padding where it is 0");
         }
       }
@@ -475,7 +533,8 @@ void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t ro
         if (previous < 0) {
           first = column;
         } else {
-          const int64_t jump = static_cast<int64_t>(static_cast<uint64_t>(id) - static_cast<uint64_t>(previous_id));
+          const int64_t jump =
+              static_cast<int64_t>(static_cast<uint64_t>(id) - static_cast<uint64_t>(previous_id));
           if (value != previous_value || (ids && jump != 1 && jump != column - previous)) {
             lengths[++current] = 0;
             first = column;
@@ -494,42 +553,54 @@ void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t ro
 }
 
 template <class Mask>
-void number_documents_by_id(const Tensor* mask, const Tensor* position_ids, int64_t rows, int64_t columns, int64_t* document,
-                            int64_t* position, int64_t* lengths) {
+void number_documents_by_id(const Tensor* mask, const Tensor* position_ids, int64_t rows,
+                            int64_t columns, int64_t* document, int64_t* position,
+                            int64_t* lengths) {
   const ScalarType dtype = position_ids ? position_ids->scalar_type() : ScalarType::Long;
   switch (dtype) {
     case ScalarType::Long:
-      return number_documents<Mask, int64_t>(mask, position_ids, rows, columns, document, position, lengths);
+      return number_documents<Mask, int64_t>(mask, position_ids, rows, columns, document, position,
+                                             lengths);
     case ScalarType::Int:
-      return number_documents<Mask, int32_t>(mask, position_ids, rows, columns, document, position, lengths);
+      return number_documents<Mask, int32_t>(mask, position_ids, rows, columns, document, position,
+                                             lengths);
     case ScalarType::Short:
-      return number_documents<Mask, int16_t>(mask, position_ids, rows, columns, document, position, lengths);
+      return number_documents<Mask, int16_t>(mask, position_ids, rows, columns, document, position,
+                                             lengths);
     case ScalarType::Char:
-      return number_documents<Mask, int8_t>(mask, position_ids, rows, columns, document, position, lengths);
+      return number_documents<Mask, int8_t>(mask, position_ids, rows, columns, document, position,
+                                            lengths);
     case ScalarType::Byte:
-      return number_documents<Mask, uint8_t>(mask, position_ids, rows, columns, document, position, lengths);
+      return number_documents<Mask, uint8_t>(mask, position_ids, rows, columns, document, position,
+                                             lengths);
     default:
-      fail<std::runtime_error>("position_ids must be an integer tensor, got ", torch::headeronly::toString(dtype));
+      fail<std::runtime_error>("position_ids must be an integer tensor, got ",
+                               torch::headeronly::toString(dtype));
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask, std::optional<Tensor> position_ids) {
-  if (!attention_mask && !position_ids) fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
+std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask,
+                                               std::optional<Tensor> position_ids) {
+  if (!attention_mask && !position_ids)
+    fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
   const Tensor* mask = attention_mask ? &*attention_mask : nullptr;
   const Tensor* ids = position_ids ? &*position_ids : nullptr;
   const Tensor& given = mask ? *mask : *ids;
   if (mask) check_cpu(*mask, "attention_mask");
   if (ids) check_cpu(*ids, "position_ids");
   const std::vector<int64_t> shape = shape_of(given);
-  if (ids && shape_of(*ids) != shape) fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
-  const int64_t columns = shape.empty() ? 1 : shape.back(), rows = shape.empty() ? 1 : product(shape, shape.size() - 1);
+  if (ids && shape_of(*ids) != shape)
+    fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
+  const int64_t columns = shape.empty() ? 1 : shape.back(),
+                rows = shape.empty() ? 1 : product(shape, shape.size() - 1);
   const std::vector<int64_t> tokens{rows * columns};
   Tensor document = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
   Tensor position = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
   Tensor lengths = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
   if (rows * columns == 0) return {document, position, lengths};
   const auto number = [&](auto value) {
-    number_documents_by_id<decltype(value)>(mask, ids, rows, columns, static_cast<int64_t*>(document.mutable_data_ptr()),
+    number_documents_by_id<decltype(value)>(mask, ids, rows, columns,
+                                            static_cast<int64_t*>(document.mutable_data_ptr()),
                                             static_cast<int64_t*>(position.mutable_data_ptr()),
                                             static_cast<int64_t*>(lengths.mutable_data_ptr()));
   };
@@ -575,7 +646,8 @@ std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_m
       number(HalfBits{});
       break;
     default:
-      fail<std::runtime_error>("attention_mask must be bool, integer or float, got ", torch::headeronly::toString(dtype));
+      fail<std::runtime_error>("attention_mask must be bool, integer or float, got ",
+                               torch::headeronly::toString(dtype));
   }
   return {document, position, lengths};
 }

@@ -1,6 +1,8 @@
-// One row of noise for any instruction set: include after choosing it (NEFTUNE_AVX512, NEFTUNE_AVX2, NEFTUNE_NEON or nothing for scalar).
+// One row of noise for any instruction set: include after choosing it (NEFTUNE_AVX512,
+// NEFTUNE_AVX2, NEFTUNE_NEON or nothing for scalar).
 //
-// All in an anonymous namespace and free of std:: templates, so that nothing compiled for one CPU can be linked into another's path.
+// All in an anonymous namespace and free of std:: templates, so that nothing compiled for one CPU
+// can be linked into another's path.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +14,8 @@
 namespace neftune_kernels {
 namespace {
 
-// Two steps' words side by side: interleaving two chains of rounds hides the latency that one leaves open.
+// Two steps' words side by side: interleaving two chains of rounds hides the latency that one
+// leaves open.
 template <class Word>
 struct Twin {
   Word a;
@@ -82,14 +85,17 @@ struct Tail {
 template <class Element, int columns>
 NEFTUNE_INLINE void prefetch(const typename Element::Storage* next) {
   constexpr int kPerLine = 64 / sizeof(typename Element::Storage);
-  for (int column = 0; column < columns; column += kPerLine) __builtin_prefetch(next + column, 0, 2);
+  for (int column = 0; column < columns; column += kPerLine)
+    __builtin_prefetch(next + column, 0, 2);
 }
 
 // One to a step.
 using StepProducts = BlockProducts<Word>;
 static_assert(alignof(StepProducts) <= kProductsAlignment);
 
-int64_t products_bytes(int64_t columns) { return (columns + kStepColumns - 1) / kStepColumns * int64_t{sizeof(StepProducts)}; }
+int64_t products_bytes(int64_t columns) {
+  return (columns + kStepColumns - 1) / kStepColumns * int64_t{sizeof(StepProducts)};
+}
 
 void fill_products(const RowSettings& settings, void* memory) {
   StepProducts* products = static_cast<StepProducts*>(memory);
@@ -117,18 +123,22 @@ void noisy_row(const RowSettings& settings, const Row& row) {
       prefetch<Element, 2 * kStepColumns>(next + column);
       const auto pairs = noise_words(twin(products[0], products[1]), position, sample, key);
       const int64_t column_b = column + kStepColumns;
-      Element::template add_noise<scaled>(first_of(pairs), step, scale, source + column, out + column);
-      Element::template add_noise<scaled>(second_of(pairs), step, scale, source + column_b, out + column_b);
+      Element::template add_noise<scaled>(first_of(pairs), step, scale, source + column,
+                                          out + column);
+      Element::template add_noise<scaled>(second_of(pairs), step, scale, source + column_b,
+                                          out + column_b);
       products += 2;
     }
   }
   for (; column + kStepColumns <= columns; column += kStepColumns) {
     prefetch<Element, kStepColumns>(next + column);
-    Element::template add_noise<scaled>(noise_words(*products++, position, sample, key), step, scale, source + column, out + column);
+    Element::template add_noise<scaled>(noise_words(*products++, position, sample, key), step,
+                                        scale, source + column, out + column);
   }
   if (column < columns) {
     Tail<Element> tail(source + column, columns - column);
-    Element::template add_noise<scaled>(noise_words(*products, position, sample, key), step, scale, tail.values, tail.values);
+    Element::template add_noise<scaled>(noise_words(*products, position, sample, key), step, scale,
+                                        tail.values, tail.values);
     tail.store(out + column, columns - column);
   }
 }
@@ -140,7 +150,8 @@ void scaled_row(const RowSettings& settings, const Row& row) {
   Storage* out = static_cast<Storage*>(row.out);
   const int64_t columns = settings.columns;
   int64_t column = 0;
-  for (; column + kStepColumns <= columns; column += kStepColumns) Element::multiply_by(settings.scale, source + column, out + column);
+  for (; column + kStepColumns <= columns; column += kStepColumns)
+    Element::multiply_by(settings.scale, source + column, out + column);
   if (column < columns) {
     Tail<Element> tail(source + column, columns - column);
     Element::multiply_by(settings.scale, tail.values, tail.values);
@@ -151,7 +162,8 @@ void scaled_row(const RowSettings& settings, const Row& row) {
 template <int rounds>
 bool philox_lanes(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
   uint32_t words[kStepColumns / 2];
-  const PhiloxCounter<BlockIndex, uint32_t, uint32_t, uint32_t> in{broadcast_block(counter[0]), counter[1], counter[2], counter[3]};
+  const PhiloxCounter<BlockIndex, uint32_t, uint32_t, uint32_t> in{
+      broadcast_block(counter[0]), counter[1], counter[2], counter[3]};
   store_words(philox4x32<rounds>(in, PhiloxKey{key[0], key[1]}), words);
   for (int i = 0; i < kStepColumns / 2; ++i) {
     if (words[i] != words[i % 4]) return false;
@@ -160,7 +172,8 @@ bool philox_lanes(const uint32_t counter[4], const uint32_t key[2], uint32_t out
   return true;
 }
 
-bool philox_known_answer(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t out[4]) {
+bool philox_known_answer(const uint32_t counter[4], const uint32_t key[2], int rounds,
+                         uint32_t out[4]) {
   if (rounds == 7) return philox_lanes<7>(counter, key, out);
   if (rounds == 10) return philox_lanes<10>(counter, key, out);
   return false;

@@ -22,11 +22,13 @@ class Device {
 
   void check(const Tensor& tensor, const char* name) const {
     if (!tensor.is_cuda() || tensor.get_device_index() != index_) {
-      fail<std::runtime_error>(name, " must be on the GPU that the embeddings are on, device ", index_);
+      fail<std::runtime_error>(name, " must be on the GPU that the embeddings are on, device ",
+                               index_);
     }
   }
 
-  // Of all versions from 2.10 on, the function is in torch's CUDA library: looked up, as there is none to link to beside a torch for CPUs.
+  // Of all versions from 2.10 on, the function is in torch's CUDA library: looked up, as there is
+  // none to link to beside a torch for CPUs.
   void* stream() const {
     static const auto current_stream = [] {
       using Function = int32_t (*)(int32_t, void**);
@@ -38,13 +40,15 @@ class Device {
       return Function{nullptr};
     }();
     void* stream = nullptr;
-    if (!current_stream || current_stream(index_, &stream) != 0) fail<std::runtime_error>("torch does not tell its current CUDA stream");
+    if (!current_stream || current_stream(index_, &stream) != 0)
+      fail<std::runtime_error>("torch does not tell its current CUDA stream");
     return stream;
   }
 
  private:
   static int32_t index_of(const Tensor& tensor) {
-    if (!tensor.is_cuda()) fail<std::runtime_error>("the embeddings must be on a GPU, as the other tensors are");
+    if (!tensor.is_cuda())
+      fail<std::runtime_error>("the embeddings must be on a GPU, as the other tensors are");
     return tensor.get_device_index();
   }
 

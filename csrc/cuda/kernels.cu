@@ -1,10 +1,11 @@
-// Lookup, scale and NEFTune noise in one launch, masks and position ids numbered in one more; see noise.h for the formula.
+// Lookup, scale and NEFTune noise in one launch, masks and position ids numbered in one more; see
+// noise.h for the formula.
 //
 //     out[token] = cast(e + x·step),  e = source[id] or cast(source[id]·scale)
 //
-// A warp serves a token, a thread every 32nd block of 8 columns: one Philox block, one 16-byte access of 16-bit rows or two of float32
-// rows. Product and sum are rounded apart by __fmul_rn and __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and add.rn.f32x2 even
-// under -fmad=false.
+// A warp serves a token, a thread every 32nd block of 8 columns: one Philox block, one 16-byte
+// access of 16-bit rows or two of float32 rows. Product and sum are rounded apart by __fmul_rn and
+// __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and add.rn.f32x2 even under -fmad=false.
 #include <cmath>
 
 #include "launch.h"
@@ -41,9 +42,15 @@ struct Float32 {
 
   NEFTUNE_DEVICE float wide(float value) { return value; }
   NEFTUNE_DEVICE float narrow(float value) { return value; }
-  NEFTUNE_DEVICE uint32_t times(uint32_t word, float scale) { return __float_as_uint(__fmul_rn(__uint_as_float(word), scale)); }
-  NEFTUNE_DEVICE uint32_t plus(uint32_t word, float noise) { return __float_as_uint(__fadd_rn(__uint_as_float(word), noise)); }
-  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) { return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)}; }
+  NEFTUNE_DEVICE uint32_t times(uint32_t word, float scale) {
+    return __float_as_uint(__fmul_rn(__uint_as_float(word), scale));
+  }
+  NEFTUNE_DEVICE uint32_t plus(uint32_t word, float noise) {
+    return __float_as_uint(__fadd_rn(__uint_as_float(word), noise));
+  }
+  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) {
+    return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)};
+  }
   NEFTUNE_DEVICE uint4 noisy(uint4 v, const float* noise) {
     return {plus(v.x, noise[0]), plus(v.y, noise[1]), plus(v.z, noise[2]), plus(v.w, noise[3])};
   }
@@ -57,14 +64,18 @@ struct Sixteen {
   static constexpr uint32_t kNaN = Pair::kNaN;
 
   NEFTUNE_DEVICE float wide(uint16_t value) { return Pair::low(value); }
-  NEFTUNE_DEVICE uint16_t narrow(float value) { return static_cast<uint16_t>(Pair::pack(value, 0.0f)); }
+  NEFTUNE_DEVICE uint16_t narrow(float value) {
+    return static_cast<uint16_t>(Pair::pack(value, 0.0f));
+  }
   NEFTUNE_DEVICE uint32_t times(uint32_t word, float scale) {
     return Pair::pack(__fmul_rn(Pair::low(word), scale), __fmul_rn(Pair::high(word), scale));
   }
   NEFTUNE_DEVICE uint32_t plus(uint32_t word, const float* noise) {
     return Pair::pack(__fadd_rn(Pair::low(word), noise[0]), __fadd_rn(Pair::high(word), noise[1]));
   }
-  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) { return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)}; }
+  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) {
+    return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)};
+  }
   NEFTUNE_DEVICE uint4 noisy(uint4 v, const float* noise) {
     return {plus(v.x, noise), plus(v.y, noise + 2), plus(v.z, noise + 4), plus(v.w, noise + 6)};
   }
@@ -82,8 +93,12 @@ struct BFloat16Pair {
 
 struct Float16Pair {
   static constexpr uint32_t kNaN = 0x7E007E00u;
-  NEFTUNE_DEVICE float low(uint32_t pair) { return __low2float(reinterpret_cast<const __half2&>(pair)); }
-  NEFTUNE_DEVICE float high(uint32_t pair) { return __high2float(reinterpret_cast<const __half2&>(pair)); }
+  NEFTUNE_DEVICE float low(uint32_t pair) {
+    return __low2float(reinterpret_cast<const __half2&>(pair));
+  }
+  NEFTUNE_DEVICE float high(uint32_t pair) {
+    return __high2float(reinterpret_cast<const __half2&>(pair));
+  }
   NEFTUNE_DEVICE uint32_t pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
@@ -101,14 +116,17 @@ struct Place {
 };
 
 NEFTUNE_DEVICE int64_t value_at(const Integers& values, int64_t index) {
-  return values.wide ? static_cast<const int64_t*>(values.data)[index] : static_cast<const int32_t*>(values.data)[index];
+  return values.wide ? static_cast<const int64_t*>(values.data)[index]
+                     : static_cast<const int32_t*>(values.data)[index];
 }
 
 NEFTUNE_DEVICE float step_of(const RowArguments& a, int64_t length) {
-  return noise_step(a.noise_alpha, length, std::sqrt(static_cast<double>(length) * static_cast<double>(a.embedding_dim)));
+  return noise_step(a.noise_alpha, length,
+                    std::sqrt(static_cast<double>(length) * static_cast<double>(a.embedding_dim)));
 }
 
-// The last document that starts at or before the token, by bisection; -1 or `samples` outside all of them.
+// The last document that starts at or before the token, by bisection; -1 or `samples` outside all
+// of them.
 NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   int32_t low = 0, high = static_cast<int32_t>(a.samples + 1);
   while (low < high) {
@@ -122,19 +140,24 @@ NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   return low - 1;
 }
 
-// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; any of these.
+// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; any
+// of these.
 enum LayoutKind { kNoLayout, kPerToken, kBounds, kAnyLayout };
 
-// layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do not hold are padding.
+// layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do
+// not hold are padding.
 template <LayoutKind kind, class Index>
 NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t token, Index row, Index column) {
   int64_t sample = row, position = column, length = 0;
   if (kind == kNoLayout) {
-    return {static_cast<uint32_t>(row) + a.sample_offset, static_cast<uint32_t>(column) + a.position_offset, a.step};
+    return {static_cast<uint32_t>(row) + a.sample_offset,
+            static_cast<uint32_t>(column) + a.position_offset, a.step};
   } else if (kind == kBounds || (kind == kAnyLayout && a.cu_seqlens.data)) {
     sample = document_of(a, token);
     if (sample >= 0 && sample < a.samples) {
-      const uint64_t start = value_at(a.cu_seqlens, sample);  // differences of bad bounds may overflow, as those of unsigned numbers
+      const uint64_t start =
+          value_at(a.cu_seqlens,
+                   sample);  // differences of bad bounds may overflow, as those of unsigned numbers
       position = static_cast<int64_t>(token - start);
       length = static_cast<int64_t>(value_at(a.cu_seqlens, sample + 1) - start);
     }
@@ -145,10 +168,12 @@ NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t token, Index row, I
       length = a.columns;
     } else if (sample >= 0 && sample < a.samples) {
       length = value_at(a.lengths, sample);
-      if (!a.document.data && static_cast<uint32_t>(position) + a.position_offset >= length) length = 0;
+      if (!a.document.data && static_cast<uint32_t>(position) + a.position_offset >= length)
+        length = 0;
     }
   }
-  return {static_cast<uint32_t>(sample) + a.sample_offset, static_cast<uint32_t>(position) + a.position_offset, step_of(a, length)};
+  return {static_cast<uint32_t>(sample) + a.sample_offset,
+          static_cast<uint32_t>(position) + a.position_offset, step_of(a, length)};
 }
 
 // Where source holds the token's row, in elements; -1 for an id out of range.
@@ -156,13 +181,16 @@ template <class Index>
 NEFTUNE_DEVICE int64_t offset_of(const RowArguments& a, Index row, Index column) {
   const int64_t index = row * a.index_row + column * a.index_column;
   if (!a.input_ids) return index;
-  const int64_t id = a.wide_ids ? static_cast<const int64_t*>(a.input_ids)[index] : static_cast<const int32_t*>(a.input_ids)[index];
+  const int64_t id = a.wide_ids ? static_cast<const int64_t*>(a.input_ids)[index]
+                                : static_cast<const int32_t*>(a.input_ids)[index];
   return id >= 0 && id < a.num_embeddings ? id * a.source_row : -1;
 }
 
 // ---- one row
 
-NEFTUNE_DEVICE const uint4* vectors(const void* values) { return static_cast<const uint4*>(values); }
+NEFTUNE_DEVICE const uint4* vectors(const void* values) {
+  return static_cast<const uint4*>(values);
+}
 NEFTUNE_DEVICE uint4* vectors(void* values) { return static_cast<uint4*>(values); }
 
 struct RowNoise {
@@ -171,7 +199,8 @@ struct RowNoise {
   float step;
 
   __device__ __forceinline__ void words(uint32_t block, uint32_t (&word)[4]) const {
-    const auto pairs = noise_words(block_products<uint32_t>(block, stream, key), position, sample, key);
+    const auto pairs =
+        noise_words(block_products<uint32_t>(block, stream, key), position, sample, key);
     word[0] = low(pairs.words01);
     word[1] = high(pairs.words01);
     word[2] = low(pairs.words23);
@@ -179,7 +208,8 @@ struct RowNoise {
   }
 
   // Of columns 8·block .. 8·block + 7, for a finite step.
-  __device__ __forceinline__ void operator()(uint32_t block, float (&noise)[kColumnsPerBlock]) const {
+  __device__ __forceinline__ void operator()(uint32_t block,
+                                             float (&noise)[kColumnsPerBlock]) const {
     uint32_t word[4];
     words(block, word);
 #pragma unroll
@@ -191,7 +221,8 @@ struct RowNoise {
 };
 
 template <class Element, bool kScaled>
-NEFTUNE_DEVICE void noisy_block(const RowNoise& noise_of, uint32_t block, float scale, uint4* values) {
+NEFTUNE_DEVICE void noisy_block(const RowNoise& noise_of, uint32_t block, float scale,
+                                uint4* values) {
   float noise[kColumnsPerBlock];
   noise_of(block, noise);
 #pragma unroll
@@ -202,7 +233,8 @@ NEFTUNE_DEVICE void noisy_block(const RowNoise& noise_of, uint32_t block, float 
 }
 
 template <class Element, int kAhead, bool kScaled>
-NEFTUNE_DEVICE void noisy_blocks(const RowNoise& noise_of, const uint4* source, uint4* out, int block, float scale) {
+NEFTUNE_DEVICE void noisy_blocks(const RowNoise& noise_of, const uint4* source, uint4* out,
+                                 int block, float scale) {
   constexpr int kVectors = Element::kVectors;
   uint4 values[kAhead][kVectors];
 #pragma unroll
@@ -219,7 +251,8 @@ NEFTUNE_DEVICE void noisy_blocks(const RowNoise& noise_of, const uint4* source, 
 }
 
 template <class Element, bool kScaled>
-NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source, uint4* out, int blocks, float scale) {
+NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source, uint4* out,
+                                  int blocks, float scale) {
   constexpr int kVectors = Element::kVectors, kAhead = kVectorsAhead / kVectors;
   int block = threadIdx.x;
   source += block * kVectors;
@@ -254,9 +287,11 @@ NEFTUNE_DEVICE void plain_vectors(const uint4* source, uint4* out, int blocks, f
 
 // Any strides, any width, any alignment, any step; without a source a row of NaN.
 template <class Element>
-NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of, const typename Element::Storage* source,
+NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of,
+                            const typename Element::Storage* source,
                             typename Element::Storage* out) {
-  for (int64_t column = threadIdx.x * kColumnsPerBlock; column < a.embedding_dim; column += kLanes * kColumnsPerBlock) {
+  for (int64_t column = threadIdx.x * kColumnsPerBlock; column < a.embedding_dim;
+       column += kLanes * kColumnsPerBlock) {
     uint32_t words[4];
     noise_of.words(static_cast<uint32_t>(column / kColumnsPerBlock), words);
 #pragma unroll
@@ -267,7 +302,9 @@ NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of, con
         value = source[(column + k) * a.source_column];
         if (a.scaled) value = Element::narrow(__fmul_rn(Element::wide(value), a.scale));
         const float lattice = k % 2 ? lattice_odd(words[k / 2]) : lattice_even(words[k / 2]);
-        if (noise_of.step != 0) value = Element::narrow(__fadd_rn(Element::wide(value), __fmul_rn(lattice, noise_of.step)));
+        if (noise_of.step != 0)
+          value =
+              Element::narrow(__fadd_rn(Element::wide(value), __fmul_rn(lattice, noise_of.step)));
       }
       out[column + k] = value;
     }
@@ -277,15 +314,19 @@ NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of, con
 // ---- kernels over rows: block (32 lanes, tokens of a row)
 
 NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const Place& place) {
-  return {place.sample, place.position, a.stream, noise_key(static_cast<uint64_t>(*a.seed)), place.step};
+  return {place.sample, place.position, a.stream, noise_key(static_cast<uint64_t>(*a.seed)),
+          place.step};
 }
 
 // The grid covers all tokens: loops over them would take registers from the loop over columns.
 template <class Element, LayoutKind kind, bool kScaled>
-__global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiprocessor) noisy_vector_rows(const RowArguments a) {
+__global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiprocessor)
+    noisy_vector_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
-  const uint32_t row = blockIdx.y + blockIdx.z * gridDim.y, column = blockIdx.x * blockDim.y + threadIdx.y;
-  const uint32_t columns = static_cast<uint32_t>(a.columns), embedding_dim = static_cast<uint32_t>(a.embedding_dim);
+  const uint32_t row = blockIdx.y + blockIdx.z * gridDim.y,
+                 column = blockIdx.x * blockDim.y + threadIdx.y;
+  const uint32_t columns = static_cast<uint32_t>(a.columns),
+                 embedding_dim = static_cast<uint32_t>(a.embedding_dim);
   if (row >= static_cast<uint32_t>(a.rows) || column >= columns) return;
   const int64_t token = uint64_t{row} * columns + column;
   const int blocks = static_cast<int>(embedding_dim / kColumnsPerBlock);
@@ -294,9 +335,11 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiproces
   Storage* out = static_cast<Storage*>(a.out) + token * embedding_dim;
   const Place place = place_of<kind>(a, token, row, column);
   if (offset >= 0 && place.step != 0) {
-    noisy_vectors<Element, kScaled>(noise_of_place(a, place), vectors(source + offset), vectors(out), blocks, a.scale);
+    noisy_vectors<Element, kScaled>(noise_of_place(a, place), vectors(source + offset),
+                                    vectors(out), blocks, a.scale);
   } else {
-    plain_vectors<Element, kScaled>(offset >= 0 ? vectors(source + offset) : nullptr, vectors(out), blocks, a.scale);
+    plain_vectors<Element, kScaled>(offset >= 0 ? vectors(source + offset) : nullptr, vectors(out),
+                                    blocks, a.scale);
   }
 }
 
@@ -307,20 +350,22 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowA
   const int64_t first_row = blockIdx.y + int64_t{blockIdx.z} * gridDim.y;
   const int64_t first_column = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   for (int64_t row = first_row; row < a.rows; row += int64_t{gridDim.y} * gridDim.z) {
-    for (int64_t column = first_column; column < a.columns; column += int64_t{gridDim.x} * blockDim.y) {
+    for (int64_t column = first_column; column < a.columns;
+         column += int64_t{gridDim.x} * blockDim.y) {
       const int64_t offset = offset_of(a, row, column);
       const Storage* source = offset < 0 ? nullptr : static_cast<const Storage*>(a.source) + offset;
       const int64_t token = row * a.columns + column;
       Storage* out = static_cast<Storage*>(a.out) + token * a.embedding_dim;
-      any_row<Element>(a, noise_of_place(a, place_of<kAnyLayout>(a, token, row, column)), source, out);
+      any_row<Element>(a, noise_of_place(a, place_of<kAnyLayout>(a, token, row, column)), source,
+                       out);
     }
   }
 }
 
 // ---- documents
 
-// A scan over the block's threads, in order: what stands before the thread's own value, and in `carry` what stands before the next block of
-// tokens. Associative `then`.
+// A scan over the block's threads, in order: what stands before the thread's own value, and in
+// `carry` what stands before the next block of tokens. Associative `then`.
 template <class T>
 NEFTUNE_DEVICE T scan(T own, T& carry, T (*shared)[kDocumentThreads]) {
   const int thread = threadIdx.x;
@@ -351,11 +396,13 @@ struct Run {
   int64_t documents;  // that open in it
   int64_t reals;
   int64_t reals_before;  // of them before its last document opened; -1: none did
-  int64_t first;         // flat index of the first real token of that document, or of the one that was open before; -1: none
+  int64_t first;  // flat index of the first real token of that document, or of the one that was
+                  // open before; -1: none
 };
 
 NEFTUNE_DEVICE Run then(const Run& a, const Run& b) {
-  return {a.documents + b.documents, a.reals + b.reals, b.reals_before >= 0 ? a.reals + b.reals_before : a.reals_before,
+  return {a.documents + b.documents, a.reals + b.reals,
+          b.reals_before >= 0 ? a.reals + b.reals_before : a.reals_before,
           b.first >= 0 ? b.first : a.first};
 }
 
@@ -363,11 +410,14 @@ NEFTUNE_DEVICE int64_t value_at(const Values& values, int64_t row, int64_t colum
   const int64_t index = row * values.row + column * values.column;
   switch (values.bytes) {
     case 1:
-      return values.is_signed ? int64_t{static_cast<const int8_t*>(values.data)[index]} : static_cast<const uint8_t*>(values.data)[index];
+      return values.is_signed ? int64_t{static_cast<const int8_t*>(values.data)[index]}
+                              : static_cast<const uint8_t*>(values.data)[index];
     case 2:
-      return values.is_signed ? int64_t{static_cast<const int16_t*>(values.data)[index]} : static_cast<const uint16_t*>(values.data)[index];
+      return values.is_signed ? int64_t{static_cast<const int16_t*>(values.data)[index]}
+                              : static_cast<const uint16_t*>(values.data)[index];
     case 4:
-      return values.is_signed ? int64_t{static_cast<const int32_t*>(values.data)[index]} : static_cast<const uint32_t*>(values.data)[index];
+      return values.is_signed ? int64_t{static_cast<const int32_t*>(values.data)[index]}
+                              : static_cast<const uint32_t*>(values.data)[index];
     default:
       return static_cast<const int64_t*>(values.data)[index];
   }
@@ -381,17 +431,21 @@ NEFTUNE_DEVICE int64_t mask_at(const Values& mask, int64_t row, int64_t column) 
 
 NEFTUNE_DEVICE bool real_at(const DocumentArguments& a, int64_t row, int64_t column) {
   if (!a.mask.data) return true;
-  return a.has_padding_value ? value_at(a.mask, row, column) != a.padding_value : mask_at(a.mask, row, column) != 0;
+  return a.has_padding_value ? value_at(a.mask, row, column) != a.padding_value
+                             : mask_at(a.mask, row, column) != 0;
 }
 
 // Whether a real token opens a document after `previous`, the real token before it in its row.
-NEFTUNE_DEVICE bool opens_after(const DocumentArguments& a, int64_t row, int64_t column, int64_t previous) {
+NEFTUNE_DEVICE bool opens_after(const DocumentArguments& a, int64_t row, int64_t column,
+                                int64_t previous) {
   if (a.numbered) {
     const int64_t value = mask_at(a.mask, row, column);
-    if (value != mask_at(a.mask, row, previous) || (value & a.mask.absolute) > a.mask.infinity) return true;  // NaN is unlike itself
+    if (value != mask_at(a.mask, row, previous) || (value & a.mask.absolute) > a.mask.infinity)
+      return true;  // NaN is unlike itself
   }
   if (!a.position_ids.data) return false;
-  const uint64_t id = value_at(a.position_ids, row, column), previous_id = value_at(a.position_ids, row, previous);
+  const uint64_t id = value_at(a.position_ids, row, column),
+                 previous_id = value_at(a.position_ids, row, previous);
   return id - previous_id != 1 && id - previous_id != static_cast<uint64_t>(column - previous);
 }
 
@@ -400,14 +454,17 @@ struct DocumentScratch {
   Run runs[2][kDocumentThreads];
 };
 
-// Numbers the documents of flat tokens begin .. end - 1, whole rows, from number `documents` on; returns the next number.
-NEFTUNE_DEVICE int64_t number_range(const DocumentArguments& a, int64_t begin, int64_t end, int64_t documents, bool write,
-                                    DocumentScratch& scratch) {
+// Numbers the documents of flat tokens begin .. end - 1, whole rows, from number `documents` on;
+// returns the next number.
+NEFTUNE_DEVICE int64_t number_range(const DocumentArguments& a, int64_t begin, int64_t end,
+                                    int64_t documents, bool write, DocumentScratch& scratch) {
   LastReal last{-1};
   Run run{documents, 0, -1, -1};
   for (int64_t start = begin; start < end; start += int64_t{kDocumentThreads} * kTokensPerThread) {
     const int64_t token = start + int64_t{kTokensPerThread} * threadIdx.x;
-    const int count = static_cast<int>(token + kTokensPerThread <= end ? kTokensPerThread : token < end ? end - token : 0);
+    const int count = static_cast<int>(token + kTokensPerThread <= end ? kTokensPerThread
+                                       : token < end                   ? end - token
+                                                                       : 0);
     const int64_t first_row = token / a.columns, first_column = token - first_row * a.columns;
 
     uint32_t reals = 0;
@@ -425,7 +482,8 @@ NEFTUNE_DEVICE int64_t number_range(const DocumentArguments& a, int64_t begin, i
     Run mine{0, 0, -1, -1};
     for (int64_t i = 0, row = first_row, column = first_column; i < count; ++i) {
       const bool real = reals >> i & 1, follows = previous.token >= token + i - column;
-      const bool further = real && follows && opens_after(a, row, column, previous.token - (token + i - column));
+      const bool further =
+          real && follows && opens_after(a, row, column, previous.token - (token + i - column));
       if (further || column == 0) {
         opens |= 1u << i;
         mine.documents += 1;
@@ -444,7 +502,8 @@ NEFTUNE_DEVICE int64_t number_range(const DocumentArguments& a, int64_t begin, i
     for (int64_t i = 0, column = first_column; i < count; ++i) {
       const bool real = reals >> i & 1, open = opens >> i & 1;
       if (open) {
-        if (before.reals_before >= 0) a.lengths[before.documents - 1] = before.reals - before.reals_before;
+        if (before.reals_before >= 0)
+          a.lengths[before.documents - 1] = before.reals - before.reals_before;
         before.documents += 1;
         before.reals_before = before.reals;
       }
@@ -455,14 +514,17 @@ NEFTUNE_DEVICE int64_t number_range(const DocumentArguments& a, int64_t begin, i
       if (++column == a.columns) column = 0;
     }
   }
-  if (write && threadIdx.x == 0 && begin < end) a.lengths[run.documents - 1] = run.reals - run.reals_before;
+  if (write && threadIdx.x == 0 && begin < end)
+    a.lengths[run.documents - 1] = run.reals - run.reals_before;
   return run.documents;
 }
 
-// layout.mask_layout. A block has `rows_each` whole rows; it first counts the documents of the rows before, so none waits for another.
+// layout.mask_layout. A block has `rows_each` whole rows; it first counts the documents of the rows
+// before, so none waits for another.
 __global__ void __launch_bounds__(kDocumentThreads) number_documents(const DocumentArguments a) {
   __shared__ DocumentScratch scratch;
-  const int64_t first_row = blockIdx.x * a.rows_each, last_row = first_row + a.rows_each < a.rows ? first_row + a.rows_each : a.rows;
+  const int64_t first_row = blockIdx.x * a.rows_each,
+                last_row = first_row + a.rows_each < a.rows ? first_row + a.rows_each : a.rows;
   const int64_t begin = first_row * a.columns;
   const bool further = a.numbered || a.position_ids.data;
   const int64_t documents = further ? number_range(a, 0, begin, 0, false, scratch) : first_row;
@@ -473,7 +535,8 @@ __global__ void __launch_bounds__(kDocumentThreads) number_documents(const Docum
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 template <class Arguments>
-const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void* stream, const Arguments& arguments) {
+const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void* stream,
+                   const Arguments& arguments) {
   kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -483,14 +546,18 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void* strea
 template <class Element>
 const char* launch_rows(const RowArguments& a, void* stream) {
   const int64_t tokens = a.columns < kTokensPerBlock ? a.columns : kTokensPerBlock;
-  const int64_t blocks = (a.columns + tokens - 1) / tokens, grid_columns = blocks < NEFTUNE_GRID_COLUMNS ? blocks : NEFTUNE_GRID_COLUMNS;
+  const int64_t blocks = (a.columns + tokens - 1) / tokens,
+                grid_columns = blocks < NEFTUNE_GRID_COLUMNS ? blocks : NEFTUNE_GRID_COLUMNS;
   const int64_t grid_rows = a.rows < NEFTUNE_GRID_ROWS ? a.rows : NEFTUNE_GRID_ROWS;
-  const int64_t folds = (a.rows + grid_rows - 1) / grid_rows, grid_folds = folds < NEFTUNE_GRID_ROWS ? folds : NEFTUNE_GRID_ROWS;
+  const int64_t folds = (a.rows + grid_rows - 1) / grid_rows,
+                grid_folds = folds < NEFTUNE_GRID_ROWS ? folds : NEFTUNE_GRID_ROWS;
   const dim3 grid(grid_columns, grid_rows, grid_folds), block(kLanes, tokens);
-  const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX && a.rows <= UINT32_MAX;
+  const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX &&
+                       a.rows <= UINT32_MAX;
   if (!a.vectors || !covered) return launch(noisy_rows<Element>, grid, block, stream, a);
   if (a.scaled) return launch(noisy_vector_rows<Element, kAnyLayout, true>, grid, block, stream, a);
-  if (a.cu_seqlens.data) return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
+  if (a.cu_seqlens.data)
+    return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
   if (a.document.data || a.position.data || a.lengths.data)
     return launch(noisy_vector_rows<Element, kPerToken, false>, grid, block, stream, a);
   return launch(noisy_vector_rows<Element, kNoLayout, false>, grid, block, stream, a);
@@ -510,10 +577,12 @@ const char* launch_noisy_rows(const RowArguments& arguments, ElementType type, v
 }
 
 const char* launch_number_documents(DocumentArguments arguments, void* stream) {
-  const int64_t blocks = arguments.rows < NEFTUNE_DOCUMENT_BLOCKS ? arguments.rows : NEFTUNE_DOCUMENT_BLOCKS;
+  const int64_t blocks =
+      arguments.rows < NEFTUNE_DOCUMENT_BLOCKS ? arguments.rows : NEFTUNE_DOCUMENT_BLOCKS;
   arguments.rows_each = (arguments.rows + blocks - 1) / blocks;
-  return launch(number_documents, dim3((arguments.rows + arguments.rows_each - 1) / arguments.rows_each), dim3(kDocumentThreads), stream,
-                arguments);
+  return launch(number_documents,
+                dim3((arguments.rows + arguments.rows_each - 1) / arguments.rows_each),
+                dim3(kDocumentThreads), stream, arguments);
 }
 
 }  // namespace neftune_kernels

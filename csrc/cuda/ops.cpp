@@ -1,4 +1,5 @@
-// The CUDA implementations of the "cuda_" operators whose schemas neftune_kernels/ops.py defines: checks, strides, launches.
+// The CUDA implementations of the "cuda_" operators whose schemas neftune_kernels/ops.py defines:
+// checks, strides, launches.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -10,7 +11,8 @@
 #include "../noise.h"
 #include "../tensors.h"
 #include "launch.h"
-#ifndef NEFTUNE_CUDA_DISPATCH_KEY  // tests that run the kernels on the CPU bring a Device of their own
+#ifndef NEFTUNE_CUDA_DISPATCH_KEY  // tests that run the kernels on the CPU bring a Device of their
+                                   // own
 #include "device.h"
 #endif
 
@@ -18,7 +20,8 @@ namespace neftune_kernels {
 namespace {
 
 void check_launch(const char* error) {
-  if (error) fail<std::runtime_error>("the launch of a neftune_kernels CUDA kernel failed: ", error);
+  if (error)
+    fail<std::runtime_error>("the launch of a neftune_kernels CUDA kernel failed: ", error);
 }
 
 ElementType element_type(const Tensor& tensor, const char* name) {
@@ -30,20 +33,24 @@ ElementType element_type(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return kFloat16;
     default:
-      fail<std::runtime_error>(name, " must be float32, bfloat16 or float16 for the CUDA kernel, got ",
-                               torch::headeronly::toString(tensor.scalar_type()), "; the reference backend takes float64");
+      fail<std::runtime_error>(name,
+                               " must be float32, bfloat16 or float16 for the CUDA kernel, got ",
+                               torch::headeronly::toString(tensor.scalar_type()),
+                               "; the reference backend takes float64");
   }
 }
 
 bool is_wide(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != ScalarType::Long && dtype != ScalarType::Int) {
-    fail<std::runtime_error>(name, " must be int32 or int64, got ", torch::headeronly::toString(dtype));
+    fail<std::runtime_error>(name, " must be int32 or int64, got ",
+                             torch::headeronly::toString(dtype));
   }
   return dtype == ScalarType::Long;
 }
 
-// (..., T) as rows of T. What has no such view becomes its copy, which must live until the launch: on one stream, its memory may then go.
+// (..., T) as rows of T. What has no such view becomes its copy, which must live until the launch:
+// on one stream, its memory may then go.
 struct Rows {
   Rows(const Tensor& given, int64_t axes) : tensor(given) {
     if (!merge(axes)) {
@@ -82,7 +89,9 @@ struct Noise {
 // Values of a tensor of any shape, in row-major order.
 class Flat {
  public:
-  Flat(const Device& device, const std::optional<Tensor>& given, const char* name, int64_t size = -1) : tensor_(given) {
+  Flat(const Device& device, const std::optional<Tensor>& given, const char* name,
+       int64_t size = -1)
+      : tensor_(given) {
     if (!given) return;
     device.check(*given, name);
     if (size >= 0 && given->numel() != size) {
@@ -103,7 +112,8 @@ class Flat {
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 // arguments bring what source and input_ids are; the rest is filled in here.
-void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType type, const Noise& noise, double embed_scale, void* out) {
+void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType type,
+                       const Noise& noise, double embed_scale, void* out) {
   device.check(noise.seed, "seed");
   if (noise.seed.scalar_type() != ScalarType::Long || noise.seed.numel() != 1)
     fail<std::runtime_error>("seed must be a 0-dim int64 tensor");
@@ -112,11 +122,13 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
     fail<std::runtime_error>("noise_alpha must be a 0-dim float64 tensor on the CPU");
   }
   const int64_t tokens = arguments.rows * arguments.columns;
-  const Flat document(device, noise.document, "document", tokens), position(device, noise.position, "position", tokens);
+  const Flat document(device, noise.document, "document", tokens),
+      position(device, noise.position, "position", tokens);
   const Flat lengths(device, noise.lengths, "lengths", noise.document ? -1 : arguments.rows),
       bounds(device, noise.cu_seqlens, "cu_seqlens");
   if (noise.cu_seqlens && (bounds.size() == 0 || bounds.size() > INT32_MAX)) {
-    fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got ", bounds.size(), " elements");
+    fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got ", bounds.size(),
+                                " elements");
   }
   if (tokens == 0 || arguments.embedding_dim == 0) return;
 
@@ -128,7 +140,8 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   arguments.cu_seqlens = bounds.values();
   arguments.samples = noise.cu_seqlens ? bounds.size() - 1 : noise.lengths ? lengths.size() : 0;
   arguments.noise_alpha = *static_cast<const double*>(alpha.const_data_ptr());
-  const double elements = static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
+  const double elements =
+      static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
   arguments.step = noise_step(arguments.noise_alpha, arguments.columns, std::sqrt(elements));
   arguments.scaled = embed_scale != 1;
   arguments.scale = static_cast<float>(embed_scale);
@@ -136,14 +149,17 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   arguments.sample_offset = static_cast<uint32_t>(noise.sample_offset);
   arguments.position_offset = static_cast<uint32_t>(noise.position_offset);
   // The vector kernels' noise is that of finite steps.
-  const int64_t row_stride = arguments.input_ids ? arguments.source_row : arguments.index_row | arguments.index_column;
-  arguments.vectors = aligned(out) && aligned(arguments.source) && arguments.source_column == 1 && row_stride % kColumnsPerBlock == 0 &&
+  const int64_t row_stride =
+      arguments.input_ids ? arguments.source_row : arguments.index_row | arguments.index_column;
+  arguments.vectors = aligned(out) && aligned(arguments.source) && arguments.source_column == 1 &&
+                      row_stride % kColumnsPerBlock == 0 &&
                       arguments.embedding_dim % kColumnsPerBlock == 0 &&
                       std::abs(arguments.noise_alpha) <= std::numeric_limits<float>::max();
   check_launch(launch_noisy_rows(arguments, type, device.stream()));
 }
 
-void embed(const Device& device, const Tensor& input_ids, const Tensor& weight, const Noise& noise, double embed_scale, void* out) {
+void embed(const Device& device, const Tensor& input_ids, const Tensor& weight, const Noise& noise,
+           double embed_scale, void* out) {
   const ElementType type = element_type(weight, "weight");
   device.check(input_ids, "input_ids");
   const Rows ids(input_ids, input_ids.dim());
@@ -162,32 +178,42 @@ void embed(const Device& device, const Tensor& input_ids, const Tensor& weight, 
   add_noise_to_rows(device, arguments, type, noise, embed_scale, out);
 }
 
-Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
-                       std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
-                       int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale) {
+Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
+                       std::optional<Tensor> document, std::optional<Tensor> position,
+                       std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
+                       int64_t stream, int64_t sample_offset, int64_t position_offset,
+                       int64_t /*padding_idx: for autograd*/, double embed_scale) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   const Device device(weight);
   Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
-  embed(device, input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  embed(device, input_ids, weight,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+         position_offset},
         embed_scale, out.mutable_data_ptr());
   return out;
 }
 
-void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document,
-                         std::optional<Tensor> position, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
-                         int64_t sample_offset, int64_t position_offset, int64_t /*padding_idx: for autograd*/, double embed_scale,
-                         Tensor out) {
+void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
+                         std::optional<Tensor> document, std::optional<Tensor> position,
+                         std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
+                         int64_t stream, int64_t sample_offset, int64_t position_offset,
+                         int64_t /*padding_idx: for autograd*/, double embed_scale, Tensor out) {
   const Device device(weight);
   device.check(out, "out");
   check_out(out, weight, "weight", false, embedded_shape(input_ids, weight));
-  embed(device, input_ids, weight, {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+  embed(device, input_ids, weight,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+         position_offset},
         embed_scale, out.mutable_data_ptr());
 }
 
-void add_noise_into(const Device& device, const Tensor& inputs_embeds, const Noise& noise, void* out) {
+void add_noise_into(const Device& device, const Tensor& inputs_embeds, const Noise& noise,
+                    void* out) {
   const ElementType type = element_type(inputs_embeds, "inputs_embeds");
   const int64_t dim = inputs_embeds.dim();
-  if (dim == 0) fail<std::runtime_error>("inputs_embeds must have shape (..., embedding_dim), got a 0-dim tensor");
+  if (dim == 0)
+    fail<std::runtime_error>(
+        "inputs_embeds must have shape (..., embedding_dim), got a 0-dim tensor");
   const Rows embeds(inputs_embeds, dim - 1);
   RowArguments arguments{};
   arguments.source = embeds.tensor.const_data_ptr();
@@ -200,26 +226,30 @@ void add_noise_into(const Device& device, const Tensor& inputs_embeds, const Noi
   add_noise_to_rows(device, arguments, type, noise, 1.0, out);
 }
 
-Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
-                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
-                 int64_t position_offset) {
+Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
+                 std::optional<Tensor> document, std::optional<Tensor> position,
+                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                 int64_t sample_offset, int64_t position_offset) {
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   const Device device(inputs_embeds);
   Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
   add_noise_into(device, inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+                  position_offset},
                  out.mutable_data_ptr());
   return out;
 }
 
-void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::optional<Tensor> document, std::optional<Tensor> position,
-                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream, int64_t sample_offset,
-                   int64_t position_offset, Tensor out) {
+void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
+                   std::optional<Tensor> document, std::optional<Tensor> position,
+                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                   int64_t sample_offset, int64_t position_offset, Tensor out) {
   const Device device(inputs_embeds);
   device.check(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
   add_noise_into(device, inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset, position_offset},
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+                  position_offset},
                  out.mutable_data_ptr());
 }
 
@@ -227,7 +257,13 @@ void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha, std::o
 
 Values values_of(const Rows& rows, const char* name) {
   const Tensor& tensor = rows.tensor;
-  Values values{tensor.const_data_ptr(), rows.row, rows.column, static_cast<int8_t>(tensor.element_size()), false, 0, 0};
+  Values values{tensor.const_data_ptr(),
+                rows.row,
+                rows.column,
+                static_cast<int8_t>(tensor.element_size()),
+                false,
+                0,
+                0};
   switch (tensor.scalar_type()) {
     case ScalarType::Bool:
     case ScalarType::Byte:
@@ -258,12 +294,14 @@ Values values_of(const Rows& rows, const char* name) {
       values.infinity = 0x7C00;
       break;
     default:
-      fail<std::runtime_error>(name, " must be bool, integer or float, got ", torch::headeronly::toString(tensor.scalar_type()));
+      fail<std::runtime_error>(name, " must be bool, integer or float, got ",
+                               torch::headeronly::toString(tensor.scalar_type()));
   }
   return values;
 }
 
-std::tuple<Tensor, Tensor, Tensor> number(const Tensor* mask, const Tensor* position_ids, std::optional<int64_t> padding_value) {
+std::tuple<Tensor, Tensor, Tensor> number(const Tensor* mask, const Tensor* position_ids,
+                                          std::optional<int64_t> padding_value) {
   const Tensor& given = mask ? *mask : *position_ids;
   const Device device(given);
   const int64_t tokens[] = {given.numel()};
@@ -272,7 +310,8 @@ std::tuple<Tensor, Tensor, Tensor> number(const Tensor* mask, const Tensor* posi
   Tensor lengths = torch::stable::new_empty(given, {tokens, 1}, ScalarType::Long);
   if (tokens[0] == 0) return {document, position, lengths};
   const Rows rows(given, given.dim());
-  const std::optional<Rows> id_rows = position_ids ? std::optional<Rows>(Rows(*position_ids, position_ids->dim())) : std::nullopt;
+  const std::optional<Rows> id_rows =
+      position_ids ? std::optional<Rows>(Rows(*position_ids, position_ids->dim())) : std::nullopt;
   DocumentArguments arguments{};
   arguments.document = static_cast<int64_t*>(document.mutable_data_ptr());
   arguments.position = static_cast<int64_t*>(position.mutable_data_ptr());
@@ -281,7 +320,8 @@ std::tuple<Tensor, Tensor, Tensor> number(const Tensor* mask, const Tensor* posi
   if (position_ids) {
     device.check(*position_ids, "position_ids");
     arguments.position_ids = values_of(*id_rows, "position_ids");
-    if (arguments.position_ids.absolute) fail<std::runtime_error>("position_ids must be an integer tensor");
+    if (arguments.position_ids.absolute)
+      fail<std::runtime_error>("position_ids must be an integer tensor");
   }
   arguments.has_padding_value = padding_value.has_value();
   arguments.padding_value = padding_value.value_or(0);
@@ -292,12 +332,15 @@ std::tuple<Tensor, Tensor, Tensor> number(const Tensor* mask, const Tensor* posi
   return {document, position, lengths};
 }
 
-std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask, std::optional<Tensor> position_ids) {
-  if (!attention_mask && !position_ids) fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
+std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask,
+                                               std::optional<Tensor> position_ids) {
+  if (!attention_mask && !position_ids)
+    fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
   if (attention_mask && position_ids && shape_of(*attention_mask) != shape_of(*position_ids)) {
     fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
   }
-  return number(attention_mask ? &*attention_mask : nullptr, position_ids ? &*position_ids : nullptr, std::nullopt);
+  return number(attention_mask ? &*attention_mask : nullptr,
+                position_ids ? &*position_ids : nullptr, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padding_idx) {

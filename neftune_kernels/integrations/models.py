@@ -1,8 +1,9 @@
-"""apply_neftune: noise in the input embeddings of a model that somebody else wrote, with the samples its own forward is told.
+"""apply_neftune: noise in the input embeddings of a model that somebody else wrote, with the
+samples its own forward is told.
 
-The embedding keeps its object, Parameter, hooks and ties: only its class is swapped for a subclass of its own class, and undo swaps it
-back. Pre-hooks on the models around it take the attention mask, position ids or cumulative lengths as they arrive. Nothing here imports
-transformers.
+The embedding keeps its object, Parameter, hooks and ties: only its class is swapped for a subclass
+of its own class, and undo swaps it back. Pre-hooks on the models around it take the attention mask,
+position ids or cumulative lengths as they arrive. Nothing here imports transformers.
 """
 
 import dis
@@ -65,7 +66,9 @@ class NoisyCall(NamedTuple):
 
 
 class NEFTuneState:
-    """Settings and counters of one apply_neftune; shared by its embeddings and hooks, copied with them by deepcopy and pickle."""
+    """Settings and counters of one apply_neftune; shared by its embeddings and hooks, copied with
+    them by deepcopy and pickle.
+    """
 
     def __init__(self) -> None:
         self.noise_alpha = 0.0
@@ -75,17 +78,26 @@ class NEFTuneState:
         self.noise_without_grad = False
         self.backend: str | None = None
         self.variant = UNIFORM
-        self.read: Callable[[dict[str, Any]], Any] | None = None  # the user's own reading of a forward's arguments
+        self.read: Callable[[dict[str, Any]], Any] | None = (
+            None  # the user's own reading of a forward's arguments
+        )
         self.skipped_last: str | None = None
         self.calls = self.calls_before = 0
-        self.running: list[Running] = []  # forwards of hooked models that are running, one inside the other
+        self.running: list[
+            Running
+        ] = []  # forwards of hooked models that are running, one inside the other
         self.skipped: Counter[str] = Counter()
         self.warned: set[str] = set()
         self.handle: NEFTuneHandle | None = None
         self.handle_number = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handle": None, "handle_number": -1, "running": []}  # a copy is not steered by our handle
+        return {
+            **self.__dict__,
+            "handle": None,
+            "handle_number": -1,
+            "running": [],
+        }  # a copy is not steered by our handle
 
     def set_alpha(self, noise_alpha: float | None) -> None:
         self.noise_alpha = check_alpha(noise_alpha)
@@ -100,7 +112,11 @@ class NEFTuneState:
     def resolve_stream(self, embedding: nn.Module) -> int:
         if self.stream is not None:
             return self.stream
-        return data_parallel_index(embedding.weight, embedding, None if self.handle is None else self.handle.root())  # type: ignore[arg-type]
+        return data_parallel_index(
+            embedding.weight,  # type: ignore[arg-type]
+            embedding,
+            None if self.handle is None else self.handle.root(),
+        )
 
     def skip_reason(self, embedding: nn.Module) -> str | None:
         if not embedding.training:
@@ -115,23 +131,38 @@ class NEFTuneState:
 class Running:
     """A running forward of a model around the embedding, and what it was told."""
 
-    def __init__(self, model: nn.Module, samples: Samples, decoder: bool, pad_token_id: int | None) -> None:
-        self.model, self.samples, self.decoder, self.pad_token_id = model, samples, decoder, pad_token_id
+    def __init__(
+        self, model: nn.Module, samples: Samples, decoder: bool, pad_token_id: int | None
+    ) -> None:
+        self.model, self.samples, self.decoder, self.pad_token_id = (
+            model,
+            samples,
+            decoder,
+            pad_token_id,
+        )
         self.used = False  # an embedding call has taken these samples
-        self.scale = 1.0  # what this model would multiply embeddings by, taken over by the noisy embedding
+        self.scale = (
+            1.0  # what this model would multiply embeddings by, taken over by the noisy embedding
+        )
 
 
 class Site:
-    """One noisy embedding: the forwards around it that are running, the innermost last, and its last call."""
+    """One noisy embedding: the forwards around it that are running, the innermost last, and its
+    last call.
+    """
 
     def __init__(self, state: NEFTuneState) -> None:
         self.state = state
         self.hooked = False  # a model around the embedding tells us its samples
         self.running: list[Running] = []
         self.wrappers: list[weakref.ref[nn.Module]] = []  # PEFT's layers around the embedding
-        self.scaling: tuple[weakref.ref[nn.Module], str] | None = None  # who multiplies embeddings afterwards, and its factor's name
+        self.scaling: tuple[weakref.ref[nn.Module], str] | None = (
+            None  # who multiplies embeddings afterwards, and its factor's name
+        )
         self.last: NoisyCall | None = None
-        self.follows = False  # the running call looks up something besides its forward's tokens: LED's padding of its window
+        # the running call looks up something besides its forward's tokens: LED's padding of its
+        # window
+        self.follows = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "running": [], "wrappers": [], "scaling": None, "last": None}
@@ -140,17 +171,20 @@ class Site:
         return any(hasattr(wrapper(), HUGGING_FACE_MARK) for wrapper in self.wrappers)
 
     def check_recomputation(self) -> None:
-        """Inside backward a checkpointed segment runs again: it must see what its first pass saw."""
+        """Inside backward a checkpointed segment runs again: it must see what it saw first."""
         if torch._C._current_graph_task_id() == -1:
             return
         if self.state.skipped_last == "no grad":
             raise RuntimeError(
-                "a reentrant checkpoint recomputes the embedding inside backward with noise, but ran it without grad, and so without "
-                "noise, before: apply_neftune(..., noise_without_grad=True), use_reentrant=False, or keep the embedding out of the segment"
+                "a reentrant checkpoint recomputes the embedding inside backward with noise, but "
+                "ran it without grad, and so without "
+                "noise, before: apply_neftune(..., noise_without_grad=True), use_reentrant=False, "
+                "or keep the embedding out of the segment"
             )
         if self.hooked and not self.running:
             raise RuntimeError(
-                "a checkpoint recomputes the embedding inside backward, outside the forward of the model that knows the samples' lengths, "
+                "a checkpoint recomputes the embedding inside backward, outside the forward of "
+                "the model that knows the samples' lengths, "
                 "so its noise would change: keep the embedding out of the checkpointed segment"
             )
 
@@ -160,30 +194,42 @@ class Site:
         if not self.running:
             if self.hooked:
                 self.state.warn_once(
-                    "the noisy embedding was called outside its model's forward, so the lengths of the samples are unknown and every token "
-                    "but padding_idx counts as real: use neftune_kernels.add_noise with an attention_mask there, or, where PEFT has "
-                    "wrapped the model (prompt tuning), call apply_neftune again after get_peft_model"
+                    "the noisy embedding was called outside its model's forward, so the lengths "
+                    "of the samples are unknown and every token "
+                    "but padding_idx counts as real: use neftune_kernels.add_noise with an "
+                    "attention_mask there, or, where PEFT has "
+                    "wrapped the model (prompt tuning), call apply_neftune again after "
+                    "get_peft_model"
                 )
             return real_tokens(input, padding_idx, NOTHING)
         running = self.running[-1]
         if not running.decoder:  # an outer model may be told what it does not pass on (Rwkv)
-            running = next((outer for outer in reversed(self.running) if not outer.samples.untold), running)
+            running = next(
+                (outer for outer in reversed(self.running) if not outer.samples.untold), running
+            )
         told = running.samples
         if told.untold:
-            if running.decoder and (samples := trailing_padding(input, running.pad_token_id)) is not NOTHING:
+            if (
+                running.decoder
+                and (samples := trailing_padding(input, running.pad_token_id)) is not NOTHING
+            ):
                 return samples._replace(noise_mask=told.noise_mask)
             return real_tokens(input, padding_idx, told)
         mask = told.attention_mask
         if mask is not None and mask.shape != input.shape:
-            if mask.numel() == input.numel() and (mask.shape[-1] == input.shape[-1] or 1 in (mask.dim(), input.dim(), input.shape[0])):
+            if mask.numel() == input.numel() and (
+                mask.shape[-1] == input.shape[-1] or 1 in (mask.dim(), input.dim(), input.shape[0])
+            ):
                 mask = mask.reshape(input.shape)  # flattened or not, never transposed
             elif running.used:
                 self.follows = True
                 return real_tokens(input, padding_idx, NOTHING)
             else:
                 self.state.warn_once(
-                    f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's input {tuple(input.shape)}: every token "
-                    "but padding_idx counts as real. Tell NEFTune the samples with apply_neftune(..., samples=...)"
+                    f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's "
+                    f"input {tuple(input.shape)}: every token "
+                    "but padding_idx counts as real. Tell NEFTune the samples with "
+                    "apply_neftune(..., samples=...)"
                 )
                 return real_tokens(input, padding_idx, NOTHING)
             told = told._replace(attention_mask=mask)
@@ -191,7 +237,9 @@ class Site:
         return told
 
     def outer_scale(self) -> tuple[float, float]:
-        """(factor of the embedding that this call takes over, divisor of its noise) where the model scales embeddings afterwards."""
+        """(factor of the embedding that this call takes over, divisor of its noise) where the model
+        scales embeddings afterwards.
+        """
         if self.running and self.running[-1].scale != 1:
             return self.running[-1].scale, 1.0
         if self.scaling is None or (model := self.scaling[0]()) is None:
@@ -204,7 +252,9 @@ class _Noisy(nn.Module):
 
     _neftune: Site
     _neftune_base: type[nn.Module]
-    _neftune_forward: Callable[..., Tensor] | None = None  # the tensor-parallel plan's, which sat on the instance
+    _neftune_forward: Callable[..., Tensor] | None = (
+        None  # the tensor-parallel plan's, which sat on the instance
+    )
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site = self.__dict__.get("_neftune")
@@ -218,12 +268,17 @@ class _Noisy(nn.Module):
                 state.skipped[reason] += 1
                 state.skipped_last = reason
             plain = look_up(input, *args, **kwargs)
-            return plain if not site.running or site.running[-1].scale == 1 else plain * site.running[-1].scale
+            return (
+                plain
+                if not site.running or site.running[-1].scale == 1
+                else plain * site.running[-1].scale
+            )
         if HUGGING_FACE_MARK in self.__dict__ or site.marked():
             raise RuntimeError(TWO_NOISES)
         if getattr(self, "_is_replica", False) and state.stream is None:
             raise RuntimeError(
-                "nn.DataParallel runs its replicas in threads that share one mask and one seed: use DistributedDataParallel, or give every "
+                "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
+                "use DistributedDataParallel, or give every "
                 "replica a stream= of its own with NEFTuneEmbedding"
             )
         if not torch.compiler.is_compiling():
@@ -236,26 +291,52 @@ class _Noisy(nn.Module):
         if type(weight) not in PLAIN_WEIGHTS:
             samples = replicated(samples)
         stream = state.resolve_stream(base)
-        fusible = self._neftune_base.forward is nn.Embedding.forward and type(weight) in PLAIN_WEIGHTS
-        fusible = fusible and base.max_norm is None and not base.sparse and not base.scale_grad_by_freq
+        fusible = (
+            self._neftune_base.forward is nn.Embedding.forward and type(weight) in PLAIN_WEIGHTS
+        )
+        fusible = (
+            fusible and base.max_norm is None and not base.sparse and not base.scale_grad_by_freq
+        )
         embedded = None if fusible else look_up(input, *args, **kwargs)
         if embedded is not None and scale != 1:
             embedded = embedded * scale
-        dtype = weight.dtype if embedded is None else embedded.dtype  # a quantised weight's own dtype says nothing
+        dtype = (
+            weight.dtype if embedded is None else embedded.dtype
+        )  # a quantised weight's own dtype says nothing
         seed = shared_seed(seed_tensor(None, None, weight.device), weight)
         if not torch.compiler.is_compiling() and not site.follows:
             state.calls += 1
             state.skipped_last = None
             chosen = choose_backend(state.backend, weight.device, dtype)
             site.last = NoisyCall(
-                input.shape, base.embedding_dim, state.noise_alpha / divisor, samples, seed, stream, chosen, state.variant
+                input.shape,
+                base.embedding_dim,
+                state.noise_alpha / divisor,
+                samples,
+                seed,
+                stream,
+                chosen,
+                state.variant,
             )
         offsets = Offsets(stream, 0, 0)
         if embedded is not None:
             add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
             return add(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
-        given = (input, weight, alpha, samples, padding_idx, scale, seed, None, offsets, state.backend)
-        plain = state.variant.distribution == "uniform" and state.variant.sign == 1  # values, on which Dynamo guards; not identity
+        given = (
+            input,
+            weight,
+            alpha,
+            samples,
+            padding_idx,
+            scale,
+            seed,
+            None,
+            offsets,
+            state.backend,
+        )
+        plain = (
+            state.variant.distribution == "uniform" and state.variant.sign == 1
+        )  # values, on which Dynamo guards; not identity
         return embed_with_noise(*given) if plain else embed_with_variant(*given, state.variant)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -267,7 +348,9 @@ _noisy_classes: dict[type, Any] = {}
 
 def _noisy_class(base: type[nn.Module]) -> Any:
     if base not in _noisy_classes:
-        _noisy_classes[base] = type(f"Noisy{base.__name__}", (_Noisy, base), {"_neftune_base": base, "__module__": __name__})
+        _noisy_classes[base] = type(
+            f"Noisy{base.__name__}", (_Noisy, base), {"_neftune_base": base, "__module__": __name__}
+        )
     return _noisy_classes[base]
 
 
@@ -286,34 +369,52 @@ class _TakeSamples:
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.pad_token_id: int | None = None
-        self.factor: str | None = None  # name of the number that this model multiplies embeddings by
+        self.factor: str | None = (
+            None  # name of the number that this model multiplies embeddings by
+        )
         self.true_factor = 1.0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
         if state.running and not torch.compiler.is_compiling():
             _forget_interrupted(state, module)
-        steered = not state.running and state.handle is not None and not torch.compiler.is_compiling()
-        if steered and state.handle.refresh():  # type: ignore[union-attr]  # our hooks are new ones then
-            fresh = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _TakeSamples) and hook.state is state)
+        steered = (
+            not state.running and state.handle is not None and not torch.compiler.is_compiling()
+        )
+        # our hooks are new ones then
+        if steered and state.handle.refresh():  # type: ignore[union-attr]
+            fresh = (
+                hook
+                for hook in module._forward_pre_hooks.values()
+                if isinstance(hook, _TakeSamples) and hook.state is state
+            )
             return next(fresh)(module, args, kwargs)
         if torch.compiler.is_compiling() and not state.running and _has_moved(state.handle_number):
             raise RuntimeError(
-                "something was put in the place of a noisy embedding since apply_neftune (PEFT's wrappers, another module), and the model "
+                "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
+                "wrappers, another module), and the model "
                 "is about to be traced without its noise: call apply_neftune again before compiling"
             )
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        has_embeds = given.get("inputs_embeds") is not None or given.get("decoder_inputs_embeds") is not None
+        has_embeds = (
+            given.get("inputs_embeds") is not None or given.get("decoder_inputs_embeds") is not None
+        )
         if not state.running:
             if has_embeds and module.training and state.has_noise and torch.is_grad_enabled():
                 state.warn_once(
-                    "the model was given inputs_embeds, so its embedding and its NEFTune noise did not run: pass them through "
-                    "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) first"
+                    "the model was given inputs_embeds, so its embedding and its NEFTune noise "
+                    "did not run: pass them through "
+                    "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) "
+                    "first"
                 )
             if not torch.compiler.is_compiling():
                 state.calls_before = -1 if has_embeds else state.calls
         read = state.read
-        samples = from_arguments(given, self.pad_token_id, state.warn_once) if read is None else from_callable(read, given)
+        samples = (
+            from_arguments(given, self.pad_token_id, state.warn_once)
+            if read is None
+            else from_callable(read, given)
+        )
         running = Running(module, samples, self.decoder, self.pad_token_id)
         state.running.append(running)
         for site in self.sites:
@@ -328,7 +429,9 @@ class _TakeSamples:
         setattr(module, self.factor, 1.0 if noisy else self.true_factor)
 
     def end(self, module: nn.Module) -> None:
-        """The forward is over: its samples are forgotten, and it multiplies embeddings by its own factor again."""
+        """The forward is over: its samples are forgotten, and it multiplies embeddings by its own
+        factor again.
+        """
         for entered in (self.state.running, *(site.running for site in self.sites)):
             if entered and entered[-1].model is module:
                 entered.pop()
@@ -337,14 +440,20 @@ class _TakeSamples:
 
 
 def _forget_interrupted(state: NEFTuneState, module: nn.Module) -> None:
-    """KeyboardInterrupt runs no hook: what is entered as running, but lies on no call's path, is over. `module` is about to run."""
+    """KeyboardInterrupt runs no hook: what is entered as running, but lies on no call's path, is
+    over. `module` is about to run.
+    """
     calls: Counter[int] = Counter({id(module): -1})
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
             calls[id(frame.f_locals["self"])] += 1
         frame = frame.f_back
-    while state.running and sum(running.model is state.running[-1].model for running in state.running) > calls[id(state.running[-1].model)]:
+    while (
+        state.running
+        and sum(running.model is state.running[-1].model for running in state.running)
+        > calls[id(state.running[-1].model)]
+    ):
         interrupted = state.running[-1].model
         for hook in interrupted._forward_pre_hooks.values():
             if isinstance(hook, _TakeSamples) and hook.state is state:
@@ -363,24 +472,34 @@ class _ForgetSamples:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         state = self.taken.state
         self.taken.end(module)
-        if torch.compiler.is_compiling() or result is None or not (module.training and state.has_noise and torch.is_grad_enabled()):
+        if (
+            torch.compiler.is_compiling()
+            or result is None
+            or not (module.training and state.has_noise and torch.is_grad_enabled())
+        ):
             return
         if state.calls == state.calls_before and not state.running and state.skipped_last is None:
             state.warn_once(
-                "a training forward of the model ended without NEFTune noise: its noisy embedding was not called. Was it bypassed or "
-                "wrapped after apply_neftune? Call apply_neftune again, or name the embedding that runs with embedding="
+                "a training forward of the model ended without NEFTune noise: its noisy embedding "
+                "was not called. Was it bypassed or "
+                "wrapped after apply_neftune? Call apply_neftune again, or name the embedding "
+                "that runs with embedding="
             )
 
 
 class Found(NamedTuple):
-    """An embedding to be made noisy: the module whose output gets the noise, and the wrappers around it."""
+    """An embedding to be made noisy: the module whose output gets the noise, and the wrappers
+    around it.
+    """
 
     noisy: nn.Module
     wrappers: list[nn.Module]
 
 
 _numbers = itertools.count()
-_handles: "weakref.WeakValueDictionary[int, NEFTuneHandle]" = weakref.WeakValueDictionary()  # for questions asked outside the graph
+_handles: "weakref.WeakValueDictionary[int, NEFTuneHandle]" = (
+    weakref.WeakValueDictionary()
+)  # for questions asked outside the graph
 
 
 @asked_outside_the_graph
@@ -390,16 +509,25 @@ def _has_moved(handle_number: int) -> bool:
 
 
 class NEFTuneHandle:
-    """What apply_neftune returns: change alpha, read statistics, undo. Also a context manager that undoes on exit."""
+    """What apply_neftune returns: change alpha, read statistics, undo.
+
+    Also a context manager that undoes on exit.
+    """
 
     def __init__(self, state: NEFTuneState) -> None:
         state.handle_number = next(_numbers)
         _handles[state.handle_number] = self
         self._state: NEFTuneState | None = state
-        self._roots: list[tuple[weakref.ref[nn.Module], str | None]] = []  # weak: a handle keeps no model alive
+        self._roots: list[
+            tuple[weakref.ref[nn.Module], str | None]
+        ] = []  # weak: a handle keeps no model alive
         self._noisy: list[weakref.ref[nn.Module]] = []
-        self._places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []  # (parent, name, child) when attached
-        self._copies: list[tuple[weakref.ref[nn.Module], int]] = []  # (PEFT's modules_to_save, how many copies it had when attached)
+        self._places: list[
+            tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
+        ] = []  # (parent, name, child) when attached
+        self._copies: list[
+            tuple[weakref.ref[nn.Module], int]
+        ] = []  # (PEFT's modules_to_save, how many copies it had when attached)
         self._hooks: list[tuple[weakref.ref[nn.Module], _TakeSamples, list[Any]]] = []
 
     def root(self) -> nn.Module | None:
@@ -412,12 +540,16 @@ class NEFTuneHandle:
         self.attach()
 
     def attach(self) -> None:
-        """Find the embeddings in the models as they are now, make them noisy, and hook the models around them."""
+        """Find the embeddings in the models as they are now, make them noisy, and hook the models
+        around them.
+        """
         state = self._live_state()
         found: dict[nn.Module, Found] = {}
         listeners: dict[nn.Module, list[Site]] = {}
         places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []
-        live = [(root, path) for reference, path in self._roots if (root := reference()) is not None]
+        live = [
+            (root, path) for reference, path in self._roots if (root := reference()) is not None
+        ]
         for root, path in live:
             found.update({one.noisy: one for one in find_embeddings(root, path)})
         for module in (reference() for reference in self._noisy):
@@ -426,17 +558,30 @@ class NEFTuneHandle:
         for module, one in found.items():
             _make_noisy(module, state).wrappers = [weakref.ref(wrapper) for wrapper in one.wrappers]
         self._noisy = [weakref.ref(module) for module in found]
-        wrappers = [wrapper for one in found.values() for wrapper in one.wrappers if hasattr(wrapper, "modules_to_save")]
-        self._copies = [(weakref.ref(wrapper), len(wrapper.modules_to_save)) for wrapper in wrappers]  # type: ignore[arg-type]
+        wrappers = [
+            wrapper
+            for one in found.values()
+            for wrapper in one.wrappers
+            if hasattr(wrapper, "modules_to_save")
+        ]
+        self._copies = [
+            (weakref.ref(wrapper), len(wrapper.modules_to_save))  # type: ignore[arg-type]
+            for wrapper in wrappers
+        ]
         self._unhook()
         for root, _ in live:
             decoders = {id(module) for module in _decoder_of(root)}
             for name, module in list(root.named_modules(remove_duplicate=False)):
                 if isinstance(module, _Noisy) and module in found:
                     ancestors = list(_ancestors(root, name))
-                    places += [(weakref.ref(parent), child, weakref.ref(parent._modules[child])) for parent, child in ancestors]  # type: ignore[arg-type]
+                    places += [
+                        (weakref.ref(parent), child, weakref.ref(parent._modules[child]))  # type: ignore[arg-type]
+                        for parent, child in ancestors
+                    ]
                     around = [parent for parent, _ in ancestors]
-                    inside = [parent for parent in around if id(parent) in decoders]  # what is around is told the encoder's mask
+                    inside = [
+                        parent for parent in around if id(parent) in decoders
+                    ]  # what is around is told the encoder's mask
                     for parent in _speakers(inside or around, state.read is not None) or inside[:1]:
                         sites = listeners.setdefault(parent, [])
                         if module._neftune not in sites:
@@ -445,8 +590,13 @@ class NEFTuneHandle:
                 self._listen(parent, sites, id(parent) in decoders, _pad_token_id(root))
         self._places = places
 
-    def _listen(self, model: nn.Module, sites: list[Site], decoder: bool, pad_token_id: int | None) -> None:
-        if any(isinstance(hook, _TakeSamples) and hook.state is self._state for hook in model._forward_pre_hooks.values()):
+    def _listen(
+        self, model: nn.Module, sites: list[Site], decoder: bool, pad_token_id: int | None
+    ) -> None:
+        if any(
+            isinstance(hook, _TakeSamples) and hook.state is self._state
+            for hook in model._forward_pre_hooks.values()
+        ):
             return
         _forget_hooks(model)  # of a deepcopied or unpickled model
         taken = _TakeSamples(self._live_state(), tuple(parameter_names(model)))
@@ -469,21 +619,33 @@ class NEFTuneHandle:
             for hook in hooks:
                 hook.remove()
             model = reference()
-            if model is not None and taken.factor is not None:  # called inside a forward, or after one that was interrupted
+            if (
+                model is not None and taken.factor is not None
+            ):  # called inside a forward, or after one that was interrupted
                 setattr(model, taken.factor, taken.true_factor)
         self._hooks = []
 
     def refresh(self) -> bool:
-        """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a resized or another embedding."""
+        """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a
+        resized or another embedding.
+        """
         if not self.has_moved():
             return False
-        attach = torch.compiler.disable(self.attach) if "torch._dynamo" in sys.modules else self.attach  # Dynamo fails inside inspect
+        attach = (
+            torch.compiler.disable(self.attach) if "torch._dynamo" in sys.modules else self.attach
+        )  # Dynamo fails inside inspect
         attach()
         return True
 
     def has_moved(self) -> bool:
-        moved = any((module := parent()) is not None and module._modules.get(name) is not child() for parent, name, child in self._places)
-        return moved or any((wrapper := copied()) is not None and len(wrapper.modules_to_save) != n for copied, n in self._copies)  # type: ignore[arg-type]
+        moved = any(
+            (module := parent()) is not None and module._modules.get(name) is not child()
+            for parent, name, child in self._places
+        )
+        return moved or any(
+            (wrapper := copied()) is not None and len(wrapper.modules_to_save) != n  # type: ignore[arg-type]
+            for copied, n in self._copies
+        )
 
     def _live_state(self) -> NEFTuneState:
         if self._state is None:
@@ -501,13 +663,17 @@ class NEFTuneHandle:
 
     @property
     def sign(self) -> int:
-        """1 or -1: the noise as it is or negated, for antithetic pairs of forwards from one seed (SymNoise, arXiv 2312.01523)."""
+        """1 or -1: the noise as it is or negated, for antithetic pairs of forwards from one seed
+        (SymNoise, arXiv 2312.01523).
+        """
         return self._live_state().variant.sign
 
     @sign.setter
     def sign(self, value: int) -> None:
         state = self._live_state()
-        state.variant = check_variant(state.variant.distribution, state.variant.equal_variance, value)
+        state.variant = check_variant(
+            state.variant.distribution, state.variant.equal_variance, value
+        )
 
     @property
     def removed(self) -> bool:
@@ -516,7 +682,17 @@ class NEFTuneHandle:
     def settings(self) -> dict[str, Any]:
         """What apply_neftune was told, for :meth:`restore` by whoever borrows the handle."""
         state = self._live_state()
-        return {name: getattr(state, name) for name in ("noise_alpha", "stream", "noise_without_grad", "backend", "read", "variant")}
+        return {
+            name: getattr(state, name)
+            for name in (
+                "noise_alpha",
+                "stream",
+                "noise_without_grad",
+                "backend",
+                "read",
+                "variant",
+            )
+        }
 
     def restore(self, settings: dict[str, Any]) -> None:
         state = self._live_state()
@@ -526,26 +702,42 @@ class NEFTuneHandle:
                 setattr(state, name, value)
 
     def check_single_noise(self) -> None:
-        """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of ours."""
+        """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of
+        ours.
+        """
         for module in (reference() for reference in self._noisy):
-            if isinstance(module, _Noisy) and (HUGGING_FACE_MARK in module.__dict__ or module._neftune.marked()):
+            if isinstance(module, _Noisy) and (
+                HUGGING_FACE_MARK in module.__dict__ or module._neftune.marked()
+            ):
                 raise RuntimeError(TWO_NOISES)
 
     def remove(self) -> None:
         """Give the model back exactly as it was: class, forward, hooks. A second call does nothing.
 
         Raises:
-            RuntimeError: something put on the embedding since then holds its noisy class; nothing is changed.
+            RuntimeError: something put on the embedding since then holds its noisy class; nothing
+                is changed.
         """
         if self._state is None:
             return
-        noisy = [module for module in (reference() for reference in self._noisy) if isinstance(module, _Noisy)]
-        for root in (reference() for reference, _ in self._roots):  # copies that PEFT made of one (modules_to_save, a further adapter)
-            noisy += [] if root is None else [module for module in root.modules() if isinstance(module, _Noisy)]
+        noisy = [
+            module
+            for module in (reference() for reference in self._noisy)
+            if isinstance(module, _Noisy)
+        ]
+        for root in (
+            reference() for reference, _ in self._roots
+        ):  # copies that PEFT made of one (modules_to_save, a further adapter)
+            noisy += (
+                []
+                if root is None
+                else [module for module in root.modules() if isinstance(module, _Noisy)]
+            )
         bases = {module: _class_to_restore(module) for module in noisy}
         if any(base is None for base in bases.values()):
             raise RuntimeError(
-                "the embedding was parametrised or given a forward of its own (accelerate's device hooks do so) after apply_neftune: "
+                "the embedding was parametrised or given a forward of its own (accelerate's "
+                "device hooks do so) after apply_neftune: "
                 "take that off first, then call remove()"
             )
         for module in bases:
@@ -561,28 +753,56 @@ class NEFTuneHandle:
         self.remove()
 
     def stats(self) -> dict[str, Any]:
-        """What the noise was, computed now: nothing is counted or synchronised in forward but two Python integers.
+        """What the noise was, computed now: nothing is counted or synchronised in forward but two
+        Python integers.
 
         Returns:
-            calls: noisy forwards of embeddings so far; skipped: those without noise by reason ("eval mode", "no grad", "noise_alpha is 0").
-            Of the last noisy forward (of encoder and decoder together), None before one: samples (with a real token), length_min,
-            length_mean, length_max (real tokens), magnitude_min, magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
-            |noise| over its sample's magnitude, below 1 if uniform) and backend. Forwards inside torch.compile are not counted.
+            calls: noisy forwards of embeddings so far; skipped: those without noise by reason
+                ("eval mode", "no grad", "noise_alpha is 0").
+            Of the last noisy forward (of encoder and decoder together), None before one: samples
+            (with a real token), length_min, length_mean, length_max (real tokens), magnitude_min,
+            magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
+            |noise| over its sample's magnitude, below 1 if uniform) and backend. Forwards inside
+            torch.compile are not counted.
         """
         state = self._live_state()
-        names = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max")
-        stats: dict[str, Any] = {"calls": state.calls, "samples": None, **dict.fromkeys(names), "max_noise_ratio": None, "backend": None}
+        names = (
+            "length_min",
+            "length_mean",
+            "length_max",
+            "magnitude_min",
+            "magnitude_mean",
+            "magnitude_max",
+        )
+        stats: dict[str, Any] = {
+            "calls": state.calls,
+            "samples": None,
+            **dict.fromkeys(names),
+            "max_noise_ratio": None,
+            "backend": None,
+        }
         stats["skipped"] = dict(state.skipped)
-        modules = [module for module in (reference() for reference in self._noisy) if isinstance(module, _Noisy)]
+        modules = [
+            module
+            for module in (reference() for reference in self._noisy)
+            if isinstance(module, _Noisy)
+        ]
         lasts = [module._neftune.last for module in modules if module._neftune.last is not None]
         if not lasts:
             return stats
         measured = [_measure(last) for last in lasts]
-        lengths, magnitudes = torch.cat([found[0] for found in measured]), torch.cat([found[1] for found in measured])
+        lengths, magnitudes = (
+            torch.cat([found[0] for found in measured]),
+            torch.cat([found[1] for found in measured]),
+        )
         stats |= {"samples": lengths.numel(), "backend": lasts[-1].backend}
         if lengths.numel() == 0:
             return stats
-        values = [float(how(tensor)) for tensor in (lengths, magnitudes) for how in (torch.min, torch.mean, torch.max)]
+        values = [
+            float(how(tensor))
+            for tensor in (lengths, magnitudes)
+            for how in (torch.min, torch.mean, torch.max)
+        ]
         stats |= dict(zip(names, values, strict=True))
         stats["max_noise_ratio"] = max(found[2] for found in measured)
         stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
@@ -590,20 +810,32 @@ class NEFTuneHandle:
 
 
 def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
-    """float64 lengths and magnitudes of the call's samples with a real token, and the largest |noise| over its magnitude."""
+    """float64 lengths and magnitudes of the call's samples with a real token, and the largest
+    |noise| over its magnitude.
+    """
     device = last.seed.device
     layout = make_layout(last.shape, device, last.samples, last.backend)
     sample, _, length = layouts.per_token(layout, last.shape, device)
     real = length > 0
-    lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1].double()  # one per sample with a real token
+    lengths = (
+        torch.stack((sample[real], length[real])).unique(dim=1)[1].double()
+    )  # one per sample with a real token
     if lengths.numel() == 0:
         return lengths.cpu(), lengths.cpu(), 0.0
     magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
-    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(*last.shape, last.embedding_dim)
+    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(
+        *last.shape, last.embedding_dim
+    )
     alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.stream, 0, 0)
-    noise = embeds_with_noise(zeros, alpha, last.samples, last.seed, None, offsets, last.backend, last.variant)
+    noise = embeds_with_noise(
+        zeros, alpha, last.samples, last.seed, None, offsets, last.backend, last.variant
+    )
     bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
-    return lengths.cpu(), magnitudes.cpu(), float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max())
+    return (
+        lengths.cpu(),
+        magnitudes.cpu(),
+        float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max()),
+    )
 
 
 def _make_noisy(module: nn.Module, state: NEFTuneState) -> Site:
@@ -612,7 +844,9 @@ def _make_noisy(module: nn.Module, state: NEFTuneState) -> Site:
         if "forward" in module.__dict__:
             module.__dict__["_neftune_forward"] = module.__dict__.pop("forward")
     site: Site | None = module.__dict__.get("_neftune")
-    if site is None or site.state is not state:  # a copy that PEFT or deepcopy made of a noisy one comes with a state of its own
+    if (
+        site is None or site.state is not state
+    ):  # a copy that PEFT or deepcopy made of a noisy one comes with a state of its own
         site = Site(state)
         module.__dict__["_neftune"] = site
     return site
@@ -645,35 +879,50 @@ def _ancestors(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
-    """The ancestors to be hooked: the innermost that is told of samples, and those around it that may call the embedding themselves.
+    """The ancestors to be hooked: the innermost that is told of samples, and those around it that
+    may call the embedding themselves.
 
-    transformers' outer models only pass arguments on, except those that merge images into embeddings; a hook on them would cost
-    torch.compile a second graph.
+    transformers' outer models only pass arguments on, except those that merge images into
+    embeddings; a hook on them would cost torch.compile a second graph.
     """
     telling = [model for model in ancestors if all_speak or tells_samples(model)]
     masked = [model for model in telling if all_speak or "attention_mask" in parameter_names(model)]
-    telling = masked or telling  # BertEmbeddings is told of positions alone, the model around it of masks
+    telling = (
+        masked or telling
+    )  # BertEmbeddings is told of positions alone, the model around it of masks
     return [model for model in telling if model is telling[-1] or _may_call_embedding(model)]
 
 
 def _may_call_embedding(model: nn.Module) -> bool:
     package = type(model).__module__.split(".")[0]
     if package == "transformers":
-        return LOOKS_UP_INSIDE.search(_source_of_forward(model)) is not None or not _passes_on_its_mask(model)
-    return package != "peft" or bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+        return LOOKS_UP_INSIDE.search(
+            _source_of_forward(model)
+        ) is not None or not _passes_on_its_mask(model)
+    return package != "peft" or bool(
+        getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    )
 
 
-LOOKS_UP_INSIDE = re.compile(r"get_input_embeddings\(\)\(|self\.\w+(\.\w+)*\.(embed_tokens|word_embeddings)\(")
+LOOKS_UP_INSIDE = re.compile(
+    r"get_input_embeddings\(\)\(|self\.\w+(\.\w+)*\.(embed_tokens|word_embeddings)\("
+)
 
 
 def _passes_on_its_mask(model: nn.Module) -> bool:
     forward = inspect.unwrap(type(model).forward)
-    names = {step.argval for step in dis.get_instructions(forward) if step.opname.startswith("LOAD")}
-    return "attention_mask" not in inspect.signature(forward).parameters or "attention_mask" in {n for name in names for n in _flat(name)}
+    names = {
+        step.argval for step in dis.get_instructions(forward) if step.opname.startswith("LOAD")
+    }
+    return "attention_mask" not in inspect.signature(forward).parameters or "attention_mask" in {
+        n for name in names for n in _flat(name)
+    }
 
 
 def _flat(name: Any) -> tuple[Any, ...]:
-    return name if isinstance(name, tuple) else (name,)  # Python 3.12 and later load two names at once
+    return (
+        name if isinstance(name, tuple) else (name,)
+    )  # Python 3.12 and later load two names at once
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -702,7 +951,9 @@ def _pad_token_id(model: nn.Module) -> int | None:
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-SCALED_BY_ATTRIBUTE = re.compile(r"(?:self\.\w+\(input_ids\)|\binputs_embeds)\s*\*=?\s*self\.(\w+)\b(?![.(\[])")
+SCALED_BY_ATTRIBUTE = re.compile(
+    r"(?:self\.\w+\(input_ids\)|\binputs_embeds)\s*\*=?\s*self\.(\w+)\b(?![.(\[])"
+)
 SCALED_BY_EXPRESSION = re.compile(
     r"self\.\w+\(input_ids\)\s*\*\s*(?!\s|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*=?\s*\(?self\.config\.|"
     r"\binputs_embeds\s*\*=?\s*(?!\s|\*|self\.\w+\b(?![.(\[]))|\bhidden_states\s*\*\s*normalizer\b"
@@ -720,15 +971,23 @@ def _source_of_forward(model: nn.Module) -> str:
 
 
 def _factor_of_embeddings(model: nn.Module) -> str | None:
-    """The attribute by which a model multiplies embeddings after looking them up (Marian's embed_scale, Granite's embedding_multiplier)."""
+    """The attribute by which a model multiplies embeddings after looking them up (Marian's
+    embed_scale, Granite's embedding_multiplier).
+    """
     match = SCALED_BY_ATTRIBUTE.search(_source_of_forward(model))
-    if match is None or not isinstance(getattr(model, match[1], None), (int, float)) or getattr(model, match[1]) == 1:
+    if (
+        match is None
+        or not isinstance(getattr(model, match[1], None), (int, float))
+        or getattr(model, match[1]) == 1
+    ):
         return None
     return match[1]
 
 
 def _unwrapped(module: Any) -> list[Any]:
-    """The module and what it wraps, one inside the other: PEFT's tuner layers, its trainable tokens."""
+    """The module and what it wraps, one inside the other: PEFT's tuner layers, its trainable
+    tokens.
+    """
     chain = [module]
     while True:
         inner = chain[-1].__dict__.get("_modules", {}) if isinstance(chain[-1], nn.Module) else {}
@@ -743,7 +1002,9 @@ def _open_wrapper(module: Any) -> Any:
 
 
 def _computes_alone(module: Any) -> bool:
-    """PEFT's trainable tokens look rows up in a weight of their own and never call the embedding that they wrap."""
+    """PEFT's trainable tokens look rows up in a weight of their own and never call the embedding
+    that they wrap.
+    """
     return "token_adapter" in module._modules or hasattr(module, "trainable_tokens_delta")
 
 
@@ -752,15 +1013,21 @@ def _found(module: Any) -> Found:
     noisy = next((one for one in chain if _computes_alone(one)), chain[-1])
     embedding = chain[-1]
     if isinstance(embedding, NEFTuneEmbedding):
-        raise ValueError("the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in module.to_embedding()")
+        raise ValueError(
+            "the embedding is a NEFTuneEmbedding and adds noise itself: use it alone, or swap in "
+            "module.to_embedding()"
+        )
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(
-            f"the input embedding must be an nn.Embedding, got {type(embedding).__module__}.{type(embedding).__qualname__}: name the "
-            "embedding with embedding=, or pass this one's output through neftune_kernels.add_noise(...)"
+            f"the input embedding must be an nn.Embedding, got "
+            f"{type(embedding).__module__}.{type(embedding).__qualname__}: name the "
+            "embedding with embedding=, or pass this one's output through "
+            "neftune_kernels.add_noise(...)"
         )
     if "forward" in noisy.__dict__ and not is_tensor_parallel_forward(noisy.__dict__["forward"]):
         raise ValueError(
-            "the embedding carries a forward of its own as an instance attribute (a monkey patch), which would hide the noise: apply "
+            "the embedding carries a forward of its own as an instance attribute (a monkey "
+            "patch), which would hide the noise: apply "
             "NEFTune before it, or remove it"
         )
     return Found(noisy, chain[: chain.index(noisy)])
@@ -771,13 +1038,18 @@ def _all_found(module: Any) -> list[Found]:
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         return [
             Found(one.noisy, [module, *one.wrappers])
-            for one in (_found(inner) for inner in (module.original_module, *module.modules_to_save.values()))
+            for one in (
+                _found(inner)
+                for inner in (module.original_module, *module.modules_to_save.values())
+            )
         ]
     return [_found(module)]
 
 
 def find_embeddings(model: nn.Module, path: str | None) -> list[Found]:
-    """The embeddings to be made noisy: at the path, else the model's input embeddings, of encoder and decoder where it has both."""
+    """The embeddings to be made noisy: at the path, else the model's input embeddings, of encoder
+    and decoder where it has both.
+    """
     if path is not None:
         return _all_found(model.get_submodule(path))
     try:
@@ -786,7 +1058,8 @@ def find_embeddings(model: nn.Module, path: str | None) -> list[Found]:
         module = None
     if module is None and not _is_encoder_decoder(model):
         raise ValueError(
-            f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the module with "
+            f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the "
+            f"module with "
             'embedding="path.to.embed" or pass the module itself'
         )
     if not _is_encoder_decoder(model):
@@ -798,32 +1071,49 @@ def find_embeddings(model: nn.Module, path: str | None) -> list[Found]:
             module = None if stack is None else stack.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             module = getattr(stack, "embed_tokens", None)  # FSMT's decoder is a plain module
-        if module is not None and isinstance(_open_wrapper(getattr(module, "original_module", module)), nn.Embedding):
-            found.update({one.noisy: one for one in _all_found(module)})  # an encoder of speech or images embeds no tokens
+        if module is not None and isinstance(
+            _open_wrapper(getattr(module, "original_module", module)), nn.Embedding
+        ):
+            found.update(
+                {one.noisy: one for one in _all_found(module)}
+            )  # an encoder of speech or images embeds no tokens
     if not found:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder without token embeddings: name the module with embedding=")
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder without token embeddings: name the "
+            f"module with embedding="
+        )
     return list(found.values())
 
 
 def _with_tied(model: nn.Module, found: list[Found]) -> list[Found]:
-    """And the embeddings that share their weight: T5's encoder alone keeps a `shared` that never runs."""
+    """And the embeddings that share their weight: T5's encoder alone keeps a `shared` that never
+    runs.
+    """
     weights = {id(_open_wrapper(one.noisy).weight) for one in found}
-    seen = {inner for one in found for outer in (one.noisy, *one.wrappers) for inner in outer.modules()}
+    seen = {
+        inner for one in found for outer in (one.noisy, *one.wrappers) for inner in outer.modules()
+    }
     tied = [
-        module for module in model.modules() if isinstance(module, nn.Embedding) and module not in seen and id(module.weight) in weights
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module not in seen and id(module.weight) in weights
     ]
     return [*found, *(one for module in tied for one in _all_found(module))]
 
 
 def _path_of(model: nn.Module, embedding: str | nn.Module | None) -> str | None:
-    """embedding= as a path in the model, so that it is found again when PEFT has put a wrapper there."""
+    """embedding= as a path in the model, so that it is found again when PEFT has put a wrapper
+    there.
+    """
     if embedding is None:
         return None
     if isinstance(embedding, str):
         try:
             model.get_submodule(embedding)
         except AttributeError as error:
-            raise ValueError(f"embedding={embedding!r} names no module of {type(model).__name__}: {error}") from None
+            raise ValueError(
+                f"embedding={embedding!r} names no module of {type(model).__name__}: {error}"
+            ) from None
         return embedding
     path = next((name for name, module in model.named_modules() if module is embedding), None)
     if path is None:
@@ -832,19 +1122,24 @@ def _path_of(model: nn.Module, embedding: str | nn.Module | None) -> str | None:
 
 
 def _check_surroundings(model: nn.Module, found: list[Found]) -> None:
-    """Models that multiply embeddings afterwards by something we cannot take over, or that look tokens up time first."""
+    """Models that multiply embeddings afterwards by something we cannot take over, or that look
+    tokens up time first.
+    """
     targets = {one.noisy for one in found}
     for name, module in model.named_modules():
         if module in targets:
             for parent, _ in _ancestors(model, name):
                 if TRANSPOSED.search(_source_of_forward(parent)):
                     raise ValueError(
-                        f"{type(parent).__name__} looks tokens up time first, (tokens, batch), so its masks do not tell which tokens are "
-                        "real: pass it neftune_kernels.add_noise(embedding(input_ids), noise_alpha, attention_mask=...) as inputs_embeds"
+                        f"{type(parent).__name__} looks tokens up time first, (tokens, batch), so "
+                        f"its masks do not tell which tokens are "
+                        "real: pass it neftune_kernels.add_noise(embedding(input_ids), "
+                        "noise_alpha, attention_mask=...) as inputs_embeds"
                     )
                 if SCALED_BY_EXPRESSION.search(_source_of_forward(parent)):
                     warnings.warn(
-                        f"{type(parent).__name__} may multiply embeddings after looking them up, and with them NEFTune's noise: divide "
+                        f"{type(parent).__name__} may multiply embeddings after looking them up, "
+                        f"and with them NEFTune's noise: divide "
                         "noise_alpha by the factor if so",
                         stacklevel=3,
                     )
@@ -862,22 +1157,31 @@ def apply_neftune(
     equal_variance: bool = True,
     backend: str | None = None,
 ) -> NEFTuneHandle:
-    """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its own forward is told.
+    """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
+    own forward is told.
 
-    Noise is added in training mode with grad enabled; never in eval mode and never under `torch.no_grad()` (rollouts, reference models)
-    unless `noise_without_grad`. Lengths come from the arguments of the models around the embedding, positional or by keyword, the first of:
-    cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask. Without any, every token but padding_idx is real, in a
-    decoder of an encoder-decoder every token up to the last that is not padding. What cannot be read warns once.
-    Encoder and decoder of an encoder-decoder get noise each with its own mask. What takes the embedding's place later (PEFT's wrappers,
-    a resized embedding) is found at the next forward. Factors that the model applies after its lookup do not multiply the noise.
+    Noise is added in training mode with grad enabled; never in eval mode and never under
+    `torch.no_grad()` (rollouts, reference models) unless `noise_without_grad`. Lengths come from
+    the arguments of the models around the embedding, positional or by keyword, the first of:
+    cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask. Without any, every
+    token but padding_idx is real, in a decoder of an encoder-decoder every token up to the last
+    that is not padding. What cannot be read warns once. Encoder and decoder of an encoder-decoder
+    get noise each with its own mask. What takes the embedding's place later (PEFT's wrappers, a
+    resized embedding) is found at the next forward. Factors that the model applies after its lookup
+    do not multiply the noise.
 
     Args:
-        model: a transformers PreTrainedModel, a PEFT model, or any module with get_input_embeddings().
-        noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the same handle.
-        embedding: the embedding's path in the model or the module itself, where get_input_embeddings() does not tell.
-        samples: reads a forward's arguments (a dictionary by name) where their names say nothing; returns an attention_mask, a dictionary
-            with attention_mask, lengths, cu_seqlens, position_ids or noise_mask, or None for "every token is real".
-        stream: word that separates data-parallel replicas; None: `distributed.data_parallel_index`, at each call.
+        model: a transformers PreTrainedModel, a PEFT model, or any module with
+            get_input_embeddings().
+        noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the
+            same handle.
+        embedding: the embedding's path in the model or the module itself, where
+            get_input_embeddings() does not tell.
+        samples: reads a forward's arguments (a dictionary by name) where their names say nothing;
+            returns an attention_mask, a dictionary with attention_mask, lengths, cu_seqlens,
+            position_ids or noise_mask, or None for "every token is real".
+        stream: word that separates data-parallel replicas; None: `distributed.data_parallel_index`,
+            at each call.
         noise_without_grad: noise also where grad is disabled.
         distribution, equal_variance, backend: as in :func:`noisy_embedding`.
 
@@ -896,7 +1200,8 @@ def apply_neftune(
         ...         return self.embed(input_ids)
         >>> model = Model()
         >>> with apply_neftune(model, 5.0, embedding="embed") as handle:
-        ...     _ = model(torch.tensor([[1, 2, 3], [4, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]))
+        ...     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+        ...     _ = model(torch.tensor([[1, 2, 3], [4, 0, 0]]), attention_mask=mask)
         ...     handle.stats()["length_min"], handle.stats()["length_max"]
         (1, 3)
         >>> type(model.embed).__name__
@@ -923,21 +1228,34 @@ def apply_neftune(
     state.read = samples
     state.handle.add_root(model, path)
     state.set_alpha(alpha)
-    state.stream, state.noise_without_grad, state.backend, state.variant = stream, noise_without_grad, backend, variant
+    state.stream, state.noise_without_grad, state.backend, state.variant = (
+        stream,
+        noise_without_grad,
+        backend,
+        variant,
+    )
     if not any(one.noisy._neftune.hooked for one in found if isinstance(one.noisy, _Noisy)):
         state.warn_once(
-            "no forward around the embedding takes an attention_mask, so every token but padding_idx counts as real: tell NEFTune the "
+            "no forward around the embedding takes an attention_mask, so every token but "
+            "padding_idx counts as real: tell NEFTune the "
             "samples with apply_neftune(..., samples=...)"
         )
     return state.handle
 
 
 def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
-    states = [inner._neftune.state for one in found for inner in _unwrapped(one.noisy) if isinstance(inner, _Noisy)]
+    states = [
+        inner._neftune.state
+        for one in found
+        for inner in _unwrapped(one.noisy)
+        if isinstance(inner, _Noisy)
+    ]
     return next((state.handle for state in states if state.handle is not None), None)
 
 
-def applied_handle(model: nn.Module, embedding: str | nn.Module | None = None) -> NEFTuneHandle | None:
+def applied_handle(
+    model: nn.Module, embedding: str | nn.Module | None = None
+) -> NEFTuneHandle | None:
     """The handle of an apply_neftune that is in force on the model, if there is one."""
     return _live_handle(find_embeddings(model, _path_of(model, embedding)))
 
@@ -946,7 +1264,10 @@ def _forget_hooks(model: nn.Module) -> None:
     hooks: Callable[..., Any]
     for registered, extras in (
         (model._forward_pre_hooks, (model._forward_pre_hooks_with_kwargs,)),
-        (model._forward_hooks, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
+        (
+            model._forward_hooks,
+            (model._forward_hooks_with_kwargs, model._forward_hooks_always_called),
+        ),
     ):
         for key, hooks in list(registered.items()):
             if isinstance(hooks, (_TakeSamples, _ForgetSamples)):

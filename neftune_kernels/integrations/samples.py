@@ -1,7 +1,7 @@
 """What a model's forward is told of its samples, read from its arguments.
 
-transformers, TRL and the trainers built on them say it in six ways: cu_seq_lens_q, seq_idx, position_ids (of one, three or four axes),
-attention_mask, all of these padded, or nothing.
+transformers, TRL and the trainers built on them say it in six ways: cu_seq_lens_q, seq_idx,
+position_ids (of one, three or four axes), attention_mask, all of these padded, or nothing.
 """
 
 import inspect
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ..functional import NOTHING, Samples
 from ..layout import check_cu_seqlens_values
 
-OUR_NAMES = ("attention_mask", "lengths", "cu_seqlens", "position_ids", "noise_mask")  # what a model of one's own may call them
+OUR_NAMES = (
+    "attention_mask",
+    "lengths",
+    "cu_seqlens",
+    "position_ids",
+    "noise_mask",
+)  # what a model of one's own may call them
 KNOWN_NAMES = (*OUR_NAMES, "cu_seq_lens_q", "seq_idx")
 Warn = Callable[[str], None]
 
@@ -35,7 +41,10 @@ def from_callable(read: Callable[[dict[str, Any]], Any], given: dict[str, Any]) 
     if isinstance(told, Tensor):
         return Samples(attention_mask=told)
     if not isinstance(told, dict):
-        raise TypeError(f"samples= must return an attention_mask tensor, a dictionary or None, got {type(told).__name__}")
+        raise TypeError(
+            f"samples= must return an attention_mask tensor, a dictionary or None, got "
+            f"{type(told).__name__}"
+        )
     unknown = sorted(set(told) - set(OUR_NAMES))
     if unknown:
         raise ValueError(f"samples= may return {', '.join(OUR_NAMES)}, got {', '.join(unknown)}")
@@ -50,12 +59,17 @@ def from_arguments(given: dict[str, Any], pad_token_id: int | None, warn: Warn) 
 
 
 def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
-    """The first of cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask; what cannot be read warns.
+    """The first of cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask; what
+    cannot be read warns.
 
     A mask longer than the ids (a cache before them) counts by its last columns.
     """
     own = [name for name in ("lengths", "cu_seqlens") if isinstance(given.get(name), Tensor)]
-    mask, position_ids, input_ids = given.get("attention_mask"), given.get("position_ids"), given.get("input_ids")
+    mask, position_ids, input_ids = (
+        given.get("attention_mask"),
+        given.get("position_ids"),
+        given.get("input_ids"),
+    )
     if own:
         return Samples(**{name: given[name] for name in own})
     if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
@@ -67,8 +81,13 @@ def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Sample
         return _from_bounds(bounds, input_ids, pad_token_id)
     if isinstance(number, Tensor):
         if number.shape == input_ids.shape:
-            return Samples(attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id))
-        warn(f"seq_idx of shape {tuple(number.shape)} does not fit input_ids {tuple(input_ids.shape)}: NEFTune does not use it")
+            return Samples(
+                attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id)
+            )
+        warn(
+            f"seq_idx of shape {tuple(number.shape)} does not fit input_ids "
+            f"{tuple(input_ids.shape)}: NEFTune does not use it"
+        )
     if isinstance(position_ids, Tensor):
         return _from_position_ids(position_ids, mask, input_ids, pad_token_id, warn)
     return Samples(attention_mask=mask)
@@ -81,7 +100,8 @@ def _two_axes(mask: Any, columns: int, warn: Warn) -> Tensor | None:
         return mask[:, mask.shape[-1] - columns :]
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     warn(
-        f"an attention_mask that is not (batch, tokens) ({shape}) does not tell NEFTune the samples' lengths: every token "
+        f"an attention_mask that is not (batch, tokens) ({shape}) does not tell NEFTune the "
+        f"samples' lengths: every token "
         "but padding_idx counts as real. Pass the model a 2-D attention_mask or position_ids"
     )
     return None
@@ -93,7 +113,9 @@ def _opens(number: Tensor) -> Tensor:
     return torch.cat((first, number[..., 1:] != number[..., :-1]), dim=-1)
 
 
-def _without_tail(number: Tensor, opens: Tensor, mask: Tensor | None, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+def _without_tail(
+    number: Tensor, opens: Tensor, mask: Tensor | None, input_ids: Tensor, pad_token_id: int | None
+) -> Tensor:
     """Documents' numbers as a mask, 0 for padding; see _tail."""
     number = number - number.amin(-1, keepdim=True) + 1
     if mask is None:
@@ -105,12 +127,18 @@ def _without_tail(number: Tensor, opens: Tensor, mask: Tensor | None, input_ids:
 
 
 def _tail(opens: Tensor, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
-    """Tokens that pad_to_multiple_of appended to a batch without a mask: they look like documents of one token each, at the row's end.
+    """Tokens that pad_to_multiple_of appended to a batch without a mask: they look like documents
+    of one token each, at the row's end.
 
-    So these are the trailing documents of one token that is the padding token or 0, or the row's last token where the model names none.
+    So these are the trailing documents of one token that is the padding token or 0, or the row's
+    last token where the model names none.
     """
     alone = opens & torch.cat((opens[..., 1:], torch.ones_like(opens[..., :1])), dim=-1)
-    padding = input_ids == input_ids[..., -1:] if pad_token_id is None else (input_ids == pad_token_id) | (input_ids == 0)
+    padding = (
+        input_ids == input_ids[..., -1:]
+        if pad_token_id is None
+        else (input_ids == pad_token_id) | (input_ids == 0)
+    )
     kept = ~(alone & padding)
     kept[..., :1] = True  # a row that is one token long is a sample
     return kept.flip(-1).cumsum(-1).flip(-1) == 0
@@ -132,15 +160,30 @@ def _from_bounds(bounds: Tensor, input_ids: Tensor, pad_token_id: int | None) ->
     return Samples(attention_mask=number.view(input_ids.shape))
 
 
-def _from_position_ids(position_ids: Tensor, mask: Tensor | None, input_ids: Tensor, pad_token_id: int | None, warn: Warn) -> Samples:
-    if position_ids.dim() == input_ids.dim() + 1 and position_ids.shape[1:] == input_ids.shape and position_ids.shape[0] in (3, 4):
+def _from_position_ids(
+    position_ids: Tensor,
+    mask: Tensor | None,
+    input_ids: Tensor,
+    pad_token_id: int | None,
+    warn: Warn,
+) -> Samples:
+    if (
+        position_ids.dim() == input_ids.dim() + 1
+        and position_ids.shape[1:] == input_ids.shape
+        and position_ids.shape[0] in (3, 4)
+    ):
         if position_ids.shape[0] == 4:  # Qwen-VL: the text's own positions come first
             position_ids = position_ids[0]
         else:  # temporal, height, width: all three are 0 at a document's first token alone
             number = (position_ids == 0).all(0).cumsum(-1)
-            return Samples(attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id))
+            return Samples(
+                attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id)
+            )
     if position_ids.shape not in (input_ids.shape, (1, input_ids.shape[-1])):
-        warn(f"position_ids of shape {tuple(position_ids.shape)} do not tell NEFTune where samples begin and are not used")
+        warn(
+            f"position_ids of shape {tuple(position_ids.shape)} do not tell NEFTune where samples "
+            f"begin and are not used"
+        )
         return Samples(attention_mask=mask)
     if mask is None and input_ids.numel():
         expanded = position_ids.expand(input_ids.shape)
@@ -150,7 +193,9 @@ def _from_position_ids(position_ids: Tensor, mask: Tensor | None, input_ids: Ten
 
 
 def trailing_padding(input_ids: Tensor, pad_token_id: int | None) -> Samples:
-    """A decoder's shifted labels without a mask: real up to the last token that is not padding, the start token always."""
+    """A decoder's shifted labels without a mask: real up to the last token that is not padding, the
+    start token always.
+    """
     if pad_token_id is None or input_ids.dim() == 0:
         return NOTHING
     kept = input_ids != pad_token_id

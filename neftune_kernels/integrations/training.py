@@ -1,4 +1,6 @@
-"""What the trainers' callbacks share: noise on a model while it trains, alpha on a schedule, figures for the log."""
+"""What the trainers' callbacks share: noise on a model while it trains, alpha on a schedule,
+figures for the log.
+"""
 
 from typing import Any
 
@@ -9,21 +11,40 @@ from ..schedules import Schedule
 from .models import NEFTuneHandle, applied_handle, apply_neftune
 
 LOG_PREFIX = "neftune/"
-LOGGED = ("length_min", "length_mean", "length_max", "magnitude_min", "magnitude_mean", "magnitude_max", "max_noise_ratio")
+LOGGED = (
+    "length_min",
+    "length_mean",
+    "length_max",
+    "magnitude_min",
+    "magnitude_mean",
+    "magnitude_max",
+    "max_noise_ratio",
+)
 
 
 class TrainingNoise:
     """apply_neftune for the length of a training; what was applied before goes on afterwards."""
 
-    def __init__(self, noise_alpha: float | Schedule | None, log_stats: bool, options: dict[str, Any], takes: str) -> None:
+    def __init__(
+        self,
+        noise_alpha: float | Schedule | None,
+        log_stats: bool,
+        options: dict[str, Any],
+        takes: str,
+    ) -> None:
         unknown = sorted(set(options) - set(apply_neftune.__kwdefaults__ or {}))
         if unknown:
-            raise TypeError(f"NEFTuneCallback takes {takes} and apply_neftune's keywords, got {', '.join(unknown)}")
+            raise TypeError(
+                f"NEFTuneCallback takes {takes} and apply_neftune's keywords, got "
+                f"{', '.join(unknown)}"
+            )
         self.schedule = noise_alpha if callable(noise_alpha) else None
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
         self.log_stats, self.options = log_stats, options
         self.handle: NEFTuneHandle | None = None
-        self.lent: dict[str, Any] | None = None  # settings of an apply_neftune that was in force before
+        self.lent: dict[str, Any] | None = (
+            None  # settings of an apply_neftune that was in force before
+        )
 
     def attach(self, model: nn.Module, step: int) -> NEFTuneHandle:
         self.detach()
@@ -33,7 +54,9 @@ class TrainingNoise:
         return self.handle
 
     def detach(self) -> None:
-        """Take the noise off the model, or leave it as it was before the training; nothing happens where there is none."""
+        """Take the noise off the model, or leave it as it was before the training; nothing happens
+        where there is none.
+        """
         handle, self.handle = self.handle, None
         if handle is None or handle.removed:
             return
@@ -52,7 +75,13 @@ class TrainingNoise:
             self.handle.noise_alpha = self.alpha_at(step)
 
     def told(self, stats: dict[str, Any] | None) -> dict[str, float]:
-        """neftune/noise_alpha, and of the handle's stats, where given, the lengths and magnitudes of the last noisy batch."""
+        """neftune/noise_alpha, and of the handle's stats, where given, the lengths and magnitudes
+        of the last noisy batch.
+        """
         assert self.handle is not None
         told = {f"{LOG_PREFIX}noise_alpha": self.handle.noise_alpha}
-        return told | {f"{LOG_PREFIX}{name}": float(stats[name]) for name in LOGGED if stats is not None and stats[name] is not None}
+        return told | {
+            f"{LOG_PREFIX}{name}": float(stats[name])
+            for name in LOGGED
+            if stats is not None and stats[name] is not None
+        }
