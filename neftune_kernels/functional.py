@@ -264,11 +264,7 @@ def _told_layout(samples: Samples, position_ids: Tensor | None, backend: str) ->
     """make_layout but for the noise mask; GPU kernels read any strides and mask dtype."""
     attention_mask, lengths, cu_seqlens, _, padded_ids, padding_idx, _ = samples
     if padded_ids is not None:
-        return Layout(
-            *getattr(torch.ops.neftune_kernels, ops.operator_name("padding_layout", backend))(
-                padded_ids, padding_idx
-            )
-        )
+        return Layout(*ops.numbering("padding_layout", backend)(padded_ids, padding_idx))
     if cu_seqlens is not None:
         return Layout(cu_seqlens=cu_seqlens.contiguous())
     if lengths is not None:
@@ -281,11 +277,7 @@ def _told_layout(samples: Samples, position_ids: Tensor | None, backend: str) ->
     if backend not in ("triton", "cuda"):
         mask = None if mask is None else mask.contiguous()
         position_ids = None if position_ids is None else position_ids.long().contiguous()
-    return Layout(
-        *getattr(torch.ops.neftune_kernels, ops.operator_name("mask_layout", backend))(
-            mask, position_ids
-        )
-    )
+    return Layout(*ops.numbering("mask_layout", backend)(mask, position_ids))
 
 
 def check_unused(
@@ -299,7 +291,7 @@ def check_unused(
     """With alpha 0 nothing is drawn or counted, but what would be refused with noise is refused all
     the same.
     """
-    ops.choose_backend(backend or "reference", tensor.device, tensor.dtype)
+    ops.choose_backend(backend or "reference", tensor.device, tensor.dtype, noisy=False)
     if not samples.unknown:
         check_layout(shape, tensor.device, *samples[:4], samples.noise_mask)
     if seed is not None:

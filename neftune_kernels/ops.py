@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import layout as layouts
-from . import reference
+from . import reference, self_check
 
 NAMESPACE = "neftune_kernels"
 NOISE_ARGS = (
@@ -388,6 +388,75 @@ def _backward_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad, *(None,) * ctx.other_inputs)
 
 
+# ---- an accelerator's first call
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    return next(value for value in args if value is not None)
+
+
+def _first_compared(name: str, overload: str = "default") -> Callable[..., Any]:
+    """The CUDA operator of that name, its first call on a device compared with the reference."""
+    serve, otherwise = (
+        getattr(getattr(torch.ops.neftune_kernels, family + name), overload)
+        for family in ("cuda_", "reference_")
+    )
+    return _compared(name, getattr(serve, "_op", serve), getattr(otherwise, "_op", otherwise))
+
+
+def _compared(
+    name: str, serve: Callable[..., Any], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`serve`, and from its first wrong bit on `otherwise`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = _first_tensor(args).device
+        done = ("cuda", device.type, name)
+        if self_check.failure("cuda", device.type):
+            return otherwise(*args, **kwargs)
+        if done in self_check.passed or not self_check.wanted(device):
+            return serve(*args, **kwargs)
+        expected = _expected_rows(name, args) if kwargs else None
+        served = serve(*args, **kwargs)
+        if not kwargs:
+            mask, places = _mask_of(args) if name == "padding_layout" else args
+            agrees = self_check.numbering_agrees("cuda", mask, places, served)
+        elif expected is None:
+            return served
+        else:
+            agrees = self_check.rows_agree("cuda", kwargs["out"], expected)
+        if not agrees:
+            return otherwise(*args, **kwargs)
+        self_check.passed.add(done)
+        return served
+
+    return call
+
+
+def _expected_rows(name: str, args: tuple[Any, ...]) -> self_check.Expected | None:
+    """What the reference has for some tokens of an out operator's arguments."""
+    if name == "noisy_embedding":
+        input_ids, weight, *args = args  # type: ignore[assignment]
+        source, shape, scale = weight, input_ids.shape, args[10] if len(args) > 10 else 1.0
+    else:
+        embeds, *args = args  # type: ignore[assignment]
+        input_ids, shape, scale = None, embeds.shape[:-1], 1.0
+        source = embeds.reshape(shape.numel(), embeds.shape[-1])
+    seed, noise_alpha, *rest = args
+    defaults = [None, None, None, None, 0, 0, 0]
+    layout_and_offsets = [*rest[:7], *defaults[len(rest[:7]) :]]
+    layout, offsets = layouts.Layout(*layout_and_offsets[:4]), tuple(layout_and_offsets[4:])
+    return self_check.expected_rows(
+        source, shape, seed, noise_alpha, layout, offsets, input_ids, scale
+    )
+
+
+def _mask_of(args: tuple[Any, ...]) -> tuple[Tensor, None]:
+    """padding_layout's arguments as mask_layout's."""
+    input_ids, padding_idx = args
+    return input_ids != padding_idx, None
+
+
 for _family in FAMILIES:
     for _name, _out, _new, _fake, _setup, _backward in (
         (
@@ -401,10 +470,9 @@ for _family in FAMILIES:
         ("add_noise", _reference_add_out, _fake_add, _fake_add, _setup_add, _backward_add),
     ):
         _packet = getattr(torch.ops.neftune_kernels, _family + _name)
+        _serve = _first_compared(_name, "out") if _family == "cuda_" else _packet.out
         library.impl(f"{_family}{_name}.out", _out, "CompositeExplicitAutograd")
-        library.impl(
-            f"{_family}{_name}", _functional(_packet.out, _new), "CompositeExplicitAutograd"
-        )
+        library.impl(f"{_family}{_name}", _functional(_serve, _new), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}", _fake, lib=library)
         torch.library.register_fake(f"{NAMESPACE}::{_family}{_name}.out", _fake_out, lib=library)
         torch.library.register_autograd(
@@ -548,11 +616,17 @@ TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
 NO_TRITON = "triton is not installed (pip install triton)"
 
 
+def _no_triton() -> str:
+    if os.environ.get("NEFTUNE_DISABLE_TRITON") == "1":
+        return "switched off by NEFTUNE_DISABLE_TRITON=1"
+    return NO_TRITON if importlib.util.find_spec("triton") is None else ""
+
+
 @cache
 def _load_triton() -> ModuleType | str:
     """triton_kernels, imported when first needed; or the reason why there is none."""
-    if importlib.util.find_spec("triton") is None:
-        return NO_TRITON
+    if reason := _no_triton():
+        return reason
     try:
         return importlib.import_module("neftune_kernels.triton_kernels")
     except Exception as error:  # whatever a broken or foreign triton raises
@@ -566,16 +640,20 @@ def _on_gpu(
     CUDA library's, else the reference.
     """
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        device_type = _first_tensor(args).device.type
         kernels = _load_triton()
+        if not isinstance(kernels, str) and not self_check.failure("triton", device_type):
+            served = getattr(kernels, name)(*args, **kwargs)
+            if served is not NotImplemented:
+                return served
+        elif cuda is not None and not self_check.failure("cuda", device_type):
+            return cuda(*args, **kwargs)
+        return otherwise(*args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
         out = kwargs.get("out")
         if out is not None and out.dtype not in CPP_DTYPES:
-            return otherwise(*args, **kwargs)
-        if not isinstance(kernels, str):
-            serve = getattr(kernels, name)
-        elif cuda is not None:
-            serve = cuda
-        else:
             return otherwise(*args, **kwargs)
         if out is None or out.is_contiguous():
             return serve(*args, **kwargs)
@@ -593,11 +671,7 @@ for _name, _overload, _launcher, _otherwise in (
     ("padding_layout", "default", "padding_layout", _padding_layout("reference_")),
 ):
     _schema = _name if _overload == "default" else f"{_name}.{_overload}"
-    _cuda = (
-        None
-        if native_cuda.reason
-        else getattr(getattr(torch.ops.neftune_kernels, f"cuda_{_name}"), _overload)
-    )
+    _cuda = None if native_cuda.reason else _first_compared(_name, _overload)
     library.impl(_schema, _on_gpu(_launcher, _otherwise, _cuda), "CUDA")
     library.impl(_schema, _on_gpu(_launcher, _otherwise, None), "XPU")
 
@@ -620,8 +694,8 @@ def _triton_reason(device_type: str | None) -> str:
         return f"wrong device: runs on GPUs, not on {device_type}"
     if _load_triton.cache_info().currsize and isinstance(reason := _load_triton(), str):
         return reason
-    if importlib.util.find_spec("triton") is None:
-        return NO_TRITON
+    if reason := _no_triton() or self_check.failure("triton", device_type):
+        return reason
     devices = TRITON_DEVICES if device_type is None else (device_type,)
     if not any(torch.get_device_module(name).is_available() for name in devices):
         return f"no device: torch sees no {' or '.join(devices)}"
@@ -636,17 +710,18 @@ def _cuda_reason(device_type: str | None) -> str:
     """Empty where the CUDA library serves tensors of that device (None: of any), else why not."""
     if device_type not in (None, "cuda"):
         return f"wrong device: runs on GPUs, not on {device_type}"
-    return native_cuda.reason or (
-        "" if torch.cuda.is_available() else "no device: torch sees no cuda"
-    )
+    if reason := native_cuda.reason or self_check.failure("cuda", device_type):
+        return reason
+    return "" if torch.cuda.is_available() else "no device: torch sees no cuda"
 
 
 # ---- the table of backends
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+DEFAULT_BACKEND = os.environ.get("NEFTUNE_BACKEND") or None  # for who cannot reach the code
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*CPP_DTYPES, torch.float64)
-CPP_SERVES = dict.fromkeys(CPP_DTYPES, not native.reason)
+CPP_SERVES = dict.fromkeys(CPP_DTYPES, not native.reason and DEFAULT_BACKEND in (None, "cpp"))
 
 
 def available_backends(device_type: str | None = None) -> dict[str, str]:
@@ -688,15 +763,48 @@ def _import_for(device_type: str) -> str:
 @asked_outside_the_graph  # not the cached function: Dynamo looks through its cache
 def _triton_fails(device_type: str) -> str:
     """_triton_reason, after importing it if nothing spoke against that."""
-    return _import_for(device_type)
+    return self_check.failure("triton", device_type) or _import_for(device_type)
 
 
-def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend's name for tensors of this device and dtype; ValueError with the reason where
-    `backend` cannot serve them.
+@cache
+def _float64_error(device_type: str) -> str:
+    try:
+        (torch.full((), 3.0, dtype=torch.float64, device=device_type).sqrt() * 2).float()
+    except Exception as error:  # TypeError, RuntimeError: each device has its own words
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return ""
+
+
+@asked_outside_the_graph
+def _no_float64(device_type: str) -> str:
+    """Why no backend can serve a device without float64 (MPS, some of Intel's); "" with it."""
+    error: str = _float64_error(device_type)
+    if not error:
+        return ""
+    return (
+        f"embeddings on {device_type} get no NEFTune noise: its magnitude alpha/√(L·d) is computed "
+        f"in float64, which {device_type} does not have ({error}). Keep the embedding on the CPU "
+        "and move its output, or set noise_alpha to 0"
+    )
+
+
+def choose_backend(
+    backend: str | None, device: torch.device, dtype: torch.dtype, noisy: bool = True
+) -> str:
+    """The backend's name for tensors of this device and dtype, which are to get noise or not;
+    ValueError with the reason where `backend` cannot serve them.
     """
     if dtype not in REFERENCE_DTYPES:
         raise TypeError(f"embeddings must be float32, bfloat16, float16 or float64, got {dtype}")
+    if (
+        noisy
+        and device.type not in ("cpu", "cuda", "meta")
+        and (reason := _no_float64(device.type))
+    ):
+        raise ValueError(reason)
+    said_by = ""
+    if backend is None and DEFAULT_BACKEND is not None:
+        backend, said_by = DEFAULT_BACKEND, " (NEFTUNE_BACKEND)"
     if backend is None:
         if device.type == "cpu" or device.type == "meta":
             return "cpp" if not native.reason and dtype in CPP_DTYPES else "reference"
@@ -716,17 +824,18 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(
-            f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+            f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, "
+            f"got {backend!r}{said_by}"
         )
     reason = available_backends(device.type)[backend]
     if backend == "triton" and reason == "available":
         reason = _triton_fails(device.type) or reason
     if reason != "available":
-        raise ValueError(f"backend {backend!r} is not available: {reason}")
+        raise ValueError(f"backend {backend!r}{said_by} is not available: {reason}")
     if backend != "reference" and dtype not in CPP_DTYPES:
         raise ValueError(
-            f"backend {backend!r} is not available: dtype {dtype} is served by the reference "
-            f"backend alone"
+            f"backend {backend!r}{said_by} is not available: "
+            f"dtype {dtype} is served by the reference backend alone"
         )
     return backend
 
@@ -747,7 +856,7 @@ def _past_the_dispatcher(name: str) -> Callable[..., None]:
     """The Triton launcher itself, which spares the dispatcher's way into Python; the operator where
     a mode or subclass must see it.
     """
-    operator = _direct(name, "triton")
+    operator, reference_operator = _direct(name, "triton"), _direct(name, "reference")
 
     def call(first: Tensor, *args: Any, out: Tensor) -> None:
         kernels = _load_triton()
@@ -757,15 +866,23 @@ def _past_the_dispatcher(name: str) -> Callable[..., None]:
             or torch._C._len_torch_dispatch_stack()
         ):
             operator(first, *args, out=out)
-        else:
-            getattr(kernels, f"{name}_out")(first, *args, out=out)
+        elif getattr(kernels, f"{name}_out")(first, *args, out=out) is NotImplemented:
+            reference_operator(first, *args, out=out)
 
     return call
 
 
 EMBEDDING_OUT = {backend: _direct("noisy_embedding", backend) for backend in BACKENDS}
 ADD_OUT = {backend: _direct("add_noise", backend) for backend in BACKENDS}
-EMBEDDING_OUT["triton"], ADD_OUT["triton"] = (
-    _past_the_dispatcher("noisy_embedding"),
-    _past_the_dispatcher("add_noise"),
-)
+EMBEDDING_OUT["triton"] = _past_the_dispatcher("noisy_embedding")
+ADD_OUT["triton"] = _past_the_dispatcher("add_noise")
+EMBEDDING_OUT["cuda"] = _first_compared("noisy_embedding", "out")
+ADD_OUT["cuda"] = _first_compared("add_noise", "out")
+_NUMBERING = {name: _first_compared(name) for name in ("mask_layout", "padding_layout")}
+
+
+def numbering(name: str, backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The operator `mask_layout` or `padding_layout` of that backend."""
+    if backend == "cuda" and not torch.compiler.is_compiling():
+        return _NUMBERING[name]
+    return getattr(torch.ops.neftune_kernels, operator_name(name, backend))

@@ -26,8 +26,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from . import ops
-from .layout import rows_and_columns
+from . import self_check
+from .layout import Layout, rows_and_columns
 
 # ---- device functions
 
@@ -604,6 +604,9 @@ def number_documents(
 # ---- launchers
 
 
+INTERPRETED = knobs.runtime.interpret
+
+
 class Launcher:
     """Compiled kernels by a key of their own: Triton's launcher works out types and alignments anew
     at every call.
@@ -614,6 +617,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.checked: set[Any] = set()
         self.compiled: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(
@@ -662,6 +666,15 @@ class Launcher:
                     None,
                     *args,
                 )
+
+    def to_be_checked(self, key: Any, device: torch.device) -> bool:
+        """Whether a launch of this key is the first that can be compared with the reference."""
+        return not INTERPRETED and key not in self.checked and self_check.wanted(device)
+
+    def forget_unchecked(self, key: Any) -> None:
+        """After a first launch that could not be compared (in a capture): the next one will be."""
+        if self_check.ENABLED and key not in self.checked:
+            self.compiled.pop(key, None)
 
     def _compile(
         self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int
@@ -786,29 +799,15 @@ def noisy_embedding_out(
     embed_scale: float = 1.0,
     *,
     out: Tensor,
-) -> None:
+) -> Any:
     """The operator `noisy_embedding.out` on a GPU, for a contiguous `out`: one launch on the
-    current stream, no synchronisation.
+    current stream, no synchronisation after the first of its kind.
+
+    NotImplemented where it cannot serve: alpha beyond float32, or a first launch with wrong bits.
     """
     alpha = noise_alpha.item()
     if abs(alpha) > FLOAT32_MAX:
-        ops.EMBEDDING_OUT["reference"](
-            input_ids,
-            weight,
-            seed,
-            noise_alpha,
-            document,
-            position,
-            lengths,
-            cu_seqlens,
-            stream,
-            sample_offset,
-            position_offset,
-            padding_idx,
-            embed_scale,
-            out=out,
-        )
-        return
+        return NotImplemented
     shape = input_ids.shape
     if len(shape) == 2:
         rows, columns = shape
@@ -817,12 +816,11 @@ def noisy_embedding_out(
         rows, columns = rows_and_columns(shape)
         input_ids, ids_row, ids_column = rows_view(input_ids, rows, columns)
     num_embeddings, embedding_dim = weight.shape
-    if (
-        num_embeddings == 0 and rows * columns > 0
-    ):  # every id is out of range and there is no row to read
+    # Then every id is out of range and there is no row to read.
+    if num_embeddings == 0 and rows * columns > 0:
         out.fill_(float("nan"))
-        return
-    _launch_rows(
+        return None
+    return _launch_rows(
         out,
         weight,
         input_ids,
@@ -854,29 +852,16 @@ def add_noise_out(
     position_offset: int = 0,
     *,
     out: Tensor,
-) -> None:
+) -> Any:
     """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds
-    itself.
+    itself. NotImplemented as noisy_embedding_out.
     """
     alpha = noise_alpha.item()
     if abs(alpha) > FLOAT32_MAX:
-        ops.ADD_OUT["reference"](
-            inputs_embeds,
-            seed,
-            noise_alpha,
-            document,
-            position,
-            lengths,
-            cu_seqlens,
-            stream,
-            sample_offset,
-            position_offset,
-            out=out,
-        )
-        return
+        return NotImplemented
     rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
     embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
-    _launch_rows(
+    return _launch_rows(
         out,
         embeddings,
         None,
@@ -911,10 +896,10 @@ def _launch_rows(
     sample_offset: int,
     position_offset: int,
     embed_scale: float,
-) -> None:
+) -> Any:
     rows, columns, num_embeddings, embedding_dim, ids_row, ids_column = sizes
     if rows == 0 or columns == 0 or embedding_dim == 0:
-        return
+        return None
     step, samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
     if lengths is not None:
         samples, (lengths_stride,), alpha_bits = (
@@ -982,6 +967,20 @@ def _launch_rows(
         position_offset,
         *constexprs,
     )
+    expected = None
+    if found is None and launch_rows.to_be_checked(key, out.device):
+        layout = Layout(document, position, lengths, cu_seqlens)
+        offsets = (stream, sample_offset, position_offset)
+        expected = self_check.expected_rows(
+            source,
+            torch.Size((rows, columns)),
+            seed,
+            alpha,
+            layout,
+            offsets,
+            input_ids,
+            embed_scale,
+        )
     launch_rows(
         key,
         found,
@@ -990,6 +989,13 @@ def _launch_rows(
         args,
         num_warps,
     )
+    if expected is not None:
+        launch_rows.checked.add(key)
+        if not self_check.rows_agree("triton", out, expected):
+            return NotImplemented
+    elif found is None:
+        launch_rows.forget_unchecked(key)
+    return None
 
 
 def row_constants(
@@ -1032,8 +1038,8 @@ DOCUMENT_PROGRAMS = 128
 
 def mask_layout(
     attention_mask: Tensor | None, position_ids: Tensor | None, padding_value: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator `mask_layout` on a GPU, in one launch.
+) -> Any:
+    """The operator `mask_layout` on a GPU, in one launch; NotImplemented as noisy_embedding_out.
 
     `lengths` beyond the documents and `position` on padding are not set.
     """
@@ -1085,18 +1091,24 @@ def mask_layout(
         DOCUMENT_BLOCK,
         DEBUG,
     )
-    launch_documents(
-        key,
-        launch_documents.compiled.get(key),
-        key[0],
-        (-(-rows // rows_each), 1, 1),
-        args,
-        DOCUMENT_WARPS,
-    )
+    found = launch_documents.compiled.get(key)
+    check = found is None and launch_documents.to_be_checked(key, device)
+    launch_documents(key, found, key[0], (-(-rows // rows_each), 1, 1), args, DOCUMENT_WARPS)
+    if check:
+        launch_documents.checked.add(key)
+        told = attention_mask
+        if attention_mask is not None and padding_value is not None:
+            told = attention_mask != padding_value
+        if not self_check.numbering_agrees(
+            "triton", told, position_ids, (document, position, lengths)
+        ):
+            return NotImplemented
+    elif found is None:
+        launch_documents.forget_unchecked(key)
     return document, position, lengths
 
 
-def padding_layout(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+def padding_layout(input_ids: Tensor, padding_idx: int) -> Any:
     """The operator `padding_layout` on a GPU: mask_layout of `input_ids != padding_idx`, compared
     inside its launch.
     """

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from neftune_kernels import ops
+from neftune_kernels import ops, self_check
 
 SIMD_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +34,13 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def no_self_check(monkeypatch):
+    """A wrong kernel fails its test and is not replaced; tests/test_self_check.py turns it on."""
+    monkeypatch.setattr(self_check, "ENABLED", False)
+    monkeypatch.setenv("NEFTUNE_SELF_CHECK", "0")
 
 
 def set_simd_level(level: str) -> bool:

@@ -1,0 +1,224 @@
+"""An accelerator's first results, compared with reference.py on the accelerator itself: a
+miscompiled kernel must not noise anybody's training.
+
+Compared are the first call of the CUDA library in a process and the first call of every kernel that
+Triton compiles: at most 64 of its tokens, every bit, with one synchronisation. Where a bit differs
+the backend is out of service for this process, a warning says so, and the reference gives the
+result. Nothing is compared while a graph is captured or traced. NEFTUNE_SELF_CHECK=0 switches it
+off; `python -m neftune_kernels --check` compares more.
+"""
+
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .layout import Layout, mask_layout, per_token
+
+ENABLED = os.environ.get("NEFTUNE_SELF_CHECK") != "0"
+TOKENS = 64  # compared at most
+ELEMENTS = 1 << 18  # of them, likewise: a bound on the reference's time
+
+passed: set[tuple[str, str, str]] = set()  # (backend, device type, operator)
+_failures: dict[tuple[str, str], str] = {}  # (backend, device type) -> what differed
+
+
+def failure(backend: str, device_type: str | None) -> str:
+    """Why the backend is out of service on that type of device (None: on any); "" if it is not."""
+    if not _failures:
+        return ""
+    if device_type is None:
+        return next((why for (name, _), why in _failures.items() if name == backend), "")
+    return _failures.get((backend, device_type), "")
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether a call on that device may be compared now: not inside a capture, trace or mode."""
+    if not ENABLED or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
+class Expected(NamedTuple):
+    """What the reference has for some tokens of a call: made before the launch, as out may be the
+    input itself.
+    """
+
+    token: Tensor  # (k,) int64, flat
+    rows: Tensor  # (k, d) of the call's dtype
+
+
+def _some_tokens(count: int, embedding_dim: int, device: torch.device) -> Tensor:
+    """(k,) int64: the first, the last and tokens between them."""
+    k = max(2, min(TOKENS, ELEMENTS // max(1, embedding_dim)))
+    return (
+        torch.linspace(0, count - 1, min(k, count), dtype=torch.float64).round().long().to(device)
+    )
+
+
+def expected_rows(
+    rows: Tensor,
+    shape: torch.Size,
+    seed: Tensor,
+    noise_alpha: float | Tensor,
+    layout: Layout,
+    offsets: tuple[int, int, int],
+    input_ids: Tensor | None = None,
+    embed_scale: float = 1.0,
+) -> Expected | None:
+    """What add_noise gives for some of the embeddings (N, d); with input_ids, noisy_embedding for
+    rows of the weight (V, d). None where there is nothing to compare.
+    """
+    stream, sample_offset, position_offset = offsets
+    embedding_dim, device = rows.shape[-1], rows.device
+    if shape.numel() == 0 or embedding_dim == 0 or rows.shape[0] == 0:
+        return None
+    token = _some_tokens(shape.numel(), embedding_dim, device)
+    if layout.document is not None and layout.lengths is not None:
+        known = layout.document < layout.lengths.numel()  # an index beyond would end the process
+        layout = layout._replace(document=torch.where(known, layout.document, -1))
+    sample, position, length = (
+        value[token] for value in per_token(layout, shape, device, sample_offset, position_offset)
+    )
+    noise = reference.neftune_noise(
+        sample, position, length, embedding_dim, noise_alpha, seed, stream
+    )
+    if input_ids is None:
+        return Expected(token, reference.add_noise(rows[token], noise))
+    ids = input_ids.reshape(-1)[token].long()
+    inside = (ids >= 0) & (ids < rows.shape[0])
+    embedded = reference.embed(torch.where(inside, ids, 0), rows, embed_scale)
+    noisy = reference.add_noise(embedded, noise)
+    return Expected(token, torch.where(inside[:, None], noisy, float("nan")))
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    """NaN is NaN, whatever its payload; the one synchronisation."""
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[left.element_size()]
+    same = left.contiguous().view(integers) == right.contiguous().view(integers)
+    return bool((same | (left.isnan() & right.isnan())).all())
+
+
+def rows_agree(backend: str, out: Tensor, expected: Expected) -> bool:
+    """Whether `out` (..., d) has the expected bits; where not, the backend is out of service."""
+    rows = out.view(-1, out.shape[-1])[expected.token]
+    if _same_bits(rows, expected.rows):
+        return True
+    _put_out_of_service(backend, out.device, f"{out.dtype} rows of {out.shape[-1]} columns")
+    return False
+
+
+def numbering_agrees(
+    backend: str,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    numbered: tuple[Tensor, Tensor, Tensor],
+) -> bool:
+    """Whether a kernel's document, position and lengths are mask_layout's, for some tokens."""
+    document, position, lengths = numbered
+    if document.numel() == 0:
+        return True
+    token = _some_tokens(document.numel(), 1, document.device)
+    expected = mask_layout(attention_mask, position_ids)
+    own, theirs = document[token], expected[0][token]
+    real = theirs >= 0
+    own_length, their_length = lengths[own.clamp(min=0)], expected[2][theirs.clamp(min=0)]
+    same = (position[token] == expected[1][token]) & (own_length == their_length)
+    if bool(((own == theirs) & (same | ~real)).all()):
+        return True
+    _put_out_of_service(backend, document.device, "numbers of the samples in a mask")
+    return False
+
+
+def _put_out_of_service(backend: str, device: torch.device, what: str) -> None:
+    name = device.type
+    if device.type != "cpu" and torch.get_device_module(device).is_available():
+        name = torch.get_device_module(device).get_device_name(device)
+    versions = [f"torch {torch.__version__}"]
+    if backend == "triton":
+        versions.append(f"triton {importlib.metadata.version('triton')}")
+    why = f"self-check failed: {what} differ from the reference on {name}, {', '.join(versions)}"
+    _failures[backend, device.type] = why
+    warnings.warn(
+        f"neftune_kernels: backend {backend!r} is out of service in this process, the slow "
+        f"reference serves instead. {why}. Please report it with the output of "
+        "`python -m neftune_kernels --check`; NEFTUNE_SELF_CHECK=0 switches the comparison off",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+# ---- the long form
+
+
+WIDTHS = (20, 576, 4096)  # columns: read one by one, in one piece, in several
+
+
+class Case(NamedTuple):
+    backend: str
+    dtype: torch.dtype
+    embedding_dim: int
+    layout: str
+    same: bool
+
+
+def _layouts(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Keywords of noisy_embedding for ids (3, 41)."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, 3, (3, 41), generator=generator)
+    told: dict[str, dict[str, Tensor]] = {
+        "nothing": {},
+        "attention_mask": {"attention_mask": mask},
+        "bool attention_mask": {"attention_mask": mask != 0},
+        "lengths": {"lengths": torch.tensor([41, 0, 7])},
+        "cu_seqlens": {"cu_seqlens": torch.tensor([0, 5, 5, 100, 123])},
+        "position_ids": {"position_ids": torch.arange(41).expand(3, 41) % 11},
+        "noise_mask": {"noise_mask": mask != 1},
+    }
+    return {
+        name: {word: value.to(device) for word, value in given.items()}
+        for name, given in told.items()
+    }
+
+
+def compare(backend: str, device: torch.device) -> Iterator[Case]:
+    """noisy_embedding by the backend against the reference on the CPU: every dtype, layout and kind
+    of row, each twice, as the first call of a kernel is launched in another way.
+    """
+    from .functional import noisy_embedding  # above this module
+
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, 100, (3, 41), generator=generator)
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for embedding_dim in WIDTHS:
+            weight = torch.randn(100, embedding_dim, generator=generator).to(dtype)
+            on_device = input_ids.to(device), weight.to(device)
+            for layout, given in _layouts(device).items():
+                expected = noisy_embedding(
+                    input_ids,
+                    weight,
+                    5.0,
+                    **_layouts(cpu)[layout],
+                    embed_scale=1.7,
+                    seed=3,
+                    stream=1,
+                    backend="reference",
+                )
+                outs = [
+                    noisy_embedding(
+                        *on_device, 5.0, **given, embed_scale=1.7, seed=3, stream=1, backend=backend
+                    )
+                    for _ in range(2)
+                ]
+                same = all(_same_bits(out.cpu(), expected) for out in outs)
+                yield Case(backend, dtype, embedding_dim, layout, same)
