@@ -6,9 +6,10 @@ from .functional import add_noise, neftune_noise, noisy_embedding
 from .integrations.models import NEFTuneHandle, apply_neftune
 from .modules import NEFTuneEmbedding
 from .ops import available_backends
-from .version import __version__
+from .version import SPEC_VERSION, __version__
 
 __all__ = [
+    "SPEC_VERSION",
     "NEFTuneEmbedding",
     "NEFTuneHandle",
     "__version__",

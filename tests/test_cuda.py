@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from conftest import FLOAT_DTYPES, cuda_shim, make_batch, same_bits
 from test_triton import (  # noqa: F401  run here with the fixtures below
+    VECTORS,
     agree,
+    assert_golden,
     by_kernel,
+    golden_cases,
     make_weight,
     test_add_noise,
     test_bad_bounds_and_lengths_reach_nothing,
@@ -300,6 +303,11 @@ def test_other_distributions(public, distribution):
             noisy_embedding(ids, weight, 5.0, attention_mask=mask, **kind, backend="cuda").cpu(),
             expected,
         )
+
+
+@pytest.mark.parametrize("case", golden_cases(VECTORS))
+def test_golden_vectors(public, case):
+    assert_golden(public, case, "cuda")
 
 
 def test_it_is_chosen_where_triton_is_not(gpu):

@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 
+import golden_vectors
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,6 +214,70 @@ def make_weight(embedding_dim, dtype, vocabulary=11):
 
 
 # ---- bits
+
+
+VECTORS = golden_vectors.read()["cases"]
+UNIFORM = [
+    case for case in VECTORS if case["arguments"].get("distribution", "uniform") == "uniform"
+]
+QUICK_VECTORS = (  # a GPU runs all of them; as IR or Python they take minutes
+    "layout, offsets: mask, numbered",
+    "layout, offsets: lengths beyond T",
+    "layout, offsets: cu_seqlens, empty documents",
+    "layout, offsets: noise_mask, position_ids",
+    "width: 9",
+    "seed: 9223372036854775808",
+    "every word: 4294967295, places",
+    "length: 8589934593",
+    "special values: alpha 600000.0, embed_scale 1.5",
+    "normal, sign -1, equal_variance True: lengths",
+)
+
+
+def golden_cases(cases):
+    return [
+        pytest.param(
+            case, id=case["name"], marks=() if case["name"] in QUICK_VECTORS else pytest.mark.long
+        )
+        for case in cases
+    ]
+
+
+def served(case):
+    """Everything but float64, which is the reference's alone."""
+    return [dtype for dtype in golden_vectors.dtypes(case) if dtype in FLOAT_DTYPES]
+
+
+@pytest.mark.parametrize("case", golden_cases(UNIFORM))
+def test_golden_vectors(device, case):
+    """The noise that is promised for good: tests/golden_vectors.py."""
+    dtypes = served(case)
+    if INTERPRETED and "bfloat16" in case["out"]:
+        dtypes.remove(torch.bfloat16)
+    if INTERPRETED and case["arguments"]["alpha"] == 5e-324:
+        pytest.skip("the interpreter takes alpha's bits for an int32 where they are a small number")
+    if not dtypes:
+        pytest.skip("Triton's interpreter truncates float32 to bfloat16 (3.9)")
+    for dtype in dtypes:
+        input_ids, weight, keywords = golden_vectors.call(case, dtype)
+        keywords.pop("equal_variance", None)  # of the other distributions
+        out = by_kernel(device, input_ids, weight, **keywords)
+        assert golden_vectors.spelled(out) == golden_vectors.expected(case, dtype), dtype
+
+
+def assert_golden(device, case, backend):
+    """Through the public function, which serves the other distributions too."""
+    assert served(case)
+    for dtype in served(case):
+        input_ids, weight, keywords = golden_vectors.call(case, dtype)
+        keywords = {name: cuda(value, device) for name, value in keywords.items()}
+        out = noisy_embedding(input_ids.to(device), weight.to(device), **keywords, backend=backend)
+        assert golden_vectors.spelled(out) == golden_vectors.expected(case, dtype), dtype
+
+
+@pytest.mark.parametrize("case", golden_cases(VECTORS))
+def test_golden_vectors_by_the_public_function(public, case):
+    assert_golden(public, case, "triton")
 
 
 @pytest.mark.parametrize("embedding_dim", (1, 7, 8, 20, 64, 100, 576, 896, 4096, 4104))
