@@ -746,7 +746,8 @@ REGISTERS = 40  # of an NVIDIA thread: 48 warps of a multiprocessor's 65536
 
 
 def compile_options(target_backend: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"enable_fp_fusion": False}
+    # Philox wraps, and with debug, ours or TRITON_DEBUG=1, Triton asserts that nothing overflows.
+    options: dict[str, Any] = {"enable_fp_fusion": False, "sanitize_overflow": False}
     if target_backend == "cuda":
         options["maxnreg"] = REGISTERS
     if DEBUG:
