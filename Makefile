@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-long compatibility lint bench clean
+.PHONY: setup demo test test-triton test-long launcher-matrix compatibility lint bench clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ test-triton: setup
 test-long: setup
 	$(BIN)/python -m pytest
 	@$(MAKE) --no-print-directory test-triton
+
+# Our launches beside Triton's own under every triton that installs; writes bench/results/launcher.md.
+launcher-matrix: setup
+	TORCH="$(TORCH)" $(BIN)/python -m bench.launcher_matrix
 
 # The README's compatibility table, from what the tests really ran.
 compatibility: setup

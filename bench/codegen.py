@@ -119,9 +119,9 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
 
 
 @functools.cache
-def compile_rows(configuration: Configuration, enable_fp_fusion: bool = False) -> Any:
-    """Triton's CompiledKernel of noisy_rows, with the launcher's own options; fusion only to show
-    what it would do.
+def compile_rows(configuration: Configuration, **changed: bool) -> Any:
+    """Triton's CompiledKernel of noisy_rows, with the launcher's own options; `changed` ones only
+    to show what they would do.
     """
     description = launch_description(configuration)
     signature = {parameter["name"]: parameter["type"] for parameter in description["parameters"]}
@@ -135,8 +135,8 @@ def compile_rows(configuration: Configuration, enable_fp_fusion: bool = False) -
     options = {
         "num_warps": description["num_warps"],
         **triton_kernels.compile_options(target.backend),
+        **changed,
     }
-    options["enable_fp_fusion"] |= enable_fp_fusion
     return triton.compile(
         ASTSource(triton_kernels.noisy_rows, signature, constants, aligned),
         target=target,

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from . import figures
 from .cases import (
     DTYPES,
     SHAPES,
@@ -419,6 +418,8 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "compare.csv", results, machine)
     (options.out / "compare.md").write_text(markdown(results, machine, floors))
+    from . import figures  # alone in needing matplotlib, and tests import this module
+
     figures.draw(
         options.out / "compare.png",
         {result.case: relative(result.seconds) for result in results},

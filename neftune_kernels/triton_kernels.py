@@ -14,7 +14,10 @@ language and compiler for tiled neural network computations".
 
 import ctypes
 import math
+import operator
 import os
+import threading
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -23,8 +26,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
-from triton.runtime import driver
 
 from . import self_check
 from .layout import Layout, rows_and_columns
@@ -604,21 +605,31 @@ def number_documents(
 # ---- launchers
 
 
-INTERPRETED = knobs.runtime.interpret
+# A grid without a program, which Triton hands on and no device runs.
+NO_PROGRAM = (2, 3, 0)
 
 
 class Launcher:
-    """Compiled kernels by a key of their own: Triton's launcher works out types and alignments anew
-    at every call.
+    """Compiled kernels by a key of their own: `kernel[grid]` works out types anew at every call.
 
     The key must hold all that the compiled code depends on: dtypes, constexprs, which pointers are
     None, the alignment of `out` and `source` (no other argument is specialised).
+
+    A launch past `kernel[grid]` rests on internals of Triton, and a misplaced argument writes
+    anywhere. So each compiled kernel is tried once without a program: `kernel[grid]` must hand it
+    what we would. Where it does not, all launches are Triton's own, and a warning says so once.
     """
+
+    unexpected = ""  # of Triton's internals, in words
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.checked: set[Any] = set()
+        # (num_warps and constexprs, for the caller; run, function, packed_metadata, current_device,
+        # current_stream; the kernel, whose end would unload the function). No NamedTuple, which
+        # takes longer to unpack.
         self.compiled: dict[Any, tuple[Any, ...]] = {}
+        self.trying = threading.Lock()
 
     def __call__(
         self,
@@ -632,40 +643,24 @@ class Launcher:
         """found: self.compiled.get(key), which the caller has looked up for the constexprs among
         its args; index: of the device.
         """
-        if (
-            found is None or ENTER_HOOKS or EXIT_HOOKS
-        ):  # profilers' hooks want the launch as Triton describes it
+        # Profilers' hooks want the launch as Triton describes it.
+        if found is None or ENTER_HOOKS or EXIT_HOOKS:
             with on_device(args[0].device):
                 self._compile(key, grid, args, num_warps)
             return
-        _, run, function, packed_metadata, current_device, current_stream = found
-        if current_device() == index:
-            run(
-                grid[0],
-                grid[1],
-                grid[2],
-                current_stream(index),
-                function,
-                packed_metadata,
-                None,
-                None,
-                None,
-                *args,
-            )
-        else:
+        x, y, z = grid
+        _, run, function, packed, current_device, current_stream, _ = found
+        try:
+            if current_device() == index:
+                run(x, y, z, current_stream(index), function, packed, None, None, None, *args)
+            else:
+                with on_device(args[0].device):
+                    run(x, y, z, current_stream(index), function, packed, None, None, None, *args)
+        except TypeError as error:  # before anything was launched
             with on_device(args[0].device):
-                run(
-                    grid[0],
-                    grid[1],
-                    grid[2],
-                    current_stream(index),
-                    function,
-                    packed_metadata,
-                    None,
-                    None,
-                    None,
-                    *args,
-                )
+                # Where this raises as well, the mistake is the caller's.
+                self.kernel[grid](*args, **launch_options(num_warps))
+            self._give_up(error)
 
     def to_be_checked(self, key: Any, device: torch.device) -> bool:
         """Whether a launch of this key is the first that can be compared with the reference."""
@@ -679,33 +674,77 @@ class Launcher:
     def _compile(
         self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int
     ) -> None:
-        options = (
-            {}
-            if knobs.runtime.interpret
-            else compile_options(driver.active.get_current_target().backend)
-        )
-        compiled = self.kernel[grid](*args, num_warps=num_warps, **options)  # launches, too
-        if compiled is not None:
-            active = driver.active
-            devices = active.get_current_device, active.get_current_stream
-            constants = (
-                num_warps,
-                args[-sum(parameter.is_constexpr for parameter in self.kernel.params) :],
-            )
-            self.compiled[key] = (
-                constants,
-                compiled.run,
-                compiled.function,
-                compiled.packed_metadata,
-                *devices,
+        options = launch_options(num_warps)
+        kernel = self.kernel[grid](*args, **options)  # launches, too
+        # The interpreter has no kernel; with hooks every launch comes here.
+        if kernel is None or key in self.compiled or Launcher.unexpected:
+            return
+        try:
+            self.compiled[key] = self._verified(kernel, args, num_warps, options)
+        except Exception as error:  # whatever a foreign Triton raises
+            self._give_up(error)
+
+    def _verified(
+        self, kernel: Any, args: tuple[Any, ...], num_warps: int, options: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """The entry of a compiled kernel, whose launch by Triton is as ours will be."""
+        if UNKNOWN_HOOKS:
+            raise LookupError(UNKNOWN_HOOKS)
+        active = triton.runtime.driver.active
+        constexprs = sum(parameter.is_constexpr for parameter in self.kernel.params)
+        constants = (num_warps, args[-constexprs:])
+        devices = active.get_current_device, active.get_current_stream
+        handed = []
+        with self.trying:
+            run = kernel.run
+            if kernel._run is not run:
+                raise LookupError("CompiledKernel.run does not return _run")
+
+            def note(*given: Any, **named: Any) -> None:
+                if given[:3] == NO_PROGRAM and not named:
+                    handed.append(given)
+                else:  # another thread's launch
+                    run(*given, **named)
+
+            kernel._run = note
+            try:
+                self.kernel[NO_PROGRAM](*args, **options)
+            finally:
+                kernel._run = run
+        head = (*NO_PROGRAM, devices[1](devices[0]()), kernel.function, kernel.packed_metadata)
+        for given in handed:
+            hooks = [getattr(hook, "calls", None) for hook in given[7:9]]
+            as_ours = given[:6] == head and hooks[0] is ENTER_HOOKS and hooks[1] is EXIT_HOOKS
+            if as_ours and len(given) == 9 + len(args) and all(map(operator.is_, given[9:], args)):
+                return constants, run, kernel.function, kernel.packed_metadata, *devices, kernel
+        handed_types = [[type(value).__name__ for value in given] for given in handed]
+        raise LookupError(f"kernel[grid] hands CompiledKernel.run other arguments: {handed_types}")
+
+    def _give_up(self, error: Exception) -> None:
+        self.compiled.clear()
+        if not Launcher.unexpected:
+            Launcher.unexpected = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"triton {triton.__version__} is not as neftune_kernels knows it, so it launches "
+                "through Triton's slower kernel[grid]; the values are the same. "
+                f"Please report this: {Launcher.unexpected}",
+                stacklevel=2,
             )
 
 
 # Triton's own lists, which fill when somebody adds a hook.
-ENTER_HOOKS, EXIT_HOOKS = (
-    knobs.runtime.launch_enter_hook.calls,
-    knobs.runtime.launch_exit_hook.calls,
-)
+ENTER_HOOKS: list[Any] = []
+EXIT_HOOKS: list[Any] = []
+UNKNOWN_HOOKS = ""
+try:
+    from triton import knobs
+
+    ENTER_HOOKS = knobs.runtime.launch_enter_hook.calls
+    EXIT_HOOKS = knobs.runtime.launch_exit_hook.calls
+except (ImportError, AttributeError) as error:
+    UNKNOWN_HOOKS = f"triton.knobs.runtime.launch_enter_hook.calls: {error}"
+
+INTERPRETED = not isinstance(noisy_rows, triton.JITFunction)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -717,12 +756,20 @@ REGISTERS = 40  # of an NVIDIA thread: 48 warps of a multiprocessor's 65536
 
 
 def compile_options(target_backend: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"enable_fp_fusion": False}
+    # Philox wraps, and with debug, ours or TRITON_DEBUG=1, Triton asserts that nothing overflows.
+    options: dict[str, Any] = {"enable_fp_fusion": False, "sanitize_overflow": False}
     if target_backend == "cuda":
         options["maxnreg"] = REGISTERS
     if DEBUG:
         options["debug"] = True
     return options
+
+
+def launch_options(num_warps: int) -> dict[str, Any]:
+    if INTERPRETED:
+        return {"num_warps": num_warps}
+    target = triton.runtime.driver.active.get_current_target()
+    return {"num_warps": num_warps, **compile_options(target.backend)}
 
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -1025,10 +1072,10 @@ def row_constants(
 
 @lru_cache(maxsize=16)
 def _warp_size(device: torch.device) -> int:
-    if knobs.runtime.interpret:
+    if INTERPRETED:
         return 32
     with on_device(device):
-        return int(driver.active.get_current_target().warp_size)
+        return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
 DOCUMENT_BLOCK = 2048

@@ -114,6 +114,20 @@ def test_contraction_would_be_seen():
     assert sums < codegen.measure(configuration).opcodes["FADD"]
 
 
+def test_debug_adds_our_asserts_alone(monkeypatch):
+    """NEFTUNE_DEBUG=1: one for the ids, one for the lengths. TRITON_DEBUG=1 is debug=True: none."""
+    configuration = Configuration("sm_90", "bfloat16", 64, "lengths")
+
+    def asserts(**changed):
+        kernel = codegen.compile_rows.__wrapped__(configuration, **changed)
+        return kernel.asm["ttir"].count("tt.assert ")
+
+    assert asserts() == asserts(debug=True) == 0
+    assert asserts(debug=True, sanitize_overflow=True) > 2, "Triton's own, which a valid call fails"
+    monkeypatch.setattr(triton_kernels, "DEBUG", True)
+    assert asserts() == 2
+
+
 @pytest.mark.parametrize("scaled", (False, True))
 @pytest.mark.parametrize("dtype", codegen.DTYPES)
 @pytest.mark.parametrize("target", codegen.NVIDIA)

@@ -53,7 +53,7 @@ def device(needs_triton, monkeypatch):
         monkeypatch.setattr(
             kernels(), "DOCUMENT_BLOCK", 32
         )  # its scans take a Python step per element
-        round_fma_once(monkeypatch)
+        mend_interpreter(monkeypatch)
         return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip(
@@ -63,15 +63,21 @@ def device(needs_triton, monkeypatch):
     return torch.device("cuda", 0)
 
 
-def round_fma_once(monkeypatch):
-    """Before 3.9 the interpreter's fma rounded its product too.
-
-    In float64 product and sum of the noise are exact: 24 + 16 bits.
-    """
+def mend_interpreter(monkeypatch):
+    """What the interpreters of older Tritons get wrong."""
     import triton
     from triton.runtime import interpreter
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 7):  # a scalar is an array of one element, no int to numpy 2.4
+        patch = interpreter._patch_lang_tensor
+
+        def patched(tensor, scope):
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    if version < (3, 9):  # fma rounds its product too; float64 holds it exactly: 24 + 16 bits
 
         def fma(self, x, y, z):
             exact = x.data.astype("float64") * y.data + z.data
@@ -596,6 +602,52 @@ def test_bad_bounds_and_lengths_reach_nothing(device):
     )
 
 
+@pytest.fixture
+def debug(device, monkeypatch):
+    """NEFTUNE_DEBUG=1, which triton_kernels reads when imported."""
+    if INTERPRETED:
+        pytest.skip("Triton's debug mode is the compiler's")
+    monkeypatch.setattr(kernels(), "DEBUG", True)
+    for name in ("launch_rows", "launch_documents"):
+        monkeypatch.setattr(kernels(), name, kernels().Launcher(getattr(kernels(), name).kernel))
+
+
+def test_debug_lets_good_calls_pass(device, debug):
+    """Philox wraps on purpose; debug=True alone has Triton assert that nothing overflows."""
+    batch = make_batch("holes", rows=2, columns=5)
+    counters = {"stream": WORD - 1, "sample_offset": WORD - 1, "seed": 2**64 - 1}
+    for dtype, width in ((torch.float32, 16), (torch.float16, 20)):
+        agree(device, batch.input_ids, make_weight(width, dtype), embed_scale=1.5, **counters)
+    weight = make_weight(16, torch.bfloat16)
+    agree(device, batch.input_ids, weight, lengths=torch.tensor([5, 2]))
+    agree(
+        device,
+        batch.input_ids,
+        weight,
+        cu_seqlens=torch.tensor([0, 4, 10]),
+        position_offset=WORD - 2,
+    )
+    agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask)
+
+
+def test_debug_stops_bad_calls(device, debug):
+    if not EXECUTED:
+        pytest.skip("a failed assert ends a GPU's context: test_debug_asserts there")
+    ids, weight = torch.tensor([[0, 1, 2]]), make_weight(16, torch.float32)
+    negative = torch.tensor([[1, -1, 1]])
+    bounds = r"cu_seqlens must run from 0 to the number of tokens and not decrease"
+    for message, bad_ids, arguments in (
+        (r"input_ids must lie in \[0, num_embeddings\)", torch.tensor([[0, 11, 2]]), {}),
+        (r"input_ids must lie in \[0, num_embeddings\)", torch.tensor([[0, -1, 2]]), {}),
+        (r"lengths must not be negative", ids, {"lengths": torch.tensor([-1])}),
+        (bounds, ids, {"cu_seqlens": torch.tensor([1, 3])}),
+        (bounds, ids, {"cu_seqlens": torch.tensor([0, 2])}),
+        (r"attention_mask must not have negative or NaN values", ids, {"attention_mask": negative}),
+    ):
+        with pytest.raises(Exception, match=message):
+            by_kernel(device, bad_ids, weight, 5.0, seed=0, **arguments)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_add_noise(device, dtype):
     if INTERPRETED and dtype == torch.bfloat16:
@@ -907,15 +959,18 @@ def test_compiled_on_a_gpu(gpu):
 
 
 def test_debug_asserts(gpu):
+    """A good call passes and the bad one after it is stopped."""
     program = (
-        "import torch, neftune_kernels as n; n.noisy_embedding(torch.tensor([[99]], "
-        "device='cuda'), torch.zeros(3, 8, device='cuda'), 5.0);"
-        "torch.cuda.synchronize()"
+        "import torch, neftune_kernels as n\n"
+        "weight = torch.zeros(3, 8, device='cuda')\n"
+        "for id in (2, 99):\n"
+        "    n.noisy_embedding(torch.tensor([[id]], device='cuda'), weight, 5.0)\n"
+        "    torch.cuda.synchronize()\n"
+        "    print('passed', id, flush=True)\n"
     )
+    environment = os.environ | {"NEFTUNE_DEBUG": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"NEFTUNE_DEBUG": "1"},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
+    assert run.stdout.split() == ["passed", "2"], run.stderr
     assert run.returncode != 0 and "input_ids must lie in [0, num_embeddings)" in run.stderr
