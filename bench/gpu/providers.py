@@ -40,14 +40,18 @@ def case_of(shape: Shape, dtype: torch.dtype, tiny: bool) -> cases.Case:
     return cases.Case("", "", *shape, 50 if tiny else VOCABULARIES[shape[2]], dtype)
 
 
+def rotation(case: cases.Case, device: str) -> int:
+    """How many sets of inputs take turns."""
+    if device == "cpu":
+        return 2
+    return min(MOST_ROTATED, max(2, -(-ROTATED_BYTES // case.bytes_moved)))
+
+
 def make_inputs(case: cases.Case, device: str) -> list[cases.Inputs]:
     """A set to rotate through: one weight, all else each its own.
 
     Ids are uniform over the vocabulary: the worst case for caches.
     """
-    count = 2
-    if device == "cuda":
-        count = min(MOST_ROTATED, max(count, -(-ROTATED_BYTES // case.bytes_moved)))
     weight = torch.randn(case.num_embeddings, case.embedding_dim, device=device)
     weight = weight.mul_(cases.WEIGHT_STD).to(case.dtype)
     rows = (case.batch, case.columns)
@@ -60,7 +64,7 @@ def make_inputs(case: cases.Case, device: str) -> list[cases.Inputs]:
             seed=torch.randint(2**62, (), device=device),
             alpha=torch.full((), cases.NOISE_ALPHA, dtype=torch.float64),
         )
-        for _ in range(count)
+        for _ in range(rotation(case, device))
     ]
 
 
