@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-long launcher-matrix compatibility lint bench clean
+.PHONY: setup demo test test-triton test-long launcher-matrix compatibility lint bench gpu clean
 
 setup: $(READY)
 
@@ -60,6 +60,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench.compare
+
+# On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
+gpu:
+	$(PYTHON) -m bench.first_gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info neftune_kernels/_C*.so neftune_kernels/_build_error*.txt

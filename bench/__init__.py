@@ -1,3 +1,3 @@
-"""Benchmarks: `python -m bench.compare`, `bench.overhead`, `bench.memory`, `bench.machine`; the
-record is NOTES.md.
+"""Benchmarks: `python -m bench.compare`, `bench.overhead`, `bench.memory`, `bench.machine`; on GPUs
+`bench.first_gpu`; the record is NOTES.md.
 """

@@ -159,8 +159,8 @@ MUTATIONS = {
     ),
     "one token too many": (
         "cuda/kernels.cu",
-        "+ a.position_offset >= length) length = 0",
-        "+ a.position_offset > length) length = 0",
+        "+ a.position_offset >= length)",
+        "+ a.position_offset > length)",
     ),
     "stream dropped": (
         "cuda/kernels.cu",

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 from neftune_kernels import (
     NEFTuneEmbedding,
@@ -20,8 +18,23 @@ from neftune_kernels import (
     ops,
 )
 
-EMBEDDING_MODULE = next(info for info in module_db if info.module_cls is nn.Embedding)
-EMBEDDING_OP = next(info for info in op_db if info.name == "nn.functional.embedding")
+
+@pytest.fixture(scope="module")
+def pytorch_module():
+    """PyTorch's own description of nn.Embedding; the tests it comes from need expecttest."""
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_modules import module_db
+
+    return next(info for info in module_db if info.module_cls is nn.Embedding)
+
+
+@pytest.fixture(scope="module")
+def pytorch_op():
+    """PyTorch's own description of F.embedding."""
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return next(info for info in op_db if info.name == "nn.functional.embedding")
 
 
 def with_mask():
@@ -31,12 +44,12 @@ def with_mask():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("off", ["eval", "alpha 0", "alpha None"])
-def test_pytorch_module_samples(dtype, off):
+def test_pytorch_module_samples(pytorch_module, dtype, off):
     """PyTorch's own samples of nn.Embedding (module_db): outputs, gradients and repr of the
     arguments.
     """
-    samples = EMBEDDING_MODULE.module_inputs_func(
-        EMBEDDING_MODULE, "cpu", dtype, requires_grad=False, training=True
+    samples = pytorch_module.module_inputs_func(
+        pytorch_module, "cpu", dtype, requires_grad=False, training=True
     )
     assert len(samples) >= 2
     for sample in samples:
@@ -57,12 +70,12 @@ def test_pytorch_module_samples(dtype, off):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_pytorch_op_samples(dtype):
+def test_pytorch_op_samples(pytorch_op, dtype):
     """PyTorch's own samples of F.embedding (op_db), max_norm, sparse and scale_grad_by_freq among
     them, through the module in eval mode.
     """
     options_seen = set()
-    for sample in EMBEDDING_OP.sample_inputs("cpu", dtype, requires_grad=False):
+    for sample in pytorch_op.sample_inputs("cpu", dtype, requires_grad=False):
         weight, (ids,), options = sample.input, sample.args, sample.kwargs
         module = NEFTuneEmbedding(*weight.shape, _weight=weight.clone(), **options).eval()
         plain = nn.Embedding(*weight.shape, _weight=weight.clone(), **options)

@@ -15,6 +15,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import golden_vectors
 import pytest
@@ -30,6 +31,7 @@ from neftune_kernels import (
     neftune_noise,
     noisy_embedding,
     ops,
+    self_check,
 )
 from neftune_kernels import layout as layouts
 
@@ -842,7 +844,7 @@ OUTSIDE = {
 def mutated(kernels_module, old, new, tmp_path):
     """triton_kernels with one text replaced, as a module of its own."""
     source = pathlib.Path(kernels_module.__file__).read_text()
-    assert source.count(old) >= 1, old
+    assert old in source, old
     path = tmp_path / "mutated_kernels.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("neftune_kernels.mutated_kernels", path)
@@ -867,6 +869,35 @@ def test_wrong_kernels_are_seen(device, monkeypatch, tmp_path, name):
     monkeypatch.setattr(sys.modules[__name__], "kernels", lambda: module)
     with pytest.raises(AssertionError):
         standard_cases(device)
+
+
+@pytest.mark.parametrize("name", ("multiplier", "mask flipped"))
+def test_first_launches_are_compared_with_the_reference(device, monkeypatch, tmp_path, name):
+    """The right kernels pass without a word, a wrong one is named at its first launch."""
+    if INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+    monkeypatch.setattr(self_check, "ENABLED", True)
+    monkeypatch.setattr(self_check, "_failures", {})
+    if EXECUTED:  # torch has no CUDA then, and cannot be asked whether a stream captures
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    batch, weight = make_batch("holes", rows=3, columns=5), make_weight(16, torch.float16)
+
+    def launch(module):
+        """What was said, and whether documents were numbered."""
+        monkeypatch.setattr(sys.modules[__name__], "kernels", lambda: module)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            by_kernel(device, batch.input_ids, weight, 5.0, seed=0, lengths=torch.tensor([5, 2, 1]))
+            numbered = module.mask_layout(cuda(batch.attention_mask, device), None)
+        said = " ".join(str(one.message) for one in seen if one.category is RuntimeWarning)
+        return said, numbered is not NotImplemented
+
+    right = mutated(kernels(), "", "", tmp_path)
+    assert launch(right) == ("", True) and launch(right) == ("", True)
+    assert len(right.launch_rows.checked) == len(right.launch_documents.checked) == 1
+    said, numbered = launch(mutated(right, *MUTATIONS[name], tmp_path))
+    assert "'triton' is out of service" in said and numbered == (name != "mask flipped")
+    assert self_check.failure("triton", device.type)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
