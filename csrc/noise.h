@@ -1,7 +1,7 @@
 // The NEFTune noise (Jain et al. 2023, arXiv 2310.05914, Algorithm 1): alpha / √(L·d) · u, with u a
 // pure function of place and seed.
 //
-//     counter = (column // 8, position, sample, stream),  key = (seed mod 2³², seed ≫ 32),
+//     counter = (column // 8, position, sample, replica),  key = (seed mod 2³², seed ≫ 32),
 //     Philox-4x32-7 word k of block j → columns 8j+2k (low 16 bits) and 8j+2k+1 (high 16 bits) x =
 //     float32(int32((half << 16) | 0x8000))          exact: (int16(half) + ½)·65536 step    =
 //     float32(alpha / √(L·d)) · 2⁻³¹                  the quotient in float64, rounded once noise
@@ -26,7 +26,7 @@ NEFTUNE_INLINE PhiloxKey noise_key(uint64_t seed) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
 }
 
-// Each of the first two rounds has one product that depends on the block alone, given stream and
+// Each of the first two rounds has one product that depends on the block alone, given replica and
 // key: the same for every row of a call.
 template <class Word>
 struct BlockProducts {
@@ -36,9 +36,9 @@ struct BlockProducts {
 
 // Of block j = column // 8; Block is uint32_t or a vector of block indices.
 template <class Word, class Block>
-NEFTUNE_INLINE BlockProducts<Word> block_products(Block block, uint32_t stream, PhiloxKey key) {
+NEFTUNE_INLINE BlockProducts<Word> block_products(Block block, uint32_t replica, PhiloxKey key) {
   const auto product0 = multiply(kPhiloxMultiplier0, block);
-  const auto product1 = multiply(kPhiloxMultiplier1, xor3(high(product0), stream, key.k1));
+  const auto product1 = multiply(kPhiloxMultiplier1, xor3(high(product0), replica, key.k1));
   return {low(product0), high(product1), low(product1)};
 }
 

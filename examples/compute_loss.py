@@ -33,9 +33,9 @@ class NoisyTrainer(Trainer):  # type: ignore[misc]
         inputs_embeds = embed(inputs["input_ids"])  # never embed.forward(...), see above
         if model.training:
             # each data-parallel rank draws its own noise
-            mask, stream = inputs["attention_mask"], self.args.process_index
+            mask, replica = inputs["attention_mask"], self.args.process_index
             inputs_embeds = add_noise(
-                inputs_embeds, self.noise_alpha, attention_mask=mask, stream=stream
+                inputs_embeds, self.noise_alpha, attention_mask=mask, replica=replica
             )
         others = {name: value for name, value in inputs.items() if name != "input_ids"}
         return super().compute_loss(

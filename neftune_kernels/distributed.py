@@ -1,8 +1,8 @@
-"""Many processes: which Philox stream is ours, and noise on DTensor embeddings.
+"""Many processes: which data-parallel replica we are, and noise on DTensor embeddings.
 
 A DTensor stands for one logical tensor, so its noise is the noise one process would add to it,
-whatever its placements: the ranks of a tensor-parallel group share one stream and one seed, which
-its first rank draws. What differs between data-parallel replicas is the stream.
+whatever its placements: the ranks of a tensor-parallel group share one replica and one seed, which
+its first rank draws. What differs between replicas is the counter's word `replica`.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from .functional import UNIFORM, Offsets, Samples, Variant, embeds_with_noise, s
 from .ops import asked_outside_the_graph, choose_backend
 
 PASS_STREAM = (
-    "pass stream= to apply_neftune: a number that the ranks of one replica share "
+    "pass replica= to apply_neftune: a number that the ranks of one replica share "
     "and that no other replica has"
 )
 
@@ -37,13 +37,13 @@ def is_dtensor(value: Any) -> bool:
     return isinstance(value, DTensor)
 
 
-# ---- streams
+# ---- replicas
 
 
 def data_parallel_index(
     weight: Tensor, embedding: nn.Module | None = None, model: nn.Module | None = None
 ) -> int:
-    """Which data-parallel replica this process belongs to, asked at call time: the `stream` of
+    """Which data-parallel replica this process belongs to, asked at call time: the `replica` of
     :func:`apply_neftune`.
 
     - no process group, or one process: 0
@@ -58,7 +58,7 @@ def data_parallel_index(
         model: where to look for DTensors, which beside an ordinary weight leave the question open.
 
     Raises:
-        RuntimeError: it cannot be known; the message names `stream=`.
+        RuntimeError: it cannot be known; the message names `replica=`.
 
     Example:
         >>> data_parallel_index(torch.zeros(3, 2))
@@ -85,6 +85,38 @@ def data_parallel_index(
             f"tokens cannot be known: {PASS_STREAM}"
         )
     return dist.get_rank()
+
+
+def module_replica(embedding: nn.Module) -> int:
+    """:func:`data_parallel_index` for a module that sees no more than its own weight.
+
+    Raises:
+        RuntimeError: there is a process group of more than one but not all ranks (tensor, pipeline
+            or sequence parallelism), and the weight is neither a DTensor nor FSDP2's, so that which
+            ranks see the same tokens cannot be known; the message names `replica=`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    weight: Any = embedding.weight
+    if not is_dtensor(weight) and _fsdp_mesh_info(embedding) is None and (group := _partial_group()):
+        raise RuntimeError(
+            f"there is a process group of the ranks {group} beside the world's "
+            f"{dist.get_world_size()}, so which ranks see the same tokens as this one cannot be "
+            "known from the embedding's weight: pass replica= to NEFTuneEmbedding, a number that "
+            "the ranks of one data-parallel replica share and no other replica has (the "
+            "data-parallel rank), or 0 where all ranks see the same tokens"
+        )
+    return data_parallel_index(weight, embedding)
+
+
+@asked_outside_the_graph  # torch's table of groups is no constant for Dynamo
+def _partial_group() -> list[int]:
+    """The ranks of a group of ours that holds more than one but not all of the world; [] without."""
+    size = dist.get_world_size()
+    for ranks in list(dist.distributed_c10d._world.pg_group_ranks.values()):
+        if 1 < len(ranks) < size:
+            return sorted(ranks)
+    return []
 
 
 @asked_outside_the_graph  # torch 2.11's Dynamo cannot follow a mesh's shape

@@ -26,7 +26,7 @@ IN_PLACE_LIMIT = (
 class Offsets(NamedTuple):
     """The words of the counter that the call itself decides, each in [0, 2³²)."""
 
-    stream: int = 0
+    replica: int = 0
     sample_offset: int = 0
     position_offset: int = 0
 
@@ -87,16 +87,16 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def check_word(name: str, value: int) -> int:
-    """stream, sample_offset and position_offset are words of the Philox counter."""
+    """replica, sample_offset and position_offset are words of the Philox counter."""
     value = check_integer(name, value)
     if not 0 <= value < 2**32:
         raise ValueError(f"{name} must lie in [0, 2**32), got {value}")
     return value
 
 
-def check_offsets(stream: int, sample_offset: int, position_offset: int) -> Offsets:
-    given = (stream, sample_offset, position_offset)
-    if given == NO_OFFSETS and type(stream) is type(sample_offset) is type(position_offset) is int:
+def check_offsets(replica: int, sample_offset: int, position_offset: int) -> Offsets:
+    given = (replica, sample_offset, position_offset)
+    if given == NO_OFFSETS and type(replica) is type(sample_offset) is type(position_offset) is int:
         return NO_OFFSETS
     return Offsets(
         *(check_word(name, value) for name, value in zip(Offsets._fields, given, strict=True))
@@ -541,7 +541,7 @@ def noisy_embedding(
     equal_variance: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
@@ -583,7 +583,7 @@ def noisy_embedding(
             strength; False: unit deviation.
         seed: int in [-2⁶³, 2⁶⁴) or 0-dim int64 tensor; None: one draw from the device's default
             generator (`torch.manual_seed`) or from `generator`.
-        stream: word that separates data-parallel replicas, an integer in [0, 2³²).
+        replica: word that separates data-parallel replicas, an integer in [0, 2³²).
         sample_offset, position_offset: added to the sample index and position, in [0, 2³²):
             micro-batches and shards of a batch then get the very noise of the whole.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
@@ -623,7 +623,7 @@ def noisy_embedding(
         raise ValueError(
             f"weight must have shape (num_embeddings, embedding_dim), got {tuple(weight.shape)}"
         )
-    offsets = check_offsets(stream, sample_offset, position_offset)
+    offsets = check_offsets(replica, sample_offset, position_offset)
     padding = check_padding_idx(padding_idx, weight.shape[0])
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
@@ -674,7 +674,7 @@ def add_noise(
     equal_variance: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
@@ -706,7 +706,10 @@ def add_noise(
         >>> torch.equal(pair[0], -pair[1])
         True
     """
-    alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
+    alpha, offsets = (
+        check_alpha(noise_alpha),
+        check_offsets(replica, sample_offset, position_offset),
+    )
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     if alpha == 0:
@@ -733,7 +736,7 @@ def neftune_noise(
     equal_variance: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
@@ -770,7 +773,10 @@ def neftune_noise(
     tensors = [value for value in given if isinstance(value, Tensor)]
     if device is None and tensors:
         device = tensors[0].device
-    alpha, offsets = check_alpha(noise_alpha), check_offsets(stream, sample_offset, position_offset)
+    alpha, offsets = (
+        check_alpha(noise_alpha),
+        check_offsets(replica, sample_offset, position_offset),
+    )
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     zeros = torch.zeros((), dtype=torch.float32, device=device).expand(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .distributed import dtensor_with_noise, is_dtensor
+from .distributed import dtensor_with_noise, is_dtensor, module_replica
 from .functional import (
     NO_OFFSETS,
     NOTHING,
@@ -55,7 +55,10 @@ class NEFTuneEmbedding(nn.Embedding):
         embed_scale: factor of the embedding, in eval mode too (Gemma, BART); not of the noise.
         distribution, equal_variance: as in :func:`noisy_embedding`; only "uniform" is fused with
             the lookup.
-        stream: word that separates data-parallel replicas: pass the data-parallel rank.
+        replica: number of this data-parallel replica: replicas with the same seed then draw other
+            noise. None: worked out at each call, 0 without a process group, the data-parallel index
+            of an FSDP2 or DTensor weight, else the rank. Pass 0 where a tensor-parallel mesh spans
+            all ranks, which a plain weight does not show.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
 
     Shape:
@@ -92,12 +95,14 @@ class NEFTuneEmbedding(nn.Embedding):
         embed_scale: float = 1.0,
         distribution: str = "uniform",
         equal_variance: bool = True,
-        stream: int = 0,
+        replica: int | None = None,
         backend: str | None = None,
     ) -> None:
         alpha = check_alpha(noise_alpha)  # refuse before anything is allocated
         check_variant(distribution, equal_variance, 1)
-        embed_scale, stream = check_scale(embed_scale), check_word("stream", stream)
+        embed_scale = check_scale(embed_scale)
+        if replica is not None:
+            replica = check_word("replica", replica)
         if backend is not None and backend not in ops.BACKENDS:
             raise ValueError(
                 f"backend must be None or one of {', '.join(map(repr, ops.BACKENDS))}, got "
@@ -117,7 +122,7 @@ class NEFTuneEmbedding(nn.Embedding):
             dtype=dtype,
         )
         self.noise_alpha = alpha
-        self.embed_scale, self.stream, self.backend = embed_scale, stream, backend
+        self.embed_scale, self.replica, self.backend = embed_scale, replica, backend
         self.distribution, self.equal_variance = distribution, equal_variance
 
     @property
@@ -144,7 +149,7 @@ class NEFTuneEmbedding(nn.Embedding):
         sign: int = 1,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
-        stream: int | None = None,
+        replica: int | None = None,
         sample_offset: int = 0,
         position_offset: int = 0,
     ) -> Tensor:
@@ -185,7 +190,7 @@ class NEFTuneEmbedding(nn.Embedding):
                 self.embed_scale,
                 seed,
                 generator,
-                self._offsets(stream, sample_offset, position_offset),
+                self._offsets(replica, sample_offset, position_offset),
                 self.backend,
             )
             return (
@@ -218,16 +223,16 @@ class NEFTuneEmbedding(nn.Embedding):
             return embedded
         samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
         samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
-        offsets = self._offsets(stream, sample_offset, position_offset)
+        offsets = self._offsets(replica, sample_offset, position_offset)
         add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
         return add(embedded, self._alpha, samples, seed, generator, offsets, self.backend, variant)
 
-    def _offsets(self, stream: int | None, sample_offset: int, position_offset: int) -> Offsets:
-        if stream is None:
-            stream = self.stream
-            if stream == 0 and sample_offset == 0 and position_offset == 0:
+    def _offsets(self, replica: int | None, sample_offset: int, position_offset: int) -> Offsets:
+        if replica is None:
+            replica = module_replica(self) if self.replica is None else self.replica
+            if replica == 0 and sample_offset == 0 and position_offset == 0:
                 return NO_OFFSETS
-        return check_offsets(stream, sample_offset, position_offset)
+        return check_offsets(replica, sample_offset, position_offset)
 
     @classmethod
     def from_embedding(
@@ -238,7 +243,7 @@ class NEFTuneEmbedding(nn.Embedding):
         embed_scale: float = 1.0,
         distribution: str = "uniform",
         equal_variance: bool = True,
-        stream: int = 0,
+        replica: int | None = None,
         backend: str | None = None,
     ) -> "NEFTuneEmbedding":
         """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training
@@ -278,7 +283,7 @@ class NEFTuneEmbedding(nn.Embedding):
             embed_scale=embed_scale,
             distribution=distribution,
             equal_variance=equal_variance,
-            stream=stream,
+            replica=replica,
             backend=backend,
         )
         noisy.weight = embedding.weight
@@ -320,7 +325,7 @@ class NEFTuneEmbedding(nn.Embedding):
         **noise: Any,
     ) -> "NEFTuneEmbedding":
         """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution,
-        equal_variance, stream, backend.
+        equal_variance, replica, backend.
 
         Example:
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
@@ -352,8 +357,8 @@ class NEFTuneEmbedding(nn.Embedding):
             parts.append(f"distribution={self.distribution!r}")
         if not self.equal_variance:
             parts.append("equal_variance=False")
-        if self.stream != 0:
-            parts.append(f"stream={self.stream}")
+        if self.replica is not None:
+            parts.append(f"replica={self.replica}")
         if self.backend is not None:
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)

@@ -32,7 +32,7 @@ NAMESPACE = "neftune_kernels"
 NOISE_ARGS = (
     "Tensor seed, Tensor noise_alpha, Tensor? document=None, Tensor? position=None, Tensor? "
     "lengths=None, Tensor? cu_seqlens=None, "
-    "SymInt stream=0, SymInt sample_offset=0, SymInt position_offset=0"
+    "SymInt replica=0, SymInt sample_offset=0, SymInt position_offset=0"
 )
 EMBEDDING_ARGS = (
     f"Tensor input_ids, Tensor weight, {NOISE_ARGS}, SymInt padding_idx=-1, float embed_scale=1.0"
@@ -98,7 +98,7 @@ def _reference_embedding_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     padding_idx: int = -1,
@@ -132,7 +132,7 @@ def _reference_embedding_out(
         seed,
         noise_alpha,
         layouts.Layout(document, position, lengths, cu_seqlens),
-        (stream, sample_offset, position_offset),
+        (replica, sample_offset, position_offset),
         out,
     )
 
@@ -145,7 +145,7 @@ def _reference_add_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     *,
@@ -160,7 +160,7 @@ def _reference_add_out(
         seed,
         noise_alpha,
         layouts.Layout(document, position, lengths, cu_seqlens),
-        (stream, sample_offset, position_offset),
+        (replica, sample_offset, position_offset),
         out,
     )
 
@@ -178,7 +178,7 @@ def _reference_rows_out(
     equal_variance: bool = True,
 ) -> None:
     """reference.py over all tokens, a bounded number of rows at a time."""
-    stream, sample_offset, position_offset = offsets
+    replica, sample_offset, position_offset = offsets
     sample, position, length = layouts.per_token(
         layout, shape, out.device, sample_offset, position_offset
     )
@@ -191,7 +191,7 @@ def _reference_rows_out(
             embedding_dim,
             noise_alpha,
             seed,
-            stream,
+            replica,
             distribution,
             equal_variance,
         )
@@ -211,7 +211,7 @@ def _add_variant(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     distribution: str = "normal",
@@ -231,7 +231,7 @@ def _add_variant(
     layout = layouts.Layout(document, position, lengths, cu_seqlens)
     out = inputs_embeds.new_empty(inputs_embeds.shape)
     if family == "reference_":
-        offsets = (stream, sample_offset, position_offset)
+        offsets = (replica, sample_offset, position_offset)
         _reference_rows_out(
             lambda chunk: embeddings[chunk],
             shape,
@@ -258,7 +258,7 @@ def _add_variant(
         place,
         torch.ones(samples, dtype=torch.int64, device=device),
         None,
-        stream,
+        replica,
         sample_offset,
     ).view_as(embeddings)
     flat = out.view_as(embeddings)

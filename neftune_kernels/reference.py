@@ -5,14 +5,14 @@ real tokens, hidden size d,
 
     noise = alpha / √(L·d) · u,    u uniform on (-1, 1), one draw per column.
 
-Here u is a pure function of (seed, stream, sample, position, column): Philox-4x32 with 7 rounds
+Here u is a pure function of (seed, replica, sample, position, column): Philox-4x32 with 7 rounds
 (Salmon et al. 2011, "Parallel random
 numbers: as easy as 1, 2, 3"; 7 is their Crush-resistant count), so a token's noise does not depend
     on padding, packing, batching, sharding
 or backend. One block serves 8 columns:
 
     key     = (seed mod 2³², seed ≫ 32)
-    counter = (column // 8, position, sample, stream)
+    counter = (column // 8, position, sample, replica)
     word k of block j → columns 8j+2k (low 16 bits) and 8j+2k+1 (high 16 bits)
     x       = float32(int32((half << 16) | 0x8000))          exact: (int16(half) + ½)·65536
     step    = float32(alpha / √(L·d)) · 2⁻³¹                  the quotient in float64, rounded once
@@ -86,7 +86,7 @@ def noise_magnitude(
 
 
 def uniform_lattice(
-    seed: Tensor, stream: int, sample: Tensor, position: Tensor, embedding_dim: int
+    seed: Tensor, replica: int, sample: Tensor, position: Tensor, embedding_dim: int
 ) -> Tensor:
     """x for every column: (N,) samples and positions, seed a 0-dim int64 tensor → (N, d) float32
     odd multiples of 2¹⁵ in (-2³¹, 2³¹).
@@ -97,7 +97,7 @@ def uniform_lattice(
         block,
         position[:, None] & UINT32,
         sample[:, None] & UINT32,
-        zero + (stream & UINT32),
+        zero + (replica & UINT32),
     )
     words = torch.stack(
         philox4x32(counter, (seed & UINT32, (seed >> 32) & UINT32)), dim=-1
@@ -153,7 +153,7 @@ def neftune_noise(
     embedding_dim: int,
     noise_alpha: float | Tensor,
     seed: Tensor,
-    stream: int = 0,
+    replica: int = 0,
     distribution: str = "uniform",
     equal_variance: bool = True,
 ) -> Tensor:
@@ -169,7 +169,7 @@ def neftune_noise(
     Returns:
         (N, embedding_dim) float32.
     """
-    lattice = uniform_lattice(seed, stream, sample, position, embedding_dim)
+    lattice = uniform_lattice(seed, replica, sample, position, embedding_dim)
     if distribution != "uniform":
         return scaled_draws(
             lattice, length, embedding_dim, noise_alpha, distribution, equal_variance

@@ -78,7 +78,7 @@ def expected_rows(
     """What add_noise gives for some of the embeddings (N, d); with input_ids, noisy_embedding for
     rows of the weight (V, d). None where there is nothing to compare.
     """
-    stream, sample_offset, position_offset = offsets
+    replica, sample_offset, position_offset = offsets
     embedding_dim, device = rows.shape[-1], rows.device
     if shape.numel() == 0 or embedding_dim == 0 or rows.shape[0] == 0:
         return None
@@ -90,7 +90,7 @@ def expected_rows(
         value[token] for value in per_token(layout, shape, device, sample_offset, position_offset)
     )
     noise = reference.neftune_noise(
-        sample, position, length, embedding_dim, noise_alpha, seed, stream
+        sample, position, length, embedding_dim, noise_alpha, seed, replica
     )
     if input_ids is None:
         return Expected(token, reference.add_noise(rows[token], noise))
@@ -211,12 +211,18 @@ def compare(backend: str, device: torch.device) -> Iterator[Case]:
                     **_layouts(cpu)[layout],
                     embed_scale=1.7,
                     seed=3,
-                    stream=1,
+                    replica=1,
                     backend="reference",
                 )
                 outs = [
                     noisy_embedding(
-                        *on_device, 5.0, **given, embed_scale=1.7, seed=3, stream=1, backend=backend
+                        *on_device,
+                        5.0,
+                        **given,
+                        embed_scale=1.7,
+                        seed=3,
+                        replica=1,
+                        backend=backend,
                     )
                     for _ in range(2)
                 ]

@@ -61,9 +61,9 @@ def word_noise(word, step):
 
 
 @triton.jit
-def uniform_noise(block, position, sample, stream, k0, k1, step):
+def uniform_noise(block, position, sample, replica, k0, k1, step):
     """The noise of columns 8·block .. 8·block + 7: eight float32 tensors of block's shape."""
-    w0, w1, w2, w3 = philox(block.to(tl.uint32), position, sample, stream, k0, k1)
+    w0, w1, w2, w3 = philox(block.to(tl.uint32), position, sample, replica, k0, k1)
     n0, n1 = word_noise(w0, step)
     n2, n3 = word_noise(w1, step)
     n4, n5 = word_noise(w2, step)
@@ -126,11 +126,11 @@ def row_piece(
 ):
     """Columns piece·8·BLOCKS onwards of one row: load, scale, add noise, round, store."""
     DTYPE: tl.constexpr = target.dtype.element_ty
-    position, sample, stream, k0, k1 = counter
+    position, sample, replica, k0, k1 = counter
     block = piece * BLOCKS + tl.arange(0, BLOCKS)
     if NOISY:
         n0, n1, n2, n3, n4, n5, n6, n7 = uniform_noise(
-            block, position, sample, stream, k0, k1, step
+            block, position, sample, replica, k0, k1, step
         )
     if KIND == "pairs":  # 16-bit rows, 16-byte aligned: a thread's block is one 128-bit access
         pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
@@ -253,7 +253,7 @@ NOISY_ROWS_INTEGERS = (
     "source_column",
     "lengths_stride",
     "alpha_bits",
-    "stream",
+    "replica",
     "sample_offset",
     "position_offset",
 )
@@ -291,7 +291,7 @@ def noisy_rows(
     step: tl.float32,
     scale: tl.float32,
     alpha_bits: tl.int64,
-    stream: tl.int64,
+    replica: tl.int64,
     sample_offset: tl.int64,
     position_offset: tl.int64,
     D: tl.constexpr,
@@ -364,7 +364,7 @@ def noisy_rows(
         if step != 0:
             k0 = tl.load(seed.to(tl.pointer_type(tl.uint32)))
             k1 = tl.load(seed.to(tl.pointer_type(tl.uint32)) + 1)
-            counter = (place, (sample + sample_offset).to(tl.uint32), stream.to(tl.uint32), k0, k1)
+            counter = (place, (sample + sample_offset).to(tl.uint32), replica.to(tl.uint32), k0, k1)
             row_pieces(
                 source,
                 target,
@@ -839,7 +839,7 @@ def noisy_embedding_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     padding_idx: int = -1,
@@ -879,7 +879,7 @@ def noisy_embedding_out(
         position,
         lengths,
         cu_seqlens,
-        stream,
+        replica,
         sample_offset,
         position_offset,
         embed_scale,
@@ -894,7 +894,7 @@ def add_noise_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    stream: int = 0,
+    replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
     *,
@@ -920,7 +920,7 @@ def add_noise_out(
         position,
         lengths,
         cu_seqlens,
-        stream,
+        replica,
         sample_offset,
         position_offset,
         1.0,
@@ -939,7 +939,7 @@ def _launch_rows(
     position: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-    stream: int,
+    replica: int,
     sample_offset: int,
     position_offset: int,
     embed_scale: float,
@@ -1009,7 +1009,7 @@ def _launch_rows(
         step,
         embed_scale,
         alpha_bits,
-        stream,
+        replica,
         sample_offset,
         position_offset,
         *constexprs,
@@ -1017,7 +1017,7 @@ def _launch_rows(
     expected = None
     if found is None and launch_rows.to_be_checked(key, out.device):
         layout = Layout(document, position, lengths, cu_seqlens)
-        offsets = (stream, sample_offset, position_offset)
+        offsets = (replica, sample_offset, position_offset)
         expected = self_check.expected_rows(
             source,
             torch.Size((rows, columns)),

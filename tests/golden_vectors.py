@@ -15,10 +15,7 @@ import torch
 from neftune_kernels import SPEC_VERSION
 
 PATH = pathlib.Path(__file__).parent / "golden" / f"spec_{SPEC_VERSION}.json"
-KEYWORDS = {
-    "alpha": "noise_alpha",
-    "replica": "stream",
-}  # its words → ours, where they differ
+KEYWORDS = {"alpha": "noise_alpha"}  # its words → ours, where they differ
 
 SIGNIFICAND_BITS = {
     torch.float64: 53,

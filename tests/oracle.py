@@ -4,7 +4,7 @@ text alone and shared with nothing.
 NEFTune noise of one token, in a sample of L real tokens and a model of hidden size d (Philox-4x32,
 7 rounds):
 
-    counter   = (column // 8, position, sample, stream),  key = (seed mod 2³², seed ≫ 32)
+    counter   = (column // 8, position, sample, replica),  key = (seed mod 2³², seed ≫ 32)
     word k of the block of columns 8j..8j+7 serves column 8j+2k with its low 16 bits and column
     8j+2k+1 with its high 16 bits
     x         = (int16(half) + ½)·65536
@@ -45,14 +45,14 @@ def philox4x32(counter, key, rounds=7):
     return c0, c1, c2, c3
 
 
-def halves_row(seed, stream, sample, position, embedding_dim):
+def halves_row(seed, replica, sample, position, embedding_dim):
     """The signed halves of one token's columns."""
     seed %= 2**64
     words, halves = (), []
     for column in range(embedding_dim):
         if column % 8 == 0:
             words = philox4x32(
-                (column // 8, position % WORD, sample % WORD, stream), (seed % WORD, seed // WORD)
+                (column // 8, position % WORD, sample % WORD, replica), (seed % WORD, seed // WORD)
             )
         word = words[column % 8 // 2]
         half = word // 65536 if column % 2 else word % 65536
@@ -68,13 +68,22 @@ def draw(signed, distribution):
 
 
 def variant_row(
-    seed, stream, sample, position, length, embedding_dim, alpha, sign, distribution, equal_variance
+    seed,
+    replica,
+    sample,
+    position,
+    length,
+    embedding_dim,
+    alpha,
+    sign,
+    distribution,
+    equal_variance,
 ):
     """(d,) float32: one token's noise in any variant; `sign` and the distributions know nothing of
     each other.
     """
     if distribution == "uniform":
-        row = noise_row(seed, stream, sample, position, length, embedding_dim, alpha)
+        row = noise_row(seed, replica, sample, position, length, embedding_dim, alpha)
     else:
         row = np.zeros(embedding_dim, dtype=np.float32)
         if length and embedding_dim:
@@ -86,13 +95,13 @@ def variant_row(
                 )
                 if magnitude >= 2.0**-90:
                     for column, signed in enumerate(
-                        halves_row(seed, stream, sample, position, embedding_dim)
+                        halves_row(seed, replica, sample, position, embedding_dim)
                     ):
                         row[column] = draw(signed, distribution) * magnitude
     return -row if sign == -1 else row
 
 
-def noise_row(seed, stream, sample, position, length, embedding_dim, alpha):
+def noise_row(seed, replica, sample, position, length, embedding_dim, alpha):
     """(d,) float32: one token's noise."""
     row = np.zeros(embedding_dim, dtype=np.float32)
     if (
@@ -105,7 +114,7 @@ def noise_row(seed, stream, sample, position, length, embedding_dim, alpha):
         step = np.float32(alpha / math.sqrt(float(length) * float(embedding_dim))) * np.float32(
             2.0**-31
         )
-    for column, signed in enumerate(halves_row(seed, stream, sample, position, embedding_dim)):
+    for column, signed in enumerate(halves_row(seed, replica, sample, position, embedding_dim)):
         with np.errstate(over="ignore"):
             row[column] = np.float32((signed + 0.5) * 65536) * step
     return row
@@ -179,7 +188,7 @@ def noise(
     embedding_dim,
     alpha,
     seed,
-    stream=0,
+    replica=0,
     sign=1,
     distribution="uniform",
     equal_variance=True,
@@ -189,7 +198,7 @@ def noise(
         np.zeros(embedding_dim, dtype=np.float32)
         if place is None
         else variant_row(
-            seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance
+            seed, replica, *place, embedding_dim, alpha, sign, distribution, equal_variance
         )
         for place in token_places
     ]
@@ -214,7 +223,7 @@ def noisy_embedding(
     dtype,
     alpha,
     seed,
-    stream=0,
+    replica=0,
     embed_scale=1.0,
     sign=1,
     distribution="uniform",
@@ -234,7 +243,7 @@ def noisy_embedding(
                 row = cast(row * wide(embed_scale), dtype)
             if place is not None:
                 added = variant_row(
-                    seed, stream, *place, embedding_dim, alpha, sign, distribution, equal_variance
+                    seed, replica, *place, embedding_dim, alpha, sign, distribution, equal_variance
                 )
                 if added.any():
                     row = cast(row + added.astype(wide), dtype)

@@ -101,7 +101,7 @@ def test_switched_off_native_library_says_so():
 def test_every_dtype_and_width(kernel, dtype, embedding_dim, ids_dtype):
     weight = make_weight(embedding_dim, dtype)
     batch = make_batch("ragged", rows=3, columns=7)
-    arguments = {"seed": 1, "stream": 2, "sample_offset": 3, "position_offset": 4}
+    arguments = {"seed": 1, "replica": 2, "sample_offset": 3, "position_offset": 4}
     assert_equals_reference(
         kernel,
         batch.input_ids.to(ids_dtype),
@@ -219,10 +219,10 @@ OFFSETS = (
 def test_every_layout_and_offset(kernel, offsets, layout):
     """Counters at and across 2³² too; add_noise and neftune_noise as well as noisy_embedding."""
     batch, weight = make_batch("full"), make_weight(20, torch.float32)
-    stream, sample_offset, position_offset = offsets
+    replica, sample_offset, position_offset = offsets
     arguments = dict(
         **layout,
-        stream=stream,
+        replica=replica,
         sample_offset=sample_offset,
         position_offset=position_offset,
         seed=-7,
@@ -505,7 +505,7 @@ def test_every_way_to_lay_out_samples(backend, dtype, embedding_dim):
 
     def embed(input_ids, **arguments):
         return noisy_embedding(
-            input_ids, weight, 5.0, seed=11, stream=3, backend=backend, **arguments
+            input_ids, weight, 5.0, seed=11, replica=3, backend=backend, **arguments
         )
 
     alone = torch.cat([embed(sample, sample_offset=index) for index, sample in enumerate(samples)])
@@ -599,7 +599,7 @@ def test_three_functions_one_result(backend, dtype, embed_scale):
     arguments = {
         "attention_mask": batch.attention_mask,
         "seed": 5,
-        "stream": 1,
+        "replica": 1,
         "sample_offset": 2,
         "backend": backend,
     }

@@ -494,7 +494,7 @@ def test_no_value_is_read_off_an_accelerator(layout):
         {"cu_seqlens": (3,)},
         {"padding_idx": 3},
         {"embed_scale": 2.0},
-        {"stream": 3, "seed": 5},
+        {"replica": 3, "seed": 5},
     ],
 )
 def test_functions_read_no_value_either(given):

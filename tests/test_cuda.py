@@ -121,7 +121,7 @@ def test_trips_of_the_loop_over_columns(device, dtype, embedding_dim):
     """
     batch, weight = make_batch("holes", rows=2, columns=5), make_weight(embedding_dim, dtype)
     weight[:, ::3] = -0.0
-    agree(device, batch.input_ids, weight, seed=2**63 + 1, stream=2**32 - 1)
+    agree(device, batch.input_ids, weight, seed=2**63 + 1, replica=2**32 - 1)
     agree(
         device,
         batch.input_ids,
@@ -132,16 +132,16 @@ def test_trips_of_the_loop_over_columns(device, dtype, embedding_dim):
     agree(device, batch.input_ids.int(), weight, lengths=torch.tensor([3, 0]), embed_scale=1.7)
 
 
-def test_seeds_streams_and_offsets(device):
+def test_seeds_replicas_and_offsets(device):
     ids, weight = make_batch("full").input_ids, make_weight(32, torch.bfloat16)
     for seed in (0, 1, 2**32, 2**63, 2**64 - 1, -1, -(2**63)):
-        for stream, sample_offset, position_offset in (
+        for replica, sample_offset, position_offset in (
             (0, 0, 0),
             (1, 2, 3),
             (2**32 - 1, 2**32 - 1, 2**32 - 1),
         ):
             offsets = {
-                "stream": stream,
+                "replica": replica,
                 "sample_offset": sample_offset,
                 "position_offset": position_offset,
             }
@@ -328,9 +328,9 @@ def standard_cases():
         (20, torch.float16),
     ):
         weight = make_weight(width, dtype)
-        agree(device, batch.input_ids, weight, stream=2, sample_offset=3, position_offset=5)
+        agree(device, batch.input_ids, weight, replica=2, sample_offset=3, position_offset=5)
         for scale in (1.0, 1.7):
-            arguments = {"stream": 2, "sample_offset": 3, "embed_scale": scale}
+            arguments = {"replica": 2, "sample_offset": 3, "embed_scale": scale}
             agree(device, batch.input_ids, weight, lengths=torch.tensor([5, 2, 1]), **arguments)
             agree(
                 device,

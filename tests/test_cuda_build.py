@@ -162,9 +162,9 @@ MUTATIONS = {
         "+ a.position_offset >= length)",
         "+ a.position_offset > length)",
     ),
-    "stream dropped": (
+    "replica dropped": (
         "cuda/kernels.cu",
-        "place.position, a.stream, noise_key",
+        "place.position, a.replica, noise_key",
         "place.position, 0u, noise_key",
     ),
     "sample offset dropped": (

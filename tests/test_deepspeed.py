@@ -96,7 +96,7 @@ def assert_equals_one_process(model, reference, rank, got, seed, ids, mask, what
     loss, out, weight, gradients = got
     assert torch.equal(weight, reference.model.embed_tokens.weight), what
     expected = noisy_embedding(
-        ids, weight, 5.0, attention_mask=mask, seed=drawn_after(seed), stream=rank
+        ids, weight, 5.0, attention_mask=mask, seed=drawn_after(seed), replica=rank
     )
     assert torch.equal(out, expected), what
     assert not torch.equal(*gathered(out)), f"{what}: both ranks drew one noise"
@@ -108,7 +108,7 @@ def assert_equals_one_process(model, reference, rank, got, seed, ids, mask, what
             5.0,
             attention_mask=mask,
             seed=drawn_after(seed),
-            stream=rank,
+            replica=rank,
         ),
         attention_mask=mask,
         labels=ids.masked_fill(mask == 0, -100),
@@ -184,11 +184,11 @@ def check_zero3(rank, folder):
 
     # the module instead of apply_neftune: no argument tells it of the ranks or of masks
     model, reference = make_llama(), make_llama()
-    noisy = NEFTuneEmbedding.from_embedding(model.model.embed_tokens, 5.0, stream=rank)
+    noisy = NEFTuneEmbedding.from_embedding(model.model.embed_tokens, 5.0, replica=rank)
     model.set_input_embeddings(noisy)
     _, out, weight, _ = step(initialize(model), ids, mask, 3)
     assert torch.equal(weight, reference.model.embed_tokens.weight)
-    assert torch.equal(out, noisy_embedding(ids, weight, 5.0, seed=drawn_after(3), stream=rank))
+    assert torch.equal(out, noisy_embedding(ids, weight, 5.0, seed=drawn_after(3), replica=rank))
 
 
 def test_zero3_equals_one_process(tmp_path, monkeypatch):

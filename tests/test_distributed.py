@@ -65,7 +65,7 @@ def drawn_after(seed):
     return torch.empty((), dtype=torch.int64).random_(-(2**63), None)
 
 
-def one_process(dtype=torch.float32, stream=0, scale=1.0, alpha=5.0, **samples):
+def one_process(dtype=torch.float32, replica=0, scale=1.0, alpha=5.0, **samples):
     """Output and weight of a lookup in one process, after torch.manual_seed(3)."""
     weight = Model(dtype).embed.weight
     samples = samples or {"attention_mask": batch()[1]}
@@ -76,7 +76,7 @@ def one_process(dtype=torch.float32, stream=0, scale=1.0, alpha=5.0, **samples):
         padding_idx=0,
         embed_scale=scale,
         seed=drawn_after(3),
-        stream=stream,
+        replica=replica,
         **samples,
     ), weight
 
@@ -180,14 +180,14 @@ def check_tensor_parallel(rank, folder):
             {
                 "position_offset": 3,
                 "sample_offset": 2,
-                "stream": 7,
+                "replica": 7,
                 "lengths": torch.tensor([9, 4, 0, 8]),
             },
             {"cu_seqlens": torch.tensor([0, 6, 28])},
         ):
             model.zero_grad()
             out = run(model.embed, ids, **samples)
-            expected = one_process(torch.bfloat16, scale=1.7, **{"stream": 0, **samples})
+            expected = one_process(torch.bfloat16, scale=1.7, **{"replica": 0, **samples})
             assert_equals_one_process(
                 out, model, *expected, shard_dim, mesh, f"{name} with {samples}"
             )
@@ -257,21 +257,21 @@ def check_data_parallel(rank, folder):
     model = Embedder()
     apply_neftune(model, 5.0, embedding="embed")
     out = run(nn.parallel.DistributedDataParallel(model), ids, attention_mask=mask)
-    assert torch.equal(out, one_process(stream=rank)[0])
+    assert torch.equal(out, one_process(replica=rank)[0])
     assert not torch.equal(*gathered(out))
 
     # the old FSDP wants an accelerator; all we see of it is its mark, which FSDP2 leaves too
     model.embed._is_fsdp_managed_module = True
     assert data_parallel_index(model.embed.weight, model.embed) == rank
 
-    # stream= overrules
+    # replica= overrules
     model = Embedder()
-    apply_neftune(model, 5.0, embedding="embed", stream=9)
-    assert torch.equal(run(model, ids, attention_mask=mask), one_process(stream=9)[0])
+    apply_neftune(model, 5.0, embedding="embed", replica=9)
+    assert torch.equal(run(model, ids, attention_mask=mask), one_process(replica=9)[0])
 
-    # module and functions by hand: stream 0 on every rank
+    # module and functions by hand: replica 0 on every rank
     model = Embedder(embedding=NEFTuneEmbedding)
-    assert torch.equal(run(model.embed, ids, attention_mask=mask), one_process(stream=0)[0])
+    assert torch.equal(run(model.embed, ids, attention_mask=mask), one_process(replica=0)[0])
 
     # an ordinary embedding beside DTensors: TP ranks see the same tokens, other meshes' may not
     model = Model()
@@ -283,11 +283,11 @@ def check_data_parallel(rank, folder):
     )
     with pytest.raises(
         RuntimeError,
-        match="ordinary tensor while other parameters of the model are DTensors.*stream=",
+        match="ordinary tensor while other parameters of the model are DTensors.*replica=",
     ):
         model(ids, attention_mask=mask)
     model.eval()(ids)
-    apply_neftune(model.train(), 5.0, embedding="embed", stream=0)
+    apply_neftune(model.train(), 5.0, embedding="embed", replica=0)
     outputs = gathered(run(model, ids, attention_mask=mask))
     assert torch.equal(*outputs)
 
@@ -299,7 +299,7 @@ def test_data_parallel_ranks_draw_noise_of_their_own(tmp_path):
 def check_fsdp2(rank, folder):
     ids, mask = batch()
     swapped = DeviceMesh("cpu", [1, 0])  # here the rank in FSDP's mesh is not the rank
-    stream = 1 - rank
+    replica = 1 - rank
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for order in ("before", "after"):
         for parts in (("embed", "middle"), ("middle",)):
@@ -323,7 +323,7 @@ def check_fsdp2(rank, folder):
                     attention_mask=mask,
                     padding_idx=0,
                     seed=drawn_after(3),
-                    stream=stream,
+                    replica=replica,
                 )
                 assert torch.equal(out, expected), what
                 assert not torch.equal(*gathered(out)), what
@@ -360,7 +360,7 @@ def check_fsdp2(rank, folder):
         if order == "after":
             apply_neftune(model, 5.0, embedding="embed")
         out = run(model, ids, attention_mask=mask)
-        apply_neftune(reference, 5.0, embedding="embed", stream=rank)
+        apply_neftune(reference, 5.0, embedding="embed", replica=rank)
         expected = run(reference, ids, attention_mask=mask)
         assert torch.equal(out, expected), order
         out.sum().backward()
@@ -412,7 +412,7 @@ def check_meshes(rank, folder):
                 if fsdp:
                     fully_shard(model, mesh=mesh["dp"])
                 out = run(model, ids, attention_mask=mask)
-                expected, weight = one_process(stream=replica)
+                expected, weight = one_process(replica=replica)
                 assert_equals_one_process(out, model, expected, weight, shard_dim, mesh["tp"], what)
 
     # HSDP: every rank is a replica of its own, numbered along the mesh
@@ -421,7 +421,7 @@ def check_meshes(rank, folder):
     apply_neftune(model, 5.0, embedding="embed")
     fully_shard(model, mesh=mesh)
     place = (0, 2, 1, 3)[rank]
-    assert torch.equal(run(model, ids, attention_mask=mask), one_process(stream=place)[0])
+    assert torch.equal(run(model, ids, attention_mask=mask), one_process(replica=place)[0])
 
     # two meshes that know nothing of each other: nobody can tell which replica this is
     halves = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [2, 3])]
@@ -429,12 +429,13 @@ def check_meshes(rank, folder):
     apply_neftune(model, 5.0, embedding="embed")
     parallelize_module(model, halves[rank // 2], {"embed": ColwiseParallel()})
     with pytest.raises(
-        RuntimeError, match="2 of 4 processes, so its data-parallel index cannot be known.*stream="
+        RuntimeError, match="2 of 4 processes, so its data-parallel index cannot be known.*replica="
     ):
         model(ids, attention_mask=mask)
-    apply_neftune(model, 5.0, embedding="embed", stream=rank // 2)
+    apply_neftune(model, 5.0, embedding="embed", replica=rank // 2)
     assert torch.equal(
-        run(model, ids, attention_mask=mask), one_process(stream=rank // 2)[0].chunk(2, 2)[rank % 2]
+        run(model, ids, attention_mask=mask),
+        one_process(replica=rank // 2)[0].chunk(2, 2)[rank % 2],
     )
 
 
@@ -463,14 +464,14 @@ def check_compiled(rank, folder):
             rank,
         ),
     }
-    for name, (parallelise, stream) in cases.items():
+    for name, (parallelise, replica) in cases.items():
         model = Embedder()
         apply_neftune(model, 5.0, embedding="embed")
         parallelise(model)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(
-            run(compiled, ids, attention_mask=mask), one_process(stream=stream)[0]
+            run(compiled, ids, attention_mask=mask), one_process(replica=replica)[0]
         ), name
 
 
@@ -527,7 +528,9 @@ def check_transformers_plan(rank, folder):
     handle = apply_neftune(model, 5.0)
     assert apply_neftune(model, 5.0) is handle
     out, logits = embedded(model)
-    expected = noisy_embedding(ids, weight, 5.0, attention_mask=mask, seed=drawn_after(3), stream=0)
+    expected = noisy_embedding(
+        ids, weight, 5.0, attention_mask=mask, seed=drawn_after(3), replica=0
+    )
     assert torch.equal(out, expected)
     assert torch.equal(*gathered(logits)), "noise differs inside the tensor-parallel group"
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
@@ -653,7 +656,7 @@ def check_context_parallel(rank, folder):
     assert torch.cat(gathered(columns)).sort().values.tolist() == list(range(LONG))
     assert (
         data_parallel_index(embedding.weight) == rank
-    )  # so both ranks must be given one stream where apply_neftune is used
+    )  # so both ranks must be given one replica where apply_neftune is used
 
 
 def test_context_parallel_buffers(tmp_path):
@@ -746,20 +749,20 @@ def recorded_noise(embedding, seen):
 
 
 def assert_own_noise(seen, rank):
-    """The rank's stream, one seed on all ranks, and so unlike noise."""
+    """The rank's replica, one seed on all ranks, and so unlike noise."""
     assert seen
     for ids, out, weight, last in seen:
         expected = noisy_embedding(
-            ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=rank
+            ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, replica=rank
         )
         assert torch.equal(out, expected)
         other = noisy_embedding(
-            ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, stream=1 - rank
+            ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.seed, replica=1 - rank
         )
         assert not torch.equal(out, other)
     first, second = gathered(seen[0][3].seed)
     assert torch.equal(first, second), (
-        "trainers seed all ranks alike: only the stream tells them apart"
+        "trainers seed all ranks alike: only the replica tells them apart"
     )
 
 

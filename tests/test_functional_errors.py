@@ -70,7 +70,7 @@ def test_numbers_of_any_kind_are_alphas(function, noise_alpha):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("word", ["stream", "sample_offset", "position_offset"])
+@pytest.mark.parametrize("word", ["replica", "sample_offset", "position_offset"])
 def test_words_of_the_counter(function, word):
     for value in (-1, 2**32, 2**64, -(2**63)):
         refused(

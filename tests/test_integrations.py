@@ -340,7 +340,7 @@ def test_what_cannot_be_noised_is_refused():
         apply_neftune(patched, embedding="embed")
     for bad, message in (
         ({"noise_alpha": -1.0}, "got -1.0"),
-        ({"stream": 2**32}, "got 4294967296"),
+        ({"replica": 2**32}, "got 4294967296"),
         ({"backend": "tpu"}, "got 'tpu'"),
     ):
         model = NoGetter(nn.Embedding(5, 4))
@@ -362,11 +362,11 @@ def test_own_module_by_path_and_object():
     for name in ("inner.embed", None):
         model = Own()
         embed = model.inner["embed"]
-        handle = apply_neftune(model, 5.0, embedding=name or embed, stream=3)
+        handle = apply_neftune(model, 5.0, embedding=name or embed, replica=3)
         torch.manual_seed(1)
         out = model(tokens)
         expected = noisy_embedding(
-            tokens, embed.weight, 5.0, padding_idx=0, seed=drawn_after(1), stream=3
+            tokens, embed.weight, 5.0, padding_idx=0, seed=drawn_after(1), replica=3
         )
         assert torch.equal(out, expected)
         handle.remove()
@@ -393,7 +393,7 @@ def test_handle_keeps_no_model_alive():
     handle.remove()
 
 
-def test_noise_streams_follow_the_process_group(tmp_path, monkeypatch):
+def test_noise_replicas_follow_the_process_group(tmp_path, monkeypatch):
     model = make_model()
     ids, mask = ragged()
     apply_neftune(model, 5.0)
@@ -409,7 +409,7 @@ def test_noise_streams_follow_the_process_group(tmp_path, monkeypatch):
             assert torch.equal(
                 out,
                 noisy_embedding(
-                    ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), stream=rank
+                    ids, weight, 5.0, attention_mask=mask, seed=drawn_after(1), replica=rank
                 ),
             )
     finally:
@@ -508,7 +508,7 @@ def test_forwards_without_the_noise_they_should_have_are_loud():
     model = make_model()
     apply_neftune(model, 5.0)
     model.model.embed_tokens._is_replica = True  # what nn.DataParallel marks its replicas with
-    with pytest.raises(RuntimeError, match="DataParallel.*stream="):
+    with pytest.raises(RuntimeError, match="DataParallel.*replica="):
         model(ids, mask)
 
 

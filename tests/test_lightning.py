@@ -187,11 +187,11 @@ def test_a_model_left_in_eval_mode_warns():
 
 def test_what_was_applied_before_goes_on_after_the_callback():
     module = Module()
-    handle = apply_neftune(module.model, 3.0, stream=7)
+    handle = apply_neftune(module.model, 3.0, replica=7)
     trainer(NEFTuneCallback(5.0), max_steps=2).fit(module, data())
     assert (
         handle.noise_alpha == 3.0
-        and handle.settings()["stream"] == 7
+        and handle.settings()["replica"] == 7
         and handle.stats()["calls"] == 2
     )
     handle.remove()

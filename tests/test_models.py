@@ -450,7 +450,7 @@ def test_own_module_with_a_callable():
 
 def test_shards_of_a_sequence_through_apply_neftune():
     """A context-parallel split that samples= explains: global lengths, each token's place, one
-    stream; shards together are the whole.
+    replica; shards together are the whole.
     """
     model = decoder_only("Llama").train()
     ids, mask = batch("right")
@@ -463,7 +463,7 @@ def test_shards_of_a_sequence_through_apply_neftune():
     apply_neftune(
         model,
         5.0,
-        stream=0,
+        replica=0,
         samples=lambda given: {"lengths": lengths, "position_ids": given["position_ids"]},
     )
     shards = []

@@ -93,23 +93,23 @@ def test_pytorch_op_samples(pytorch_op, dtype):
 
 def test_training_noise_is_the_functional_one():
     ids, mask = with_mask()
-    module = NEFTuneEmbedding(10, 24, noise_alpha=7.0, embed_scale=3.0, stream=2)
+    module = NEFTuneEmbedding(10, 24, noise_alpha=7.0, embed_scale=3.0, replica=2)
     expected = noisy_embedding(
         ids,
         module.weight,
         7.0,
         attention_mask=mask,
         embed_scale=3.0,
-        stream=2,
+        replica=2,
         seed=11,
         sample_offset=4,
         position_offset=1,
     )
     assert torch.equal(module(ids, mask, seed=11, sample_offset=4, position_offset=1), expected)
     assert torch.equal(
-        module(ids, mask, seed=11, stream=9),
+        module(ids, mask, seed=11, replica=9),
         noisy_embedding(
-            ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, stream=9, seed=11
+            ids, module.weight, 7.0, attention_mask=mask, embed_scale=3.0, replica=9, seed=11
         ),
     )
     generator = torch.Generator().manual_seed(5)
@@ -122,14 +122,14 @@ def test_training_noise_is_the_functional_one():
     assert torch.equal(
         module(ids, cu_seqlens=cu_seqlens, seed=1),
         noisy_embedding(
-            ids, module.weight, 7.0, cu_seqlens=cu_seqlens, embed_scale=3.0, stream=2, seed=1
+            ids, module.weight, 7.0, cu_seqlens=cu_seqlens, embed_scale=3.0, replica=2, seed=1
         ),
     )
     positions = torch.tensor([[0, 1, 0, 1]])
     assert torch.equal(
         module(ids, position_ids=positions, seed=1),
         noisy_embedding(
-            ids, module.weight, 7.0, position_ids=positions, embed_scale=3.0, stream=2, seed=1
+            ids, module.weight, 7.0, position_ids=positions, embed_scale=3.0, replica=2, seed=1
         ),
     )
 
@@ -165,8 +165,8 @@ def test_alpha_is_a_float_validated_on_assignment():
     ("bad", "error", "message"),
     [
         ({"embed_scale": float("inf")}, ValueError, "embed_scale must be finite, got inf"),
-        ({"stream": -1}, ValueError, r"stream must lie in \[0, 2\*\*32\), got -1"),
-        ({"stream": 1.5}, TypeError, "stream must be an integer, got 1.5"),
+        ({"replica": -1}, ValueError, r"replica must lie in \[0, 2\*\*32\), got -1"),
+        ({"replica": 1.5}, TypeError, "replica must be an integer, got 1.5"),
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
     ],
 )
@@ -176,7 +176,7 @@ def test_bad_construction(bad, error, message):
 
 
 def test_copies_pickles_and_state():
-    module = NEFTuneEmbedding(10, 24, padding_idx=1, noise_alpha=3.0, embed_scale=2.0, stream=4)
+    module = NEFTuneEmbedding(10, 24, padding_idx=1, noise_alpha=3.0, embed_scale=2.0, replica=4)
     ids, _ = with_mask()
     expected = module(ids, seed=8)
     buffer = io.BytesIO()
@@ -221,10 +221,10 @@ def test_conversions_share_the_parameter():
         10, 24, padding_idx=2, max_norm=3.0, norm_type=1.5, scale_grad_by_freq=True, sparse=True
     ).eval()
     module = NEFTuneEmbedding.from_embedding(
-        plain, 4.0, embed_scale=2.0, stream=3, backend="reference"
+        plain, 4.0, embed_scale=2.0, replica=3, backend="reference"
     )
     assert module.weight is plain.weight and not module.training
-    assert (module.noise_alpha, module.embed_scale, module.stream, module.backend) == (
+    assert (module.noise_alpha, module.embed_scale, module.replica, module.backend) == (
         4.0,
         2.0,
         3,
@@ -263,10 +263,10 @@ def test_extra_repr():
         == "NEFTuneEmbedding(10, 24, padding_idx=1, noise_alpha=5.0)"
     )
     shown = repr(
-        NEFTuneEmbedding(10, 24, noise_alpha=1, embed_scale=2.0, stream=3, backend="reference")
+        NEFTuneEmbedding(10, 24, noise_alpha=1, embed_scale=2.0, replica=3, backend="reference")
     )
     assert (
-        shown == "NEFTuneEmbedding(10, 24, noise_alpha=1.0, embed_scale=2.0, stream=3, "
+        shown == "NEFTuneEmbedding(10, 24, noise_alpha=1.0, embed_scale=2.0, replica=3, "
         "backend='reference')"
     )
 

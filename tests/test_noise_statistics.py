@@ -210,9 +210,9 @@ def test_sample_and_position_are_not_exchangeable(cube):
     assert_independent(cube[off_diagonal], cube.transpose(1, 0, 2)[off_diagonal])
 
 
-@pytest.mark.parametrize("stream", [1, 2, 2**31, 2**32 - 1])
-def test_streams(cube, stream):
-    assert_independent(cube, lattice((64, 64), 256, seed=4, stream=stream))
+@pytest.mark.parametrize("replica", [1, 2, 2**31, 2**32 - 1])
+def test_replicas(cube, replica):
+    assert_independent(cube, lattice((64, 64), 256, seed=4, replica=replica))
 
 
 @pytest.mark.parametrize("seed", [5, 6, 4 + 2**32, 4 + 2**63, -4, -5])

@@ -105,7 +105,7 @@ def test_equally_seeded_ranks_draw_equal_noise():
         torch.manual_seed(42)  # trainers seed every rank alike
         theirs.append(hf(embeds))
         torch.manual_seed(42)
-        ours.append(add_noise(embeds, 5.0, stream=rank))
+        ours.append(add_noise(embeds, 5.0, replica=rank))
     assert torch.equal(*theirs) and not torch.equal(*ours)
 
 

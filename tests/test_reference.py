@@ -70,22 +70,22 @@ def test_known_answer_reaches_the_noise(backend):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    "stream, sample, position",
+    "replica, sample, position",
     [(0, 0, 0), (2**32 - 1, 2**32 - 1, 2**32 - 1), (1, 2**31, 7), (2**31, 5, 2**31)],
 )
-def test_every_counter_and_key_word_is_used(seed, stream, sample, position):
+def test_every_counter_and_key_word_is_used(seed, replica, sample, position):
     """The noise of one token at the extremes of all six Philox words."""
     noise = neftune_noise(
         (1, 1),
         20,
         5.0,
         seed=seed,
-        stream=stream,
+        replica=replica,
         sample_offset=sample,
         position_offset=position,
         backend="reference",
     )
-    assert equals_oracle(noise, oracle.noise([(sample, position, 1)], 20, 5.0, seed, stream))
+    assert equals_oracle(noise, oracle.noise([(sample, position, 1)], 20, 5.0, seed, replica))
 
 
 @pytest.mark.parametrize("embedding_dim", [1, 2, 7, 8, 9, 20, 64, 100, 576])
@@ -98,7 +98,7 @@ def test_noise_equals_oracle(kind, embedding_dim):
         7.5,
         attention_mask=batch.attention_mask,
         seed=3,
-        stream=2,
+        replica=2,
         sample_offset=5,
         backend="reference",
     )

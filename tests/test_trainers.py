@@ -717,10 +717,10 @@ def test_a_run_without_noise_warns(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_what_was_applied_before_goes_on_after_the_callback(tmp_path):
     model = llama()
-    handle = apply_neftune(model, 3.0, stream=7)
+    handle = apply_neftune(model, 3.0, replica=7)
     watch = Watch(model)
     plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)]).train()
-    assert len(watch.calls) == 2 and handle.noise_alpha == 3.0 and handle.settings()["stream"] == 7
+    assert len(watch.calls) == 2 and handle.noise_alpha == 3.0 and handle.settings()["replica"] == 7
     handle.remove()
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
 

@@ -161,7 +161,7 @@ def by_kernel(
     noise_alpha,
     *,
     seed,
-    stream=0,
+    replica=0,
     sample_offset=0,
     position_offset=0,
     embed_scale=1.0,
@@ -190,7 +190,7 @@ def by_kernel(
         torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device),
         torch.tensor(sign * noise_alpha, dtype=torch.float64),
         *layout,
-        stream,
+        replica,
         sample_offset,
         position_offset,
         -1,
@@ -303,7 +303,7 @@ def test_every_dtype_and_width(device, dtype, embedding_dim):
         batch.input_ids.int(),
         weight,
         lengths=batch.lengths + 4,
-        stream=2,
+        replica=2,
         sample_offset=3,
         position_offset=4,
     )
@@ -617,7 +617,7 @@ def debug(device, monkeypatch):
 def test_debug_lets_good_calls_pass(device, debug):
     """Philox wraps on purpose; debug=True alone has Triton assert that nothing overflows."""
     batch = make_batch("holes", rows=2, columns=5)
-    counters = {"stream": WORD - 1, "sample_offset": WORD - 1, "seed": 2**64 - 1}
+    counters = {"replica": WORD - 1, "sample_offset": WORD - 1, "seed": 2**64 - 1}
     for dtype, width in ((torch.float32, 16), (torch.float16, 20)):
         agree(device, batch.input_ids, make_weight(width, dtype), embed_scale=1.5, **counters)
     weight = make_weight(16, torch.bfloat16)
@@ -824,7 +824,7 @@ MUTATIONS = {
         "real = place.to(tl.int64) < length",
         "real = place.to(tl.int64) <= length",
     ),
-    "stream dropped": ("stream.to(tl.uint32), k0, k1)", "(stream * 0).to(tl.uint32), k0, k1)"),
+    "replica dropped": ("replica.to(tl.uint32), k0, k1)", "(replica * 0).to(tl.uint32), k0, k1)"),
     "product not rounded": (
         "value = (value * scale).to(DTYPE).to(tl.float32)",
         "value = value * scale",
@@ -857,7 +857,7 @@ def standard_cases(device):
     batch = make_batch("holes", rows=3, columns=5)
     for width, dtype in ((16, torch.float16), (20, torch.float16), (16, torch.float32)):
         weight = make_weight(width, dtype)
-        arguments = {"stream": 2, "sample_offset": 3, "embed_scale": 1.7}
+        arguments = {"replica": 2, "sample_offset": 3, "embed_scale": 1.7}
         agree(device, batch.input_ids, weight, lengths=torch.tensor([5, 2, 1]), **arguments)
         agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask, **arguments)
 

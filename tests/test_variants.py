@@ -49,7 +49,7 @@ EVERY_LAYOUT = {
     },
 }
 EACH_LAYOUT = pytest.mark.parametrize("layout", EVERY_LAYOUT.values(), ids=EVERY_LAYOUT)
-OFFSETS = {"stream": 3, "sample_offset": 2**32 - 2, "position_offset": 5}
+OFFSETS = {"replica": 3, "sample_offset": 2**32 - 2, "position_offset": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def weight_of(dtype):
 @EACH_LAYOUT
 def test_noise_of_every_layout(backend, layout, variant):
     """Masked or not, with offsets that wrap: every offset counts once."""
-    offsets = {name: value for name, value in OFFSETS.items() if name != "stream"}
+    offsets = {name: value for name, value in OFFSETS.items() if name != "replica"}
     for noise_mask in (some_tokens(), None):
         kept = torch.ones(SHAPE) if noise_mask is None else noise_mask
         found = neftune_noise(
@@ -101,7 +101,7 @@ def test_noise_of_every_layout(backend, layout, variant):
         assert equals_oracle(
             found,
             oracle.noise(
-                places(layout, kept, **offsets), WIDTH, 5.0, -9, OFFSETS["stream"], **variant
+                places(layout, kept, **offsets), WIDTH, 5.0, -9, OFFSETS["replica"], **variant
             ),
         )
 

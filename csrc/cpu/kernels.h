@@ -16,7 +16,7 @@ constexpr int kProductsAlignment = 64;  // bytes
 struct RowSettings {
   int64_t columns;
   PhiloxKey key;
-  uint32_t stream;
+  uint32_t replica;
   float scale;  // embed_scale; read by the scaled functions only
   const void*
       products;  // what Kernels::fill_products made of the rest; read by the noisy functions only

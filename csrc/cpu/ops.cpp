@@ -284,7 +284,7 @@ class Source {
 struct Noise {
   Tensor seed, noise_alpha;
   std::optional<Tensor> document, position, lengths, cu_seqlens;
-  int64_t stream, sample_offset, position_offset;
+  int64_t replica, sample_offset, position_offset;
 };
 
 // out[token] = cast(e + noise) over all tokens; offset_of(token) is the place of the token's row in
@@ -307,7 +307,7 @@ void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int
   // NaNs.
   const float scale = std::isnan(embed_scale) ? std::numeric_limits<float>::quiet_NaN()
                                               : static_cast<float>(embed_scale);
-  RowSettings settings{embedding_dim, noise_key(seed), static_cast<uint32_t>(noise.stream), scale,
+  RowSettings settings{embedding_dim, noise_key(seed), static_cast<uint32_t>(noise.replica), scale,
                        nullptr};
   struct alignas(kProductsAlignment) Line {
     char bytes[kProductsAlignment];
@@ -395,13 +395,13 @@ void embed(const Tensor& input_ids, const Tensor& weight, const Noise& noise, do
 Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
                        std::optional<Tensor> document, std::optional<Tensor> position,
                        std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                       int64_t stream, int64_t sample_offset, int64_t position_offset,
+                       int64_t replica, int64_t sample_offset, int64_t position_offset,
                        int64_t /*padding_idx: for autograd*/, double embed_scale) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   element_type(weight, "weight");
   Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
   embed(input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
          position_offset},
         embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
   return out;
@@ -410,13 +410,13 @@ Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor nois
 void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
                          std::optional<Tensor> document, std::optional<Tensor> position,
                          std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                         int64_t stream, int64_t sample_offset, int64_t position_offset,
+                         int64_t replica, int64_t sample_offset, int64_t position_offset,
                          int64_t /*padding_idx: for autograd*/, double embed_scale, Tensor out) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   check_cpu(out, "out");
   check_out(out, weight, "weight", false, shape);
   embed(input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
          position_offset},
         embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
 }
@@ -438,27 +438,27 @@ void add_noise_into(const Tensor& inputs_embeds, const Noise& noise, char* out) 
 
 Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
                  std::optional<Tensor> document, std::optional<Tensor> position,
-                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
                  int64_t sample_offset, int64_t position_offset) {
   element_type(inputs_embeds, "inputs_embeds");
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
   add_noise_into(inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
-                  position_offset},
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
+                  sample_offset, position_offset},
                  static_cast<char*>(out.mutable_data_ptr()));
   return out;
 }
 
 void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
                    std::optional<Tensor> document, std::optional<Tensor> position,
-                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
                    int64_t sample_offset, int64_t position_offset, Tensor out) {
   check_cpu(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
   add_noise_into(inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
-                  position_offset},
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
+                  sample_offset, position_offset},
                  static_cast<char*>(out.mutable_data_ptr()));
 }
 

@@ -101,7 +101,7 @@ void fill_products(const RowSettings& settings, void* memory) {
   StepProducts* products = static_cast<StepProducts*>(memory);
   BlockIndex block = first_blocks();
   for (int64_t column = 0; column < settings.columns; column += kStepColumns) {
-    *products++ = block_products<Word>(block, settings.stream, settings.key);
+    *products++ = block_products<Word>(block, settings.replica, settings.key);
     block = next_blocks(block);
   }
 }

@@ -194,13 +194,13 @@ NEFTUNE_DEVICE const uint4* vectors(const void* values) {
 NEFTUNE_DEVICE uint4* vectors(void* values) { return static_cast<uint4*>(values); }
 
 struct RowNoise {
-  uint32_t sample, position, stream;
+  uint32_t sample, position, replica;
   PhiloxKey key;
   float step;
 
   __device__ __forceinline__ void words(uint32_t block, uint32_t (&word)[4]) const {
     const auto pairs =
-        noise_words(block_products<uint32_t>(block, stream, key), position, sample, key);
+        noise_words(block_products<uint32_t>(block, replica, key), position, sample, key);
     word[0] = low(pairs.words01);
     word[1] = high(pairs.words01);
     word[2] = low(pairs.words23);
@@ -314,7 +314,7 @@ NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of,
 // ---- kernels over rows: block (32 lanes, tokens of a row)
 
 NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const Place& place) {
-  return {place.sample, place.position, a.stream, noise_key(static_cast<uint64_t>(*a.seed)),
+  return {place.sample, place.position, a.replica, noise_key(static_cast<uint64_t>(*a.seed)),
           place.step};
 }
 

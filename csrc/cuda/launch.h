@@ -35,7 +35,7 @@ struct RowArguments {
   double noise_alpha;
   float step;  // noise_step of `columns` real tokens, read where no layout is given
   float scale;
-  uint32_t stream, sample_offset, position_offset;
+  uint32_t replica, sample_offset, position_offset;
 };
 
 // A mask's or position ids' values as 64-bit patterns: signed ones extended by sign, all others by

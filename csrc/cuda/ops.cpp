@@ -83,7 +83,7 @@ struct Rows {
 struct Noise {
   Tensor seed, noise_alpha;
   std::optional<Tensor> document, position, lengths, cu_seqlens;
-  int64_t stream, sample_offset, position_offset;
+  int64_t replica, sample_offset, position_offset;
 };
 
 // Values of a tensor of any shape, in row-major order.
@@ -145,7 +145,7 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   arguments.step = noise_step(arguments.noise_alpha, arguments.columns, std::sqrt(elements));
   arguments.scaled = embed_scale != 1;
   arguments.scale = static_cast<float>(embed_scale);
-  arguments.stream = static_cast<uint32_t>(noise.stream);
+  arguments.replica = static_cast<uint32_t>(noise.replica);
   arguments.sample_offset = static_cast<uint32_t>(noise.sample_offset);
   arguments.position_offset = static_cast<uint32_t>(noise.position_offset);
   // The vector kernels' noise is that of finite steps.
@@ -181,13 +181,13 @@ void embed(const Device& device, const Tensor& input_ids, const Tensor& weight, 
 Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
                        std::optional<Tensor> document, std::optional<Tensor> position,
                        std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                       int64_t stream, int64_t sample_offset, int64_t position_offset,
+                       int64_t replica, int64_t sample_offset, int64_t position_offset,
                        int64_t /*padding_idx: for autograd*/, double embed_scale) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   const Device device(weight);
   Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
   embed(device, input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
          position_offset},
         embed_scale, out.mutable_data_ptr());
   return out;
@@ -196,13 +196,13 @@ Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor nois
 void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
                          std::optional<Tensor> document, std::optional<Tensor> position,
                          std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                         int64_t stream, int64_t sample_offset, int64_t position_offset,
+                         int64_t replica, int64_t sample_offset, int64_t position_offset,
                          int64_t /*padding_idx: for autograd*/, double embed_scale, Tensor out) {
   const Device device(weight);
   device.check(out, "out");
   check_out(out, weight, "weight", false, embedded_shape(input_ids, weight));
   embed(device, input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
+        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
          position_offset},
         embed_scale, out.mutable_data_ptr());
 }
@@ -228,28 +228,28 @@ void add_noise_into(const Device& device, const Tensor& inputs_embeds, const Noi
 
 Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
                  std::optional<Tensor> document, std::optional<Tensor> position,
-                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
                  int64_t sample_offset, int64_t position_offset) {
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   const Device device(inputs_embeds);
   Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
   add_noise_into(device, inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
-                  position_offset},
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
+                  sample_offset, position_offset},
                  out.mutable_data_ptr());
   return out;
 }
 
 void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
                    std::optional<Tensor> document, std::optional<Tensor> position,
-                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t stream,
+                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
                    int64_t sample_offset, int64_t position_offset, Tensor out) {
   const Device device(inputs_embeds);
   device.check(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
   add_noise_into(device, inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, stream, sample_offset,
-                  position_offset},
+                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
+                  sample_offset, position_offset},
                  out.mutable_data_ptr());
 }
 

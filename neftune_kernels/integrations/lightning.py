@@ -32,7 +32,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
             only child with get_input_embeddings().
         log_stats: False: only neftune/noise_alpha is logged; the rest costs one more noise kernel
             and a sync per log.
-        **options: of :func:`apply_neftune` (embedding, samples, stream, noise_without_grad,
+        **options: of :func:`apply_neftune` (embedding, samples, replica, noise_without_grad,
             backend).
 
     Raises:

@@ -60,7 +60,7 @@ class NoisyCall(NamedTuple):
     noise_alpha: float
     samples: Samples
     seed: Tensor
-    stream: int
+    replica: int
     backend: str
     variant: Variant
 
@@ -74,7 +74,7 @@ class NEFTuneState:
         self.noise_alpha = 0.0
         self.alpha = torch.zeros((), dtype=torch.float64, device="cpu")
         self.has_noise = False
-        self.stream: int | None = None
+        self.replica: int | None = None
         self.noise_without_grad = False
         self.backend: str | None = None
         self.variant = UNIFORM
@@ -109,9 +109,9 @@ class NEFTuneState:
             self.warned.add(message)
             warnings.warn(message, stacklevel=3)
 
-    def resolve_stream(self, embedding: nn.Module) -> int:
-        if self.stream is not None:
-            return self.stream
+    def resolve_replica(self, embedding: nn.Module) -> int:
+        if self.replica is not None:
+            return self.replica
         return data_parallel_index(
             embedding.weight,  # type: ignore[arg-type]
             embedding,
@@ -275,11 +275,11 @@ class _Noisy(nn.Module):
             )
         if HUGGING_FACE_MARK in self.__dict__ or site.marked():
             raise RuntimeError(TWO_NOISES)
-        if getattr(self, "_is_replica", False) and state.stream is None:
+        if getattr(self, "_is_replica", False) and state.replica is None:
             raise RuntimeError(
                 "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
                 "use DistributedDataParallel, or give every "
-                "replica a stream= of its own with NEFTuneEmbedding"
+                "replica a replica= of its own with NEFTuneEmbedding"
             )
         if not torch.compiler.is_compiling():
             site.check_recomputation()
@@ -290,7 +290,7 @@ class _Noisy(nn.Module):
         alpha = state.alpha if divisor == 1 else state.alpha / divisor
         if type(weight) not in PLAIN_WEIGHTS:
             samples = replicated(samples)
-        stream = state.resolve_stream(base)
+        replica = state.resolve_replica(base)
         fusible = (
             self._neftune_base.forward is nn.Embedding.forward and type(weight) in PLAIN_WEIGHTS
         )
@@ -314,11 +314,11 @@ class _Noisy(nn.Module):
                 state.noise_alpha / divisor,
                 samples,
                 seed,
-                stream,
+                replica,
                 chosen,
                 state.variant,
             )
-        offsets = Offsets(stream, 0, 0)
+        offsets = Offsets(replica, 0, 0)
         if embedded is not None:
             add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
             return add(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
@@ -686,7 +686,7 @@ class NEFTuneHandle:
             name: getattr(state, name)
             for name in (
                 "noise_alpha",
-                "stream",
+                "replica",
                 "noise_without_grad",
                 "backend",
                 "read",
@@ -826,7 +826,7 @@ def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
     zeros = torch.zeros((), dtype=torch.float32, device=device).expand(
         *last.shape, last.embedding_dim
     )
-    alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.stream, 0, 0)
+    alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.replica, 0, 0)
     noise = embeds_with_noise(
         zeros, alpha, last.samples, last.seed, None, offsets, last.backend, last.variant
     )
@@ -1151,7 +1151,7 @@ def apply_neftune(
     *,
     embedding: str | nn.Module | None = None,
     samples: Callable[[dict[str, Any]], Any] | None = None,
-    stream: int | None = None,
+    replica: int | None = None,
     noise_without_grad: bool = False,
     distribution: str = "uniform",
     equal_variance: bool = True,
@@ -1180,8 +1180,8 @@ def apply_neftune(
         samples: reads a forward's arguments (a dictionary by name) where their names say nothing;
             returns an attention_mask, a dictionary with attention_mask, lengths, cu_seqlens,
             position_ids or noise_mask, or None for "every token is real".
-        stream: word that separates data-parallel replicas; None: `distributed.data_parallel_index`,
-            at each call.
+        replica: word that separates data-parallel replicas; None: what
+            `distributed.data_parallel_index` finds, at each call.
         noise_without_grad: noise also where grad is disabled.
         distribution, equal_variance, backend: as in :func:`noisy_embedding`.
 
@@ -1189,7 +1189,7 @@ def apply_neftune(
         A handle with noise_alpha, sign, stats() and remove(); also a context manager.
 
     Raises:
-        ValueError: no nn.Embedding can be found or noised; bad alpha, stream or backend.
+        ValueError: no nn.Embedding can be found or noised; bad alpha, replica or backend.
 
     Example:
         >>> class Model(torch.nn.Module):
@@ -1208,8 +1208,8 @@ def apply_neftune(
         'Embedding'
     """
     alpha = check_alpha(noise_alpha)
-    if stream is not None:
-        check_word("stream", stream)
+    if replica is not None:
+        check_word("replica", replica)
     variant = check_variant(distribution, equal_variance, 1)
     if samples is not None and not callable(samples):
         raise TypeError(f"samples must be callable with the forward's arguments, got {samples!r}")
@@ -1228,8 +1228,8 @@ def apply_neftune(
     state.read = samples
     state.handle.add_root(model, path)
     state.set_alpha(alpha)
-    state.stream, state.noise_without_grad, state.backend, state.variant = (
-        stream,
+    state.replica, state.noise_without_grad, state.backend, state.variant = (
+        replica,
         noise_without_grad,
         backend,
         variant,

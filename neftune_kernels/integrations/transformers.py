@@ -33,7 +33,7 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
             (`neftune_kernels.schedules`).
         log_stats: False: only neftune/noise_alpha is logged; the rest costs one more noise kernel
             and a sync per log.
-        **options: of :func:`apply_neftune` (embedding, samples, stream, noise_without_grad,
+        **options: of :func:`apply_neftune` (embedding, samples, replica, noise_without_grad,
             backend, ...).
 
     Raises:
