@@ -411,15 +411,15 @@ def test_a_failing_step_spoils_only_itself(root, drive):
 def test_the_budget(root, drive):
     """No step begins without room for it; what is cut off runs again, behind what never ran."""
     steps = [
+        fake("wants", "print()", 20, least=15),
         fake("long", "import time; time.sleep(60)", 20),
         fake("short", "print('short ran')"),
-        fake("wants", "print()", 20, least=15),
     ]
     code, text = drive(steps, "--budget", "2")
     assert code == step.PARTIAL
-    assert ended(root, steps) == {"long": "cut off", "short": None, "wants": None}
+    assert ended(root, steps) == {"wants": None, "long": "cut off", "short": None}
     assert "wants does not begin: " in text and "of the budget are left, it wants 15" in text
-    steps[0] = fake("long", "print('the second time')")
+    steps[1] = fake("long", "print('the second time')")
     code, text = drive(steps)
     assert code == step.PASSED
     assert text.index("short ran") < text.index("the second time")
@@ -819,6 +819,8 @@ def test_gpu_tests_that_were_cut_off_run_again(root, soon_cut_off):
     assert tests.tests(setting(root, "tests")) == step.PARTIAL
     new = [row["what"] for row in rows(root, "tests")[before:]]
     assert new == ["collection", "tests/test_hang.py"]
+    write_tests(root, skip="def test_f(): pytest.skip('no GPU')\n")
+    assert tests.tests(setting(root, "tests")) == step.FAILED  # no test passed
     write_tests(root)
     assert tests.tests(setting(root, "tests")) == step.FAILED  # no test at all
 
