@@ -98,7 +98,11 @@ def module_replica(embedding: nn.Module) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     weight: Any = embedding.weight
-    if not is_dtensor(weight) and _fsdp_mesh_info(embedding) is None and (group := _partial_group()):
+    if (
+        not is_dtensor(weight)
+        and _fsdp_mesh_info(embedding) is None
+        and (group := _partial_group())
+    ):
         raise RuntimeError(
             f"there is a process group of the ranks {group} beside the world's "
             f"{dist.get_world_size()}, so which ranks see the same tokens as this one cannot be "
@@ -111,7 +115,7 @@ def module_replica(embedding: nn.Module) -> int:
 
 @asked_outside_the_graph  # torch's table of groups is no constant for Dynamo
 def _partial_group() -> list[int]:
-    """The ranks of a group of ours that holds more than one but not all of the world; [] without."""
+    """The ranks of a group of ours with more than one but not all of the world; [] without."""
     size = dist.get_world_size()
     for ranks in list(dist.distributed_c10d._world.pg_group_ranks.values()):
         if 1 < len(ranks) < size:

@@ -5,7 +5,7 @@ arithmetic is in the operators.
 import math
 import operator as operators
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,16 @@ def check_alpha(noise_alpha: float | None) -> float:
     if not 0.0 <= noise_alpha < math.inf:
         raise ValueError(f"noise_alpha must be finite and >= 0, got {noise_alpha!r}")
     return noise_alpha
+
+
+def refuse_unknown(function: str, unknown: dict[str, Any]) -> None:
+    """The TypeError of a keyword that does not exist, with the new name of the one that did."""
+    if "stream" in unknown:
+        raise TypeError(
+            f"{function}() takes no stream=: the number of a data-parallel replica is replica="
+        )
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {next(iter(unknown))!r}")
 
 
 def check_scale(embed_scale: float) -> float:
@@ -545,6 +555,7 @@ def noisy_embedding(
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """Embedding lookup with NEFTune noise in one pass.
 
@@ -616,6 +627,8 @@ def noisy_embedding(
         >>> (signs.abs() == torch.tensor(6 / 12**0.5)).all().item()
         True
     """
+    if unknown:
+        refuse_unknown("noisy_embedding", unknown)
     alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
@@ -678,6 +691,7 @@ def add_noise(
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """NEFTune noise on embeddings built elsewhere, out of place; the very noise of
     :func:`noisy_embedding` for the same seed.
@@ -706,6 +720,8 @@ def add_noise(
         >>> torch.equal(pair[0], -pair[1])
         True
     """
+    if unknown:
+        refuse_unknown("add_noise", unknown)
     alpha, offsets = (
         check_alpha(noise_alpha),
         check_offsets(replica, sample_offset, position_offset),
@@ -741,6 +757,7 @@ def neftune_noise(
     position_offset: int = 0,
     backend: str | None = None,
     device: torch.device | str | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """The noise itself, in float32; zeros on padding, and everywhere when noise_alpha is None or 0.
 
@@ -764,6 +781,8 @@ def neftune_noise(
         >>> torch.equal(neftune_noise((2, 8), 64, 5.0, lengths=lengths, seed=0, sign=-1), -noise)
         True
     """
+    if unknown:
+        refuse_unknown("neftune_noise", unknown)
     embedding_dim = check_integer("embedding_dim", embedding_dim)
     if not 0 <= embedding_dim < 2**31:
         raise ValueError(f"embedding_dim must lie in [0, 2**31), got {embedding_dim}")

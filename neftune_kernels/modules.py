@@ -1,7 +1,7 @@
 """NEFTuneEmbedding: nn.Embedding whose training forward adds NEFTune noise."""
 
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from .functional import (
     embed_with_variant,
     embeds_with_noise,
     real_tokens,
+    refuse_unknown,
 )
 from .layout import check_layout
 
@@ -97,7 +98,10 @@ class NEFTuneEmbedding(nn.Embedding):
         equal_variance: bool = True,
         replica: int | None = None,
         backend: str | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            refuse_unknown("NEFTuneEmbedding", unknown)
         alpha = check_alpha(noise_alpha)  # refuse before anything is allocated
         check_variant(distribution, equal_variance, 1)
         embed_scale = check_scale(embed_scale)
@@ -152,12 +156,15 @@ class NEFTuneEmbedding(nn.Embedding):
         replica: int | None = None,
         sample_offset: int = 0,
         position_offset: int = 0,
+        **unknown: NoReturn,
     ) -> Tensor:
         """Look up (..., T) ids; in training mode with noise_alpha > 0 add noise. Keywords as
         :func:`noisy_embedding`'s.
 
         noise_mask (..., T) says which tokens get noise, sign=-1 negates it exactly.
         """
+        if unknown:
+            refuse_unknown("forward", unknown)
         weight = self.weight
         noisy = self.training and self._has_noise
         nothing = (
@@ -245,6 +252,7 @@ class NEFTuneEmbedding(nn.Embedding):
         equal_variance: bool = True,
         replica: int | None = None,
         backend: str | None = None,
+        **unknown: NoReturn,
     ) -> "NEFTuneEmbedding":
         """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training
         mode.
@@ -258,6 +266,8 @@ class NEFTuneEmbedding(nn.Embedding):
             >>> NEFTuneEmbedding.from_embedding(plain).weight is plain.weight
             True
         """
+        if unknown:
+            refuse_unknown("from_embedding", unknown)
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
         if isinstance(embedding, NEFTuneEmbedding):

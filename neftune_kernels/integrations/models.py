@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from ..functional import (
     embeds_with_noise,
     make_layout,
     real_tokens,
+    refuse_unknown,
     seed_tensor,
 )
 from ..modules import HUGGING_FACE_MARK, PLAIN_WEIGHTS, TWO_NOISES, NEFTuneEmbedding
@@ -1156,6 +1157,7 @@ def apply_neftune(
     distribution: str = "uniform",
     equal_variance: bool = True,
     backend: str | None = None,
+    **unknown: NoReturn,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
     own forward is told.
@@ -1207,6 +1209,8 @@ def apply_neftune(
         >>> type(model.embed).__name__
         'Embedding'
     """
+    if unknown:
+        refuse_unknown("apply_neftune", unknown)
     alpha = check_alpha(noise_alpha)
     if replica is not None:
         check_word("replica", replica)

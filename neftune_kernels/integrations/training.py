@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..functional import check_alpha
+from ..functional import check_alpha, refuse_unknown
 from ..schedules import Schedule
 from .models import NEFTuneHandle, applied_handle, apply_neftune
 
@@ -33,6 +33,8 @@ class TrainingNoise:
         takes: str,
     ) -> None:
         unknown = sorted(set(options) - set(apply_neftune.__kwdefaults__ or {}))
+        if "stream" in unknown:
+            refuse_unknown("NEFTuneCallback", options)
         if unknown:
             raise TypeError(
                 f"NEFTuneCallback takes {takes} and apply_neftune's keywords, got "
