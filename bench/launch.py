@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from neftune_kernels import ops, triton_kernels
+from neftune_kernels import backends, triton_kernels
 
 from .compare import relative, spread
 
@@ -162,7 +162,7 @@ def main() -> int:
         "kernel[grid]": lambda: triton_kernels.noisy_rows[grid](*args, **options),
     }
     if load_cuda_operators():
-        cuda = ops.EMBEDDING_OUT["cuda"]
+        cuda = backends.CUDA.noisy_embedding_out
         runs["CUDA C++: nothing given"] = lambda: cuda(ids, weight, seed, alpha, out=out)
         runs["CUDA C++: lengths"] = lambda: cuda(
             ids, weight, seed, alpha, None, None, lengths, out=out

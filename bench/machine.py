@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import neftune_kernels
-from neftune_kernels import ops
+from neftune_kernels import backends
 
 from .cases import NOISE_ALPHA, backend_name
 
@@ -65,7 +65,7 @@ def describe(threads: int) -> dict[str, str]:
             f"{level} {describe_bytes(size)}" for level, size in cache_sizes().items()
         )
         or "unknown",
-        "simd": ops.simd_level(),
+        "simd": backends.simd_level(),
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "threads": str(threads),
         "torch": torch.__version__,

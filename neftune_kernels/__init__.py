@@ -2,10 +2,10 @@
 the paper arXiv 2310.05914.
 """
 
+from .backends import available_backends
 from .functional import add_noise, neftune_noise, noisy_embedding
 from .integrations.models import NEFTuneHandle, apply_neftune
 from .modules import NEFTuneEmbedding
-from .ops import available_backends
 from .version import SPEC_VERSION, __version__
 
 __all__ = [

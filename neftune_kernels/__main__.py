@@ -11,7 +11,7 @@ import sys
 import torch
 
 from . import __version__, available_backends, self_check
-from .ops import native_cuda, simd_level
+from .backends import native_cuda, simd_level
 
 
 def _version(package: str) -> str:

@@ -6,6 +6,7 @@ its first rank draws. What differs between replicas is the counter's word `repli
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import reference
-from .functional import UNIFORM, Offsets, Samples, Variant, embeds_with_noise, seed_tensor
-from .ops import asked_outside_the_graph, choose_backend
+from .backends import choose_backend
+from .noise import Noise, seed_tensor
+from .samples import Samples
+from .torch_internals import asked_outside_the_graph
 
-PASS_STREAM = (
+PASS_REPLICA = (
     "pass replica= to apply_neftune: a number that the ranks of one replica share "
     "and that no other replica has"
 )
@@ -82,7 +85,7 @@ def data_parallel_index(
         raise RuntimeError(
             "the embedding's weight is an ordinary tensor while other parameters of the model are "
             "DTensors, so which ranks see the same "
-            f"tokens cannot be known: {PASS_STREAM}"
+            f"tokens cannot be known: {PASS_REPLICA}"
         )
     return dist.get_rank()
 
@@ -143,7 +146,7 @@ def _index_outside(mesh: Any) -> int:
             f"the embedding's weight is a DTensor on {mesh}, whose root mesh has {root.size()} of "
             f"{dist.get_world_size()} processes, so "
             f"its data-parallel index cannot be known: slice it from a mesh of the whole world, "
-            f"or {PASS_STREAM}"
+            f"or {PASS_REPLICA}"
         )
     ranks, own = root.mesh, root.get_coordinate()
     inside = set(mesh.mesh.flatten().tolist())
@@ -242,17 +245,13 @@ def replicated(samples: Samples) -> Samples:
 
 
 def dtensor_with_noise(
+    add: Callable[[Tensor, Samples, Noise], Tensor],
     embedded: Any,
-    alpha: Tensor,
     samples: Samples,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    offsets: Offsets,
-    backend: str | None,
-    variant: Variant = UNIFORM,
+    noise: Noise,
 ) -> Tensor:
-    """embeds_with_noise for a DTensor (..., T, d): the noise of the global tensor, each rank adding
-    its own part.
+    """`add` (lookup.embeds_with_noise) for a DTensor (..., T, d): the noise of the global tensor,
+    each rank adding its own part.
 
     Partial sums (vocabulary-sharded lookups) are reduced first; every other placement stays. A
     given seed must be one for the whole mesh; a drawn one is the first rank's.
@@ -266,23 +265,17 @@ def dtensor_with_noise(
     if placements != embedded.placements:
         embedded = embedded.redistribute(placements=placements)
     local, samples = embedded.to_local(), replicated(samples)
-    if seed is None:
-        seed, generator = shared_seed(seed_tensor(None, generator, local.device), embedded), None
+    if noise.seed is None:
+        drawn = seed_tensor(None, noise.generator, local.device)
+        noise = noise._replace(seed=shared_seed(drawn, embedded), generator=None)
     if all(placement.is_replicate() for placement in placements):
-        noisy = embeds_with_noise(local, alpha, samples, seed, generator, offsets, backend, variant)
+        noisy = add(local, samples, noise)
     else:
-        choose_backend(backend, local.device, local.dtype)
+        choose_backend(noise.backend, local.device, local.dtype)
+        if local.dtype == torch.float64:
+            noise = noise._replace(backend=None)
         zeros = torch.zeros((), dtype=torch.float32, device=local.device).expand(embedded.shape)
-        given = (
-            zeros,
-            alpha,
-            samples,
-            seed,
-            generator,
-            offsets,
-            backend if local.dtype != torch.float64 else None,
-        )
-        whole = embeds_with_noise(*given, variant)
+        whole = add(zeros, samples, noise)
         everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         noisy = _AddConstant.apply(local, everywhere.redistribute(placements=placements).to_local())
     return DTensor.from_local(

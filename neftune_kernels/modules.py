@@ -4,29 +4,22 @@ import warnings
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .distributed import dtensor_with_noise, is_dtensor, module_replica
-from .functional import (
-    NO_OFFSETS,
-    NOTHING,
-    UNIFORM,
-    Offsets,
-    Samples,
+from .backends import BACKENDS
+from .distributed import module_replica
+from .lookup import noisy_lookup, plain_lookup
+from .noise import (
+    Noise,
     check_alpha,
     check_offsets,
     check_scale,
     check_variant,
     check_word,
-    embed_with_noise,
-    embed_with_variant,
-    embeds_with_noise,
-    real_tokens,
+    make_noise,
     refuse_unknown,
 )
-from .layout import check_layout
+from .samples import UNSAID, Samples
 
 HUGGING_FACE_MARK = (
     "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
@@ -36,7 +29,6 @@ TWO_NOISES = (
     "neftune_noise_alpha=None in the training "
     "arguments, or take neftune_kernels off the model"
 )
-PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
 
 class NEFTuneEmbedding(nn.Embedding):
@@ -107,10 +99,9 @@ class NEFTuneEmbedding(nn.Embedding):
         embed_scale = check_scale(embed_scale)
         if replica is not None:
             replica = check_word("replica", replica)
-        if backend is not None and backend not in ops.BACKENDS:
+        if backend is not None and backend not in BACKENDS:
             raise ValueError(
-                f"backend must be None or one of {', '.join(map(repr, ops.BACKENDS))}, got "
-                f"{backend!r}"
+                f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
             )
         super().__init__(
             num_embeddings,
@@ -126,8 +117,11 @@ class NEFTuneEmbedding(nn.Embedding):
             dtype=dtype,
         )
         self.noise_alpha = alpha
-        self.embed_scale, self.replica, self.backend = embed_scale, replica, backend
-        self.distribution, self.equal_variance = distribution, equal_variance
+        self.embed_scale = embed_scale
+        self.distribution = distribution
+        self.equal_variance = equal_variance
+        self.replica = replica
+        self.backend = backend
 
     @property
     def noise_alpha(self) -> float:
@@ -137,9 +131,28 @@ class NEFTuneEmbedding(nn.Embedding):
     def noise_alpha(self, value: float | None) -> None:
         self._noise_alpha = check_alpha(value)
         self._has_noise = self._noise_alpha > 0
-        self._alpha = torch.full(
-            (), self._noise_alpha, dtype=torch.float64, device="cpu"
-        )  # a graph input: no recompilation per value
+        # A graph input: no recompilation per value.
+        self._alpha = torch.full((), self._noise_alpha, dtype=torch.float64, device="cpu")
+        self._noise = self._make_noise()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("distribution", "equal_variance", "replica", "backend"):
+            self._noise = self._make_noise()
+
+    def _make_noise(self) -> Noise | None:
+        """The noise of a call that says nothing of its own, made when a setting is assigned; None
+        while a setting is wrong or missing, for the call to say so.
+        """
+        settings = self.__dict__
+        try:
+            variant = check_variant(settings["distribution"], settings["equal_variance"], 1)
+            offsets = check_offsets(settings["replica"] or 0, 0, 0)
+            return make_noise(
+                self._alpha, offsets=offsets, variant=variant, backend=settings["backend"]
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def forward(  # type: ignore[override]
         self,
@@ -165,81 +178,38 @@ class NEFTuneEmbedding(nn.Embedding):
         """
         if unknown:
             refuse_unknown("forward", unknown)
-        weight = self.weight
         noisy = self.training and self._has_noise
-        nothing = (
+        samples = UNSAID
+        if not (
             attention_mask is None
             and lengths is None
             and cu_seqlens is None
             and position_ids is None
             and noise_mask is None
-        )
-        if noisy or type(sign) is not int or sign != 1:  # without noise every check is host time
-            variant = check_variant(self.distribution, self.equal_variance, sign)
-        if noisy and HUGGING_FACE_MARK in self.__dict__:
-            raise RuntimeError(TWO_NOISES)
-        if (
-            noisy
-            and self.max_norm is None
-            and not (self.sparse or self.scale_grad_by_freq)
-            and type(weight) in PLAIN_WEIGHTS
         ):
-            args = (
-                input,
-                weight,
-                self._alpha,
-                NOTHING
-                if nothing
-                else Samples(
-                    attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask
-                ),
-                -1 if self.padding_idx is None else self.padding_idx,
-                self.embed_scale,
-                seed,
-                generator,
-                self._offsets(replica, sample_offset, position_offset),
-                self.backend,
-            )
-            return (
-                embed_with_noise(*args)
-                if variant is UNIFORM
-                else embed_with_variant(*args, variant)
-            )
-        embedded = F.embedding(
-            input,
-            weight,
-            self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
-        )
-        if self.embed_scale != 1:
-            embedded = embedded * self.embed_scale
-        if not noisy:
-            if not nothing:  # what would be refused with noise is refused all the same
-                check_layout(
-                    input.shape,
-                    input.device,
-                    attention_mask,
-                    lengths,
-                    cu_seqlens,
-                    position_ids,
-                    noise_mask,
-                )
-            return embedded
-        samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, None, -1, noise_mask)
-        samples = real_tokens(input, -1 if self.padding_idx is None else self.padding_idx, samples)
-        offsets = self._offsets(replica, sample_offset, position_offset)
-        add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
-        return add(embedded, self._alpha, samples, seed, generator, offsets, self.backend, variant)
-
-    def _offsets(self, replica: int | None, sample_offset: int, position_offset: int) -> Offsets:
-        if replica is None:
-            replica = module_replica(self) if self.replica is None else self.replica
-            if replica == 0 and sample_offset == 0 and position_offset == 0:
-                return NO_OFFSETS
-        return check_offsets(replica, sample_offset, position_offset)
+            samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+        own_sign = type(sign) is int and sign == 1
+        if not noisy:  # every check is host time, but what would be refused with noise is refused
+            if not own_sign:
+                check_variant(self.distribution, self.equal_variance, sign)
+            if samples is not UNSAID:
+                samples.check(input.shape, input.device)
+            embedded = plain_lookup(self, input)
+            return embedded if self.embed_scale == 1 else embedded * self.embed_scale
+        if HUGGING_FACE_MARK in self.__dict__:
+            raise RuntimeError(TWO_NOISES)
+        noise = self._noise
+        if replica is None and self.replica is None:
+            replica = module_replica(self) or None
+        own = replica is None and seed is None and generator is None and own_sign
+        own = own and type(sample_offset) is type(position_offset) is int
+        if not own or noise is None or sample_offset != 0 or position_offset != 0:
+            if replica is None:
+                replica = self.replica or 0
+            offsets = check_offsets(replica, sample_offset, position_offset)
+            variant = check_variant(self.distribution, self.equal_variance, sign)
+            noise = make_noise(self._alpha, seed, generator, offsets, variant, self.backend)
+        return noisy_lookup(self, input, samples, noise, self.embed_scale)
 
     @classmethod
     def from_embedding(

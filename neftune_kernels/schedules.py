@@ -5,7 +5,7 @@ own. No recompilation per value.
 import math
 from collections.abc import Callable
 
-from .functional import check_alpha, check_integer
+from .noise import check_alpha, check_integer
 
 Schedule = Callable[[int], float]
 

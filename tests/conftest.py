@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from neftune_kernels import ops, self_check
+from neftune_kernels import backends, self_check
 
 SIMD_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,15 +45,15 @@ def no_self_check(monkeypatch):
 
 def set_simd_level(level: str) -> bool:
     """Whether the native library can run this instruction set here; from now on it does."""
-    function = ops.native.handle.neftune_kernels_set_simd_level
+    function = backends.native.handle.neftune_kernels_set_simd_level
     function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     return function(level.encode()) == 0
 
 
 def usable_simd_levels() -> tuple[str, ...]:
-    if ops.native.handle is None:
+    if backends.native.handle is None:
         return ()
-    chosen = ops.simd_level()
+    chosen = backends.simd_level()
     levels = tuple(level for level in SIMD_LEVELS if set_simd_level(level))
     set_simd_level(chosen)
     return levels
@@ -72,8 +72,8 @@ def require_native() -> None:
     """Skip, saying why, without the native library; fail instead where NEFTUNE_REQUIRE_CPP=1
     promises it.
     """
-    if ops.native.handle is None:
-        message = f"native library: {ops.native.reason}"
+    if backends.native.handle is None:
+        message = f"native library: {backends.native.reason}"
         if os.environ.get("NEFTUNE_REQUIRE_CPP") == "1":
             pytest.fail(f"NEFTUNE_REQUIRE_CPP=1, but {message}")
         pytest.skip(message)
@@ -88,14 +88,14 @@ def running(name: str):
         yield name
         return
     if name == "cuda":
-        reason, ops._cuda_reason = ops._cuda_reason, lambda device_type: ""
+        reason, backends._cuda_reason = backends._cuda_reason, lambda device_type: ""
         try:
             yield name
         finally:
-            ops._cuda_reason = reason
+            backends._cuda_reason = reason
         return
     require_native()
-    chosen = ops.simd_level()
+    chosen = backends.simd_level()
     assert set_simd_level(name.removeprefix("cpp-")), f"the library no longer accepts {name}"
     try:
         yield "cpp"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding
-from neftune_kernels.functional import IN_PLACE_LIMIT
+from neftune_kernels.lookup import IN_PLACE_LIMIT
 from neftune_kernels.ops import embedding_weight_grad
 
 SMALL, LARGE = (2, 5), (40, 60)  # on both sides of the shorter eager path

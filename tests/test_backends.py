@@ -24,7 +24,7 @@ from conftest import (
 from test_layout import MASK_DTYPES
 from test_reference import SEEDS, special_values
 
-from neftune_kernels import add_noise, neftune_noise, noisy_embedding, ops
+from neftune_kernels import add_noise, backends, neftune_noise, noisy_embedding
 
 EMBEDDING_DIMS = (1, 7, 8, 20, 64, 100, 576, 896, 4096)
 WORD = 2**32
@@ -55,8 +55,8 @@ def test_native_library_knows_its_instruction_sets():
     require_native()
     levels = {name.removeprefix("cpp-") for name in KERNELS}
     assert "scalar" in levels
-    chosen = ops.simd_level()
-    assert not set_simd_level("sse9") and not set_simd_level("") and ops.simd_level() == chosen
+    chosen = backends.simd_level()
+    assert not set_simd_level("sse9") and not set_simd_level("") and backends.simd_level() == chosen
     if sys.platform == "linux" and os.uname().machine == "x86_64":
         with open("/proc/cpuinfo") as cpuinfo:
             flags = set(next(line for line in cpuinfo if line.startswith("flags")).split())
@@ -67,7 +67,7 @@ def test_native_library_knows_its_instruction_sets():
             )
     for level in levels:
         with running(f"cpp-{level}"):
-            assert ops.simd_level() == level
+            assert backends.simd_level() == level
 
 
 def test_switched_off_native_library_says_so():
@@ -476,10 +476,10 @@ def test_default_backend_is_the_best_one():
     same bits in any case.
     """
     ids, weight = torch.tensor([[1, 2, 0]]), make_weight(20, torch.float32)
-    assert ops.choose_backend(None, torch.device("cpu"), torch.float32) == (
-        "cpp" if ops.native.handle else "reference"
+    assert backends.choose_backend(None, torch.device("cpu"), torch.float32).name == (
+        "cpp" if backends.native.handle else "reference"
     )
-    assert ops.choose_backend(None, torch.device("cpu"), torch.float64) == "reference"
+    assert backends.choose_backend(None, torch.device("cpu"), torch.float64).name == "reference"
     expected = noisy_embedding(ids, weight, 5.0, seed=0, backend="reference")
     assert same_bits(noisy_embedding(ids, weight, 5.0, seed=0), expected)
     wide = noisy_embedding(ids, weight.double(), 5.0, seed=0)
@@ -761,9 +761,7 @@ def run_into_guarded_buffer(backend, name, arguments, shape, dtype, guard=5):
     out = buffer[guard * embedding_dim : (guard + rows) * embedding_dim].view(shape)
     error = None
     try:
-        {"noisy_embedding": ops.EMBEDDING_OUT, "add_noise": ops.ADD_OUT}[name][backend](
-            *arguments, out=out
-        )
+        getattr(backends.BACKENDS[backend], f"{name}_out")(*arguments, out=out)
     except IndexError as caught:
         error = caught
     before, after = buffer[: guard * embedding_dim], buffer[(guard + rows) * embedding_dim :]
@@ -835,7 +833,7 @@ def test_add_noise_in_place(backend, embedding_dim):
         batch.lengths,
         None,
     )
-    ops.ADD_OUT[backend](rows, *arguments, out=rows)
+    backends.BACKENDS[backend].add_noise_out(rows, *arguments, out=rows)
     assert same_bits(
         rows,
         noisy_embedding(

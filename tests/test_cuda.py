@@ -45,7 +45,14 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     test_side_stream,
 )
 
-from neftune_kernels import available_backends, functional, neftune_noise, noisy_embedding, ops
+from neftune_kernels import (
+    available_backends,
+    backends,
+    functional,
+    lookup,
+    neftune_noise,
+    noisy_embedding,
+)
 
 OPS = torch.ops.neftune_kernels
 KERNELS = SimpleNamespace(
@@ -75,7 +82,7 @@ def device(monkeypatch):
 def gpu(device, monkeypatch):
     if cuda_shim is not None:
         pytest.skip("needs a real GPU: streams, graphs, devices, memory")
-    monkeypatch.setattr(ops, "_triton_fails", lambda device_type: "left out by this test")
+    monkeypatch.setattr(backends, "_triton_fails", lambda device_type: "left out by this test")
     return device
 
 
@@ -83,8 +90,8 @@ def gpu(device, monkeypatch):
 def public(device, monkeypatch):
     """Where the public functions serve backend="cuda"."""
     if cuda_shim is not None:
-        monkeypatch.setattr(ops, "_cuda_reason", lambda device_type: "")
-        monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
+        monkeypatch.setattr(backends, "_cuda_reason", lambda device_type: "")
+        monkeypatch.setattr(lookup, "_embed_quickly", lambda *args: None)
     return device
 
 
@@ -257,7 +264,7 @@ def test_public_functions_serve_it(public):
         backend="reference",
     )
     ids, table = batch.input_ids.to(public), weight.to(public)
-    assert ops.choose_backend("cuda", public, torch.bfloat16) == "cuda"
+    assert backends.choose_backend("cuda", public, torch.bfloat16).name == "cuda"
     assert same_bits(noisy_embedding(ids, table, 5.0, **given).cpu(), expected)
     trained = noisy_embedding(ids, table.clone().requires_grad_(), 5.0, **given)
     assert same_bits(trained.detach().cpu(), expected)
@@ -272,7 +279,7 @@ def test_public_functions_serve_it(public):
         ),
     )
     with pytest.raises(ValueError, match=r"backend 'cuda' is not available: dtype torch.float64"):
-        ops.choose_backend("cuda", public, torch.float64)
+        backends.choose_backend("cuda", public, torch.float64)
 
 
 @pytest.mark.parametrize("distribution", ("normal", "rademacher"))
@@ -311,7 +318,7 @@ def test_golden_vectors(public, case):
 
 
 def test_it_is_chosen_where_triton_is_not(gpu):
-    assert ops.choose_backend(None, gpu, torch.bfloat16) == "cuda"
+    assert backends.choose_backend(None, gpu, torch.bfloat16).name == "cuda"
 
 
 def standard_cases():

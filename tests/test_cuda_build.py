@@ -487,7 +487,7 @@ def test_wheel_works(wheels, tmp_path, python, name):
         "('cpp', 'reference')]\n"
         "    assert torch.equal(*outs)\n"
         "print(torch.__version__, torch.version.cuda, '|', n.available_backends()['cuda'], "
-        "n.ops.native_cuda.handle is not None)\n"
+        "n.backends.native_cuda.handle is not None)\n"
     )
     version, _, said = run(python, "-c", program, folder=tmp_path).strip().partition(" | ")
     if name == "without":

@@ -8,7 +8,13 @@ import re
 import pytest
 import torch
 
-from neftune_kernels import add_noise, available_backends, neftune_noise, noisy_embedding, ops
+from neftune_kernels import (
+    add_noise,
+    available_backends,
+    backends,
+    neftune_noise,
+    noisy_embedding,
+)
 
 IDS = torch.tensor([[1, 2, 3], [4, 0, 0]])
 WEIGHT = torch.zeros(5, 16)
@@ -147,7 +153,7 @@ def test_missing_library_gives_its_reason(function, reason, monkeypatch):
     reference.
     """
     expected = function(seed=0, backend="reference")
-    monkeypatch.setattr(ops, "native", ops.NativeLibrary(None, reason))
+    monkeypatch.setattr(backends, "native", backends.NativeLibrary(None, reason))
     refused(
         ValueError,
         f"^backend 'cpp' is not available: {re.escape(reason)}$",
@@ -155,13 +161,13 @@ def test_missing_library_gives_its_reason(function, reason, monkeypatch):
         backend="cpp",
     )
     assert available_backends()["cpp"] == available_backends("cpu")["cpp"] == reason
-    assert ops.simd_level() == "none"
-    assert ops.choose_backend(None, torch.device("cpu"), torch.float32) == "reference"
+    assert backends.simd_level() == "none"
+    assert backends.choose_backend(None, torch.device("cpu"), torch.float32).name == "reference"
     assert torch.equal(function(seed=0), expected)
 
 
 def test_available_backends(monkeypatch):
-    monkeypatch.setattr(ops, "native", ops.NativeLibrary(None, ""))
+    monkeypatch.setattr(backends, "native", backends.NativeLibrary(None, ""))
     assert set(available_backends()) == {"reference", "cpp", "triton", "cuda"}
     assert (
         available_backends()["reference"]
@@ -178,7 +184,7 @@ def test_available_backends(monkeypatch):
 
 
 def test_dtype_the_kernel_does_not_know(monkeypatch):
-    monkeypatch.setattr(ops, "native", ops.NativeLibrary(None, ""))
+    monkeypatch.setattr(backends, "native", backends.NativeLibrary(None, ""))
     message = "backend 'cpp' is not available: dtype torch.float64"
     refused(ValueError, message, noisy_embedding, IDS, WEIGHT.double(), 5.0, backend="cpp")
     refused(ValueError, message, add_noise, WEIGHT.double(), 5.0, backend="cpp")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import same_bits
 
-from neftune_kernels import add_noise, neftune_noise, noisy_embedding, ops
+from neftune_kernels import add_noise, neftune_noise, noise, noisy_embedding
 
 IDS = torch.tensor([[1, 2, 3], [4, 0, 0]])
 LARGE_IDS = torch.zeros(40, 32, dtype=torch.int64)
@@ -188,7 +188,7 @@ def test_seed_as_int_tensor_and_twin(seed, backend):
 
 def test_draws_use_all_64_bits():
     """Of 64 draws a bit would be constant with probability 64·2⁻⁶³."""
-    draws = [int(ops.draw_seed(torch.device("cpu"))) % 2**64 for _ in range(64)]
+    draws = [int(noise.draw_seed(torch.device("cpu"))) % 2**64 for _ in range(64)]
     ones, zeros = 0, 0
     for draw in draws:
         ones |= draw

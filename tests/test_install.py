@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import neftune_kernels
-from neftune_kernels import ops
+from neftune_kernels import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -123,7 +123,7 @@ def test_report():
     )
     assert (
         re.search(r"reference +available", report)
-        and f"SIMD level of the C++ kernel: {ops.simd_level()}" in report
+        and f"SIMD level of the C++ kernel: {backends.simd_level()}" in report
     )
     assert "CPU threads (torch.get_num_threads()): " in report
 

@@ -11,8 +11,9 @@ import torch
 from conftest import MASK_KINDS, make_batch, require_native
 
 from neftune_kernels import neftune_noise
-from neftune_kernels.functional import Samples, make_layout
+from neftune_kernels.backends import BACKENDS
 from neftune_kernels.layout import per_token
+from neftune_kernels.samples import Samples, make_layout
 
 WORD = 2**32
 
@@ -43,7 +44,7 @@ def found(
     """(sample, position, length) of every token as the package sees it, None for padding."""
     shape, device = torch.Size(shape), torch.device("cpu")
     layout = make_layout(
-        shape, device, Samples(attention_mask, lengths, cu_seqlens, position_ids), BACKEND
+        shape, device, Samples(attention_mask, lengths, cu_seqlens, position_ids), BACKENDS[BACKEND]
     )
     sample, position, length = per_token(layout, shape, device, sample_offset, position_offset)
     assert sample.shape == position.shape == length.shape == (shape.numel(),)

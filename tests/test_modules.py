@@ -12,10 +12,10 @@ from torch import nn
 from neftune_kernels import (
     NEFTuneEmbedding,
     add_noise,
-    functional,
+    backends,
+    lookup,
     neftune_noise,
     noisy_embedding,
-    ops,
 )
 
 
@@ -331,10 +331,10 @@ def test_quick_path_is_the_long_one(dtype, frozen, monkeypatch):
     )
     ids = torch.randint(0, 10, (2, 5))
     results = []
-    quick = functional._embed_quickly
+    quick = lookup._embed_quickly
     answers = []
     monkeypatch.setattr(
-        functional, "_embed_quickly", lambda *args: answers.append(quick(*args)) or answers[-1]
+        lookup, "_embed_quickly", lambda *args: answers.append(quick(*args)) or answers[-1]
     )
     for _ in range(2):
         torch.manual_seed(4)
@@ -346,9 +346,9 @@ def test_quick_path_is_the_long_one(dtype, frozen, monkeypatch):
                 noisy_embedding(ids, module.weight, 5.0, seed=5),
             )
         )
-        monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
+        monkeypatch.setattr(lookup, "_embed_quickly", lambda *args: None)
     assert len(answers) == 2 and all(
-        (answer is None) == bool(ops.native.reason) for answer in answers
+        (answer is None) == bool(backends.native.reason) for answer in answers
     )
     (short, state, seeded, other), (long, long_state, long_seeded, long_other) = results
     assert torch.equal(short, long) and torch.equal(state, long_state)

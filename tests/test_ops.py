@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding, ops
+from neftune_kernels import NEFTuneEmbedding, add_noise, backends, noisy_embedding
 
 OPS = torch.ops.neftune_kernels
 ALPHA = torch.tensor(5.0, dtype=torch.float64)
 SEED = torch.tensor(-3)
-FAMILIES = ops.FAMILIES
+FAMILIES = ("", "reference_", "cuda_")
 
 
 @pytest.fixture(autouse=True)
@@ -275,12 +275,12 @@ def test_choice_of_backend_is_traced_whole(device_type):
 
     def chosen(x):
         names = (
-            ops.choose_backend(None, device, torch.bfloat16),
-            str(ops.available_backends(device_type)),
+            backends.choose_backend(None, device, torch.bfloat16).name,
+            str(backends.available_backends(device_type)),
         )
         return x + sum(map(len, names))
 
-    ops.choose_backend(
+    backends.choose_backend(
         None, device, torch.bfloat16
     )  # where there is no kernel it warns, once, in eager mode
     torch.compiler.reset()
@@ -295,19 +295,20 @@ def test_triton_is_chosen_while_tracing(monkeypatch):
     inside a graph.
     """
     pytest.importorskip("triton")
-    monkeypatch.setattr(ops, "_triton_reason", lambda device_type: "")
-    ops._import_for.cache_clear()
-    ops._load_triton.cache_clear()
+    monkeypatch.setattr(backends, "_triton_reason", lambda device_type: "")
+    backends._import_for.cache_clear()
+    backends.load_triton.cache_clear()
     try:
         torch.compiler.reset()
+        gpu = torch.device("cuda")
         chosen = torch.compile(
-            lambda x: x + len(ops.choose_backend(None, torch.device("cuda"), torch.bfloat16)),
+            lambda x: x + len(backends.choose_backend(None, gpu, torch.bfloat16).name),
             fullgraph=True,
             backend="eager",
         )
         assert chosen(torch.zeros(())) == len("triton")
     finally:
-        ops._import_for.cache_clear()
+        backends._import_for.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -320,23 +321,23 @@ def test_triton_is_chosen_while_tracing(monkeypatch):
     ],
 )
 def test_what_serves_a_gpu_by_itself(monkeypatch, triton, cuda, expected):
-    monkeypatch.setattr(ops, "_triton_fails", lambda device_type: triton)
-    monkeypatch.setattr(ops, "_cuda_reason", lambda device_type: cuda)
-    monkeypatch.setattr(ops, "_warned_devices", set())
+    monkeypatch.setattr(backends, "_triton_fails", lambda device_type: triton)
+    monkeypatch.setattr(backends, "_cuda_reason", lambda device_type: cuda)
+    monkeypatch.setattr(backends, "_warned_devices", set())
     device = torch.device("cuda")
     if expected == "reference":
         with pytest.warns(
             UserWarning, match="no fused kernel for cuda .* triton: none; cuda: not built"
         ):
-            assert ops.choose_backend(None, device, torch.bfloat16) == expected
+            assert backends.choose_backend(None, device, torch.bfloat16).name == expected
     else:
-        assert ops.choose_backend(None, device, torch.bfloat16) == expected
-    assert ops.choose_backend(None, device, torch.float64) == "reference"
+        assert backends.choose_backend(None, device, torch.bfloat16).name == expected
+    assert backends.choose_backend(None, device, torch.float64).name == "reference"
     if cuda:
         with pytest.raises(ValueError, match=f"backend 'cuda' is not available: {cuda}"):
-            ops.choose_backend("cuda", device, torch.bfloat16)
+            backends.choose_backend("cuda", device, torch.bfloat16)
     else:
-        assert ops.choose_backend("cuda", device, torch.bfloat16) == "cuda"
+        assert backends.choose_backend("cuda", device, torch.bfloat16).name == "cuda"
 
 
 @pytest.mark.parametrize("served_by", ["triton", "cuda", "reference"])
@@ -351,10 +352,10 @@ def test_default_operators_of_a_gpu(monkeypatch, served_by):
             return "triton"
 
     monkeypatch.setattr(
-        ops, "_load_triton", lambda: Triton if served_by == "triton" else ops.NO_TRITON
+        backends, "load_triton", lambda: Triton if served_by == "triton" else backends.NO_TRITON
     )
     cuda = None if served_by == "reference" else lambda *args: "cuda"
     assert (
-        ops._on_gpu("mask_layout", lambda *args: "reference", cuda)(torch.ones(1, 2), None)
+        backends.on_gpu("mask_layout", lambda *args: "reference", cuda)(torch.ones(1, 2), None)
         == served_by
     )

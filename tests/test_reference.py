@@ -20,7 +20,7 @@ from conftest import (
 )
 from philox_vectors import PHILOX_VECTORS
 
-from neftune_kernels import neftune_noise, noisy_embedding, ops, reference
+from neftune_kernels import backends, neftune_noise, noisy_embedding, ops, reference
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 2**63, 2**64 - 1, 0x0123456789ABCDEF)
 DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -36,7 +36,7 @@ def reference_philox(counter, key, rounds):
 
 def cpp_philox(counter, key, rounds):
     out = (ctypes.c_uint32 * 4)()
-    ops.native.handle.neftune_kernels_philox4x32(
+    backends.native.handle.neftune_kernels_philox4x32(
         (ctypes.c_uint32 * 4)(*counter), (ctypes.c_uint32 * 2)(*key), ctypes.c_int(rounds), out
     )
     return tuple(out)

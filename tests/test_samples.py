@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neftune_kernels import apply_neftune, noisy_embedding
-from neftune_kernels.integrations.samples import from_arguments, trailing_padding
+from neftune_kernels.integrations.arguments import from_arguments, trailing_padding
 
 transformers = pytest.importorskip("transformers")
 

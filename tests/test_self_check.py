@@ -14,7 +14,7 @@ import torch
 from conftest import make_batch, same_bits
 
 from neftune_kernels import __main__ as program
-from neftune_kernels import functional, noisy_embedding, ops, self_check
+from neftune_kernels import backends, functional, noisy_embedding, self_check
 
 OPS = torch.ops.neftune_kernels
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_a_right_kernel_serves_without_a_word():
         calls.append(len(calls))
         OPS.noisy_embedding.out(*args, out=out)
 
-    kernel = ops._compared("noisy_embedding", serve, None)
+    kernel = backends.compared("noisy_embedding", serve, None)
     args = arguments()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -66,7 +66,9 @@ def test_a_right_kernel_serves_without_a_word():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_one_wrong_bit_puts_a_backend_out_of_service(dtype):
-    kernel = ops._compared("noisy_embedding", with_a_wrong_bit, OPS.reference_noisy_embedding.out)
+    kernel = backends.compared(
+        "noisy_embedding", with_a_wrong_bit, OPS.reference_noisy_embedding.out
+    )
     args = arguments(dtype=dtype)
     expected = OPS.reference_noisy_embedding(*args)
     out = fresh(args)
@@ -80,29 +82,31 @@ def test_one_wrong_bit_puts_a_backend_out_of_service(dtype):
         kernel(*args, out=out.fill_(float("nan")))
     assert same_bits(out, expected)
     assert "self-check failed" in self_check.failure("cuda", "cpu")
-    assert "self-check failed" in ops.available_backends()["cuda"] or ops.native_cuda.reason
+    assert (
+        "self-check failed" in backends.available_backends()["cuda"] or backends.native_cuda.reason
+    )
 
 
 def test_a_failed_backend_is_not_chosen(monkeypatch):
-    monkeypatch.setattr(ops, "_import_for", lambda device_type: "")
-    monkeypatch.setattr(ops, "native_cuda", ops.NativeLibrary(None, ""))
+    monkeypatch.setattr(backends, "_import_for", lambda device_type: "")
+    monkeypatch.setattr(backends, "native_cuda", backends.NativeLibrary(None, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu = torch.device("cuda")
-    assert ops.choose_backend(None, gpu, torch.float32) == "triton"
+    assert backends.choose_backend(None, gpu, torch.float32).name == "triton"
     self_check._failures["triton", "cuda"] = "self-check failed: here"
-    assert ops.choose_backend(None, gpu, torch.float32) == "cuda"
+    assert backends.choose_backend(None, gpu, torch.float32).name == "cuda"
     with pytest.raises(ValueError, match="'triton' is not available: self-check failed: here"):
-        ops.choose_backend("triton", gpu, torch.float32)
+        backends.choose_backend("triton", gpu, torch.float32)
     self_check._failures["cuda", "cuda"] = "self-check failed: there"
     with pytest.warns(UserWarning, match="slow reference backend"):
-        ops._warned_devices.discard("cuda")
-        assert ops.choose_backend(None, gpu, torch.float32) == "reference"
+        backends._warned_devices.discard("cuda")
+        assert backends.choose_backend(None, gpu, torch.float32).name == "reference"
 
 
 def test_noise_added_in_place_is_compared_with_what_was_there():
     ids, weight, seed, alpha, *rest = arguments()
     embeds = torch.nn.functional.embedding(ids, weight)
-    add = ops._compared("add_noise", OPS.add_noise.out, None)
+    add = backends.compared("add_noise", OPS.add_noise.out, None)
     expected = OPS.reference_add_noise(embeds, seed, alpha, *rest[:7])
     add(embeds, seed, alpha, *rest[:7], out=embeds)
     assert same_bits(embeds, expected) and self_check.passed == {("cuda", "cpu", "add_noise")}
@@ -117,7 +121,7 @@ def test_numbers_of_samples_are_compared():
 
     right = OPS.mask_layout(mask, None)
     assert self_check.numbering_agrees("cuda", mask, None, right)
-    number = ops._compared("mask_layout", shifted, OPS.mask_layout)
+    number = backends.compared("mask_layout", shifted, OPS.mask_layout)
     with pytest.warns(RuntimeWarning, match="numbers of the samples in a mask"):
         found = number(mask, None)
     assert all(map(torch.equal, found, right))
@@ -194,18 +198,18 @@ def test_triton_can_be_switched_off():
 CALL = (
     "import torch, neftune_kernels as n\n"
     "ids, weight = torch.tensor([[1, 2]]), torch.zeros(3, 8)\n"
-    "from neftune_kernels import ops\n"
+    "from neftune_kernels import lookup\n"
     "seen = []\n"
-    "inner = ops.choose_backend\n"
-    "ops.choose_backend = lambda *args, **more: seen.append(inner(*args, **more)) or seen[-1]\n"
+    "inner = lookup.choose_backend\n"
+    "lookup.choose_backend = lambda *args: seen.append(inner(*args)) or seen[-1]\n"
 )
 
 
 def test_backend_for_who_cannot_reach_the_code():
-    code = CALL + "n.noisy_embedding(ids, weight, 5.0); print(seen)"
-    assert run(code, NEFTUNE_BACKEND="reference") == "['reference']"
-    said = CALL + "n.noisy_embedding(ids, weight, 5.0, backend='reference'); print(seen)"
-    assert run(said, NEFTUNE_BACKEND="cpp") == "['reference']"
+    code = CALL + "n.noisy_embedding(ids, weight, 5.0); print(seen[0].name)"
+    assert run(code, NEFTUNE_BACKEND="reference") == "reference"
+    said = CALL + "n.noisy_embedding(ids, weight, 5.0, backend='reference'); print(seen[0].name)"
+    assert run(said, NEFTUNE_BACKEND="cpp") == "reference"
     expected = r"ValueError: backend 'triton' (NEFTUNE_BACKEND) is not available: wrong device"
     assert expected in run(code, NEFTUNE_BACKEND="triton")
     expected = "backend must be None or one of 'reference', 'cpp', 'triton', 'cuda', got 'C++'"
@@ -221,16 +225,21 @@ def test_report_names_the_switches(monkeypatch):
 
 
 def test_device_without_float64_is_refused(monkeypatch):
-    monkeypatch.setattr(ops, "_float64_error", lambda device_type: "TypeError: no float64 here")
+    monkeypatch.setattr(
+        backends, "_float64_error", lambda device_type: "TypeError: no float64 here"
+    )
     message = r"on mps get no NEFTune noise: .*float64.*no float64 here.*Keep the embedding on the"
     for backend in (None, "reference"):
         with pytest.raises(ValueError, match=message):
-            ops.choose_backend(backend, torch.device("mps"), torch.float32)
-    assert ops.choose_backend("reference", torch.device("mps"), torch.float32, noisy=False)
-    assert ops.choose_backend("reference", CPU, torch.float32) == "reference"
+            backends.choose_backend(backend, torch.device("mps"), torch.float32)
+    assert backends.choose_backend("reference", torch.device("mps"), torch.float32, noisy=False)
+    assert backends.choose_backend("reference", CPU, torch.float32).name == "reference"
 
 
-def test_float64_is_asked_of_the_device():
-    assert ops._float64_error("cpu") == ""
-    if not torch.backends.mps.is_available():  # it raises as a device without float64 does
-        assert ops._float64_error("mps") != ""
+def test_float64_is_asked_of_the_device(monkeypatch):
+    assert backends._float64_error("cpu") == ""
+    if not torch.xpu.is_available():  # nothing can lie there
+        assert backends._float64_error.__wrapped__("xpu") == ""
+        with monkeypatch.context() as patch:  # it raises as a device without float64 does
+            patch.setattr(torch.xpu, "is_available", lambda: True)
+            assert "Error: " in backends._float64_error.__wrapped__("xpu")

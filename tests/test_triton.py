@@ -27,10 +27,10 @@ from neftune_kernels import (
     NEFTuneEmbedding,
     add_noise,
     available_backends,
-    functional,
+    backends,
+    lookup,
     neftune_noise,
     noisy_embedding,
-    ops,
     self_check,
 )
 from neftune_kernels import layout as layouts
@@ -104,7 +104,7 @@ def public(device, monkeypatch):
             "backends"
         )
     if EXECUTED:  # ttsem's "cuda" tensors say is_cpu, and would be served by the CPU's shortcut
-        monkeypatch.setattr(functional, "_embed_quickly", lambda *args: None)
+        monkeypatch.setattr(lookup, "_embed_quickly", lambda *args: None)
     return device
 
 
@@ -716,10 +716,10 @@ def test_grid_of_many_rows(device, monkeypatch):
 
 def test_public_functions_choose_triton(public):
     assert available_backends("cuda")["triton"] == "available"
-    assert ops.choose_backend(None, public, torch.bfloat16) == "triton"
-    assert ops.choose_backend(None, public, torch.float64) == "reference"
+    assert backends.choose_backend(None, public, torch.bfloat16).name == "triton"
+    assert backends.choose_backend(None, public, torch.float64).name == "reference"
     with pytest.raises(ValueError, match=r"backend 'triton' is not available: dtype torch.float64"):
-        ops.choose_backend("triton", public, torch.float64)
+        backends.choose_backend("triton", public, torch.float64)
     batch = make_batch("numbered")
     weight = make_weight(64, torch.bfloat16)
     on_gpu = {"attention_mask": batch.attention_mask.to(public), "seed": 5}

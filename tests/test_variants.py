@@ -19,16 +19,9 @@ from test_backends import LAYOUTS
 from test_layout import MASK_DTYPES, expected
 
 from neftune_kernels import NEFTuneEmbedding, add_noise, neftune_noise, noisy_embedding, reference
-from neftune_kernels.functional import (
-    NO_OFFSETS,
-    NOTHING,
-    UNIFORM,
-    Samples,
-    Variant,
-    alpha_tensor,
-    check_variant,
-    embeds_with_noise,
-)
+from neftune_kernels.lookup import embeds_with_noise
+from neftune_kernels.noise import UNIFORM, Variant, alpha_tensor, check_variant, make_noise
+from neftune_kernels.samples import UNSAID, Samples
 
 OPS = torch.ops.neftune_kernels
 SHAPE, WIDTH = (4, 13), 20
@@ -712,11 +705,10 @@ def test_inner_entry(backend, variant):
         variant.get("equal_variance", True),
         variant.get("sign", 1),
     )
-    out = embeds_with_noise(
-        embeds, alpha, Samples(noise_mask=mask), 3, None, NO_OFFSETS, backend, chosen
-    )
+    noise = make_noise(alpha, 3, variant=chosen, backend=backend)
+    out = embeds_with_noise(embeds, Samples(noise_mask=mask), noise)
     assert same_bits(out, add_noise(embeds, 5.0, noise_mask=mask, seed=3, **variant))
     assert same_bits(
-        embeds_with_noise(embeds, alpha, NOTHING, 3, None, NO_OFFSETS, backend),
+        embeds_with_noise(embeds, UNSAID, make_noise(alpha, 3, backend=backend)),
         add_noise(embeds, 5.0, seed=3),
     )

@@ -15,42 +15,43 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .. import layout as layouts
+from ..backends import Backend, choose_backend
 from ..distributed import (
     class_without_noise,
     data_parallel_index,
-    dtensor_with_noise,
-    is_dtensor,
     is_tensor_parallel_forward,
     replicated,
     shared_seed,
 )
-from ..functional import (
-    NOTHING,
+from ..lookup import PLAIN_WEIGHTS, embeds_with_noise, noisy_lookup
+from ..modules import HUGGING_FACE_MARK, TWO_NOISES, NEFTuneEmbedding
+from ..noise import (
     UNIFORM,
+    Noise,
     Offsets,
-    Samples,
-    Variant,
-    alpha_tensor,
     check_alpha,
     check_variant,
     check_word,
-    embed_with_noise,
-    embed_with_variant,
-    embeds_with_noise,
-    make_layout,
-    real_tokens,
+    make_noise,
     refuse_unknown,
     seed_tensor,
 )
-from ..modules import HUGGING_FACE_MARK, PLAIN_WEIGHTS, TWO_NOISES, NEFTuneEmbedding
-from ..ops import asked_outside_the_graph, choose_backend
-from .samples import from_arguments, from_callable, parameter_names, tells_samples, trailing_padding
+from ..samples import UNSAID, Samples, make_layout, real_tokens
+from ..torch_internals import asked_outside_the_graph, in_backward
+from .arguments import (
+    from_arguments,
+    from_callable,
+    parameter_names,
+    tells_samples,
+    trailing_padding,
+)
 
 
 class NoisyCall(NamedTuple):
@@ -60,10 +61,8 @@ class NoisyCall(NamedTuple):
     embedding_dim: int
     noise_alpha: float
     samples: Samples
-    seed: Tensor
-    replica: int
-    backend: str
-    variant: Variant
+    noise: Noise
+    backend: Backend
 
 
 class NEFTuneState:
@@ -173,7 +172,7 @@ class Site:
 
     def check_recomputation(self) -> None:
         """Inside backward a checkpointed segment runs again: it must see what it saw first."""
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             return
         if self.state.skipped_last == "no grad":
             raise RuntimeError(
@@ -202,17 +201,17 @@ class Site:
                     "wrapped the model (prompt tuning), call apply_neftune again after "
                     "get_peft_model"
                 )
-            return real_tokens(input, padding_idx, NOTHING)
+            return real_tokens(input, padding_idx, UNSAID)
         running = self.running[-1]
-        if not running.decoder:  # an outer model may be told what it does not pass on (Rwkv)
-            running = next(
-                (outer for outer in reversed(self.running) if not outer.samples.untold), running
-            )
+        # An outer model may be told what it does not pass on (Rwkv).
+        if not running.decoder:
+            outer = (one for one in reversed(self.running) if not one.samples.padding_unsaid)
+            running = next(outer, running)
         told = running.samples
-        if told.untold:
+        if told.padding_unsaid:
             if (
                 running.decoder
-                and (samples := trailing_padding(input, running.pad_token_id)) is not NOTHING
+                and (samples := trailing_padding(input, running.pad_token_id)) is not UNSAID
             ):
                 return samples._replace(noise_mask=told.noise_mask)
             return real_tokens(input, padding_idx, told)
@@ -224,7 +223,7 @@ class Site:
                 mask = mask.reshape(input.shape)  # flattened or not, never transposed
             elif running.used:
                 self.follows = True
-                return real_tokens(input, padding_idx, NOTHING)
+                return real_tokens(input, padding_idx, UNSAID)
             else:
                 self.state.warn_once(
                     f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's "
@@ -232,7 +231,7 @@ class Site:
                     "but padding_idx counts as real. Tell NEFTune the samples with "
                     "apply_neftune(..., samples=...)"
                 )
-                return real_tokens(input, padding_idx, NOTHING)
+                return real_tokens(input, padding_idx, UNSAID)
             told = told._replace(attention_mask=mask)
         running.used = True
         return told
@@ -292,53 +291,21 @@ class _Noisy(nn.Module):
         if type(weight) not in PLAIN_WEIGHTS:
             samples = replicated(samples)
         replica = state.resolve_replica(base)
-        fusible = (
-            self._neftune_base.forward is nn.Embedding.forward and type(weight) in PLAIN_WEIGHTS
-        )
-        fusible = (
-            fusible and base.max_norm is None and not base.sparse and not base.scale_grad_by_freq
-        )
-        embedded = None if fusible else look_up(input, *args, **kwargs)
-        if embedded is not None and scale != 1:
-            embedded = embedded * scale
-        dtype = (
-            weight.dtype if embedded is None else embedded.dtype
-        )  # a quantised weight's own dtype says nothing
         seed = shared_seed(seed_tensor(None, None, weight.device), weight)
+        noise = make_noise(alpha, seed, None, Offsets(replica), state.variant, state.backend)
+        own_forward = self._neftune_base.forward is not nn.Embedding.forward
+        own = partial(look_up, input, *args, **kwargs) if own_forward else None
+        noisy = noisy_lookup(base, input, samples, noise, scale, own)
         if not torch.compiler.is_compiling() and not site.follows:
             state.calls += 1
             state.skipped_last = None
-            chosen = choose_backend(state.backend, weight.device, dtype)
+            # A quantised weight's own dtype says nothing.
+            chosen = choose_backend(state.backend, weight.device, noisy.dtype)
+            alpha_of_call = state.noise_alpha / divisor
             site.last = NoisyCall(
-                input.shape,
-                base.embedding_dim,
-                state.noise_alpha / divisor,
-                samples,
-                seed,
-                replica,
-                chosen,
-                state.variant,
+                input.shape, base.embedding_dim, alpha_of_call, samples, noise, chosen
             )
-        offsets = Offsets(replica, 0, 0)
-        if embedded is not None:
-            add = dtensor_with_noise if is_dtensor(embedded) else embeds_with_noise
-            return add(embedded, alpha, samples, seed, None, offsets, state.backend, state.variant)
-        given = (
-            input,
-            weight,
-            alpha,
-            samples,
-            padding_idx,
-            scale,
-            seed,
-            None,
-            offsets,
-            state.backend,
-        )
-        plain = (
-            state.variant.distribution == "uniform" and state.variant.sign == 1
-        )  # values, on which Dynamo guards; not identity
-        return embed_with_noise(*given) if plain else embed_with_variant(*given, state.variant)
+        return noisy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_noisy, (self._neftune_base,), self.__dict__
@@ -796,7 +763,7 @@ class NEFTuneHandle:
             torch.cat([found[0] for found in measured]),
             torch.cat([found[1] for found in measured]),
         )
-        stats |= {"samples": lengths.numel(), "backend": lasts[-1].backend}
+        stats |= {"samples": lengths.numel(), "backend": lasts[-1].backend.name}
         if lengths.numel() == 0:
             return stats
         values = [
@@ -814,29 +781,22 @@ def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
     """float64 lengths and magnitudes of the call's samples with a real token, and the largest
     |noise| over its magnitude.
     """
-    device = last.seed.device
+    assert isinstance(last.noise.seed, Tensor)
+    device = last.noise.seed.device
     layout = make_layout(last.shape, device, last.samples, last.backend)
     sample, _, length = layouts.per_token(layout, last.shape, device)
     real = length > 0
-    lengths = (
-        torch.stack((sample[real], length[real])).unique(dim=1)[1].double()
-    )  # one per sample with a real token
+    # One for each sample with a real token.
+    lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1].double()
     if lengths.numel() == 0:
         return lengths.cpu(), lengths.cpu(), 0.0
     magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
-    zeros = torch.zeros((), dtype=torch.float32, device=device).expand(
-        *last.shape, last.embedding_dim
-    )
-    alpha, offsets = alpha_tensor(last.noise_alpha), Offsets(last.replica, 0, 0)
-    noise = embeds_with_noise(
-        zeros, alpha, last.samples, last.seed, None, offsets, last.backend, last.variant
-    )
+    zeros = torch.zeros((), dtype=torch.float32, device=device)
+    zeros = zeros.expand(*last.shape, last.embedding_dim)
+    noise = embeds_with_noise(zeros, last.samples, last.noise._replace(backend=last.backend.name))
     bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
-    return (
-        lengths.cpu(),
-        magnitudes.cpu(),
-        float((noise.view(-1, last.embedding_dim)[real].abs().amax(-1) / bound).max()),
-    )
+    largest = noise.view(-1, last.embedding_dim)[real].abs().amax(-1)
+    return lengths.cpu(), magnitudes.cpu(), float((largest / bound).max())
 
 
 def _make_noisy(module: nn.Module, state: NEFTuneState) -> Site:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..functional import check_alpha, refuse_unknown
+from ..noise import check_alpha, refuse_unknown
 from ..schedules import Schedule
 from .models import NEFTuneHandle, applied_handle, apply_neftune
 

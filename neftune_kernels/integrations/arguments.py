@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import NOTHING, Samples
 from ..layout import check_cu_seqlens_values
+from ..samples import UNSAID, Samples
 
 OUR_NAMES = (
     "attention_mask",
@@ -37,7 +37,7 @@ def from_callable(read: Callable[[dict[str, Any]], Any], given: dict[str, Any]) 
     """The user's own reading: a mask, or a dictionary with add_noise's keywords."""
     told = read(given)
     if told is None:
-        return NOTHING
+        return UNSAID
     if isinstance(told, Tensor):
         return Samples(attention_mask=told)
     if not isinstance(told, dict):
@@ -73,7 +73,7 @@ def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Sample
     if own:
         return Samples(**{name: given[name] for name in own})
     if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
-        return Samples(attention_mask=mask) if isinstance(mask, Tensor) else NOTHING
+        return Samples(attention_mask=mask) if isinstance(mask, Tensor) else UNSAID
     columns = input_ids.shape[-1]
     mask = _two_axes(mask, columns, warn)
     bounds, number = given.get("cu_seq_lens_q"), given.get("seq_idx")
@@ -197,7 +197,7 @@ def trailing_padding(input_ids: Tensor, pad_token_id: int | None) -> Samples:
     start token always.
     """
     if pad_token_id is None or input_ids.dim() == 0:
-        return NOTHING
+        return UNSAID
     kept = input_ids != pad_token_id
     real = kept.flip(-1).cumsum(-1).flip(-1) > 0
     first = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0

@@ -1,0 +1,229 @@
+"""The ways of one call: the same bits, gradients and generator state, other host time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .backends import CPP, CPP_SERVES, choose_backend
+from .distributed import dtensor_with_noise, is_dtensor
+from .layout import ROWS
+from .noise import Noise, alpha_tensor, make_noise, seed_tensor
+from .samples import UNSAID, Samples, make_layout, real_tokens
+from .torch_internals import dispatch_modes, transformed
+
+PLAIN_WEIGHTS = (nn.Parameter, Tensor)
+IN_PLACE_LIMIT = (
+    1 << 16
+    # elements: below it F.embedding and noise in its cache-warm output cost less than an
+    # autograd.Function
+)
+
+
+def check_embeds(inputs_embeds: Tensor) -> None:
+    if not isinstance(inputs_embeds, Tensor):
+        raise TypeError(f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}")
+    if inputs_embeds.dim() == 0:
+        raise ValueError("inputs_embeds must have shape (..., embedding_dim), got ()")
+
+
+def check_ids(input_ids: Tensor) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
+
+
+_SEED = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it is twice as fast
+
+
+def _embed_quickly(
+    input_ids: Tensor, weight: Tensor, alpha: Tensor, seed: Tensor | None
+) -> Tensor | None:
+    """embed_with_noise of ids and nothing else, in eager mode on a CPU, with the host time halved.
+
+    None where any of that does not hold; nothing is drawn then.
+    """
+    if not (
+        type(input_ids) is Tensor
+        and input_ids.dtype is torch.int64
+        and input_ids.is_cpu
+        and weight.is_cpu
+        and CPP_SERVES.get(weight.dtype)
+        and not dispatch_modes()
+        and not transformed()
+    ):
+        return None
+    needs_graph = weight.requires_grad and torch.is_grad_enabled()
+    if needs_graph and input_ids.numel() * weight.shape[1] > IN_PLACE_LIMIT:
+        return None
+    if seed is None:
+        seed = torch.empty_like(_SEED).random_(-(2**63), None)
+    elif seed.dtype is not torch.int64 or seed.dim() or not seed.is_cpu:
+        return None
+    if needs_graph:
+        embedded = _lookup(input_ids, weight, -1)
+        rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
+        CPP.add_noise_out(rows, seed, alpha, out=rows)
+        return embedded
+    out = weight.new_empty((*input_ids.shape, weight.shape[1]))
+    CPP.noisy_embedding_out(input_ids, weight, seed, alpha, out=out)
+    return out
+
+
+def embed_with_noise(
+    input_ids: Tensor,
+    weight: Tensor,
+    samples: Samples,
+    noise: Noise,
+    padding_idx: int = -1,
+    embed_scale: float = 1.0,
+) -> Tensor:
+    """Lookup with noise of alpha > 0: fused for uniform noise, else a lookup and then noise.
+
+    input_ids (..., T) of int32 or int64, weight (V, d), padding_idx -1 for none.
+    """
+    if noise.variant.distribution != "uniform":
+        embedded = embed_with_noise(
+            input_ids, weight, UNSAID, _no_noise(weight, noise), padding_idx, embed_scale
+        )
+        return embeds_with_noise(embedded, real_tokens(input_ids, padding_idx, samples), noise)
+    alpha, seed, generator, offsets, _, backend, plain = noise
+    plain = plain and samples.unsaid and padding_idx < 0
+    if (
+        plain
+        and embed_scale == 1
+        and (seed is None or isinstance(seed, Tensor))
+        and not torch.compiler.is_compiling()
+    ):
+        quick = _embed_quickly(input_ids, weight, alpha, seed)
+        if quick is not None:
+            return quick
+    check_ids(input_ids)
+    device = weight.device
+    if device != input_ids.device:
+        raise ValueError(
+            f"input_ids is on {input_ids.device}, weight on {device}: they must be on one device"
+        )
+    chosen = choose_backend(backend, device, weight.dtype)
+    layout = ROWS
+    if not plain:
+        samples = real_tokens(input_ids, padding_idx, samples)
+        layout = make_layout(input_ids.shape, device, samples, chosen, offsets.position_offset)
+    seed = seed_tensor(seed, generator, device)
+    needs_graph = weight.requires_grad and torch.is_grad_enabled()
+    if not transformed() and not torch.compiler.is_compiling():
+        # The operators' defaults are left out: host time goes by arguments.
+        drawn: tuple[Any, ...] = (seed, alpha) if plain else (seed, alpha, *layout, *offsets)
+        if not needs_graph:
+            out = weight.new_empty((*input_ids.shape, weight.shape[1]))
+            if embed_scale == 1:
+                chosen.noisy_embedding_out(input_ids, weight, *drawn, out=out)
+            else:
+                drawn = (seed, alpha, *layout, *offsets, padding_idx, embed_scale)
+                chosen.noisy_embedding_out(input_ids, weight, *drawn, out=out)
+            return out
+        small = input_ids.numel() * weight.shape[1] <= IN_PLACE_LIMIT
+        if small and embed_scale == 1 and device.type == "cpu" and not dispatch_modes():
+            embedded = _lookup(input_ids, weight, padding_idx)
+            rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
+            chosen.add_noise_out(rows, *drawn, out=rows)
+            return embedded
+    args = (input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale)
+    if transformed() or needs_graph:
+        return ops.NoisyEmbedding.apply(chosen.noisy_embedding, *args)
+    return chosen.noisy_embedding(*args)
+
+
+def _no_noise(weight: Tensor, noise: Noise) -> Noise:
+    """Of the same backend: a lookup with the operators' checks, scale and gradient."""
+    seed = torch.zeros((), dtype=torch.int64, device=weight.device)
+    return make_noise(alpha_tensor(0.0), seed, backend=noise.backend)
+
+
+def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+    """F.embedding, its IndexError with the value and the rule."""
+    try:
+        return torch.embedding(weight, input_ids, padding_idx)
+    except IndexError:
+        bad = input_ids[(input_ids < 0) | (input_ids >= weight.shape[0])]
+        raise IndexError(
+            f"input_ids must lie in [0, num_embeddings = {weight.shape[0]}), got {int(bad[0])}"
+        ) from None
+
+
+def embeds_with_noise(inputs_embeds: Tensor, samples: Samples, noise: Noise) -> Tensor:
+    """Noise of alpha > 0 on embeddings (..., T, d), in any variant."""
+    check_embeds(inputs_embeds)
+    device, offsets, variant = inputs_embeds.device, noise.offsets, noise.variant
+    chosen = choose_backend(noise.backend, device, inputs_embeds.dtype)
+    shape = inputs_embeds.shape[:-1]
+    layout = make_layout(shape, device, samples, chosen, offsets.position_offset)
+    seed = seed_tensor(noise.seed, noise.generator, device)
+    args: tuple[Any, ...] = (inputs_embeds, seed, noise.alpha, *layout, *offsets)
+    fused = variant.distribution == "uniform"
+    operator = chosen.add_noise
+    if not fused:
+        operator = chosen.add_variant_noise
+        args = (*args, variant.distribution, variant.equal_variance)
+    if transformed() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
+        return ops.AddNoise.apply(operator, *args)
+    if torch.compiler.is_compiling() or not fused:
+        return operator(*args)
+    out = torch.empty_like(inputs_embeds, memory_format=torch.contiguous_format)
+    chosen.add_noise_out(*args, out=out)
+    return out
+
+
+def is_fusible(embedding: Any, forward_is_plain: bool) -> bool:
+    """Whether lookup and noise can be one pass: an ordinary weight and nn.Embedding's forward."""
+    return (
+        forward_is_plain
+        and type(embedding.weight) in PLAIN_WEIGHTS
+        and embedding.max_norm is None
+        and not embedding.sparse
+        and not embedding.scale_grad_by_freq
+    )
+
+
+def noisy_lookup(
+    embedding: Any,
+    input_ids: Tensor,
+    samples: Samples,
+    noise: Noise,
+    embed_scale: float = 1.0,
+    look_up: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """What every noisy embedding does in training: one pass where it can be, else its own lookup,
+    the scale, and noise on that, a DTensor included.
+
+    embedding: the nn.Embedding; look_up: its own forward, None for nn.Embedding's.
+    """
+    padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
+    if is_fusible(embedding, look_up is None):
+        return embed_with_noise(
+            input_ids, embedding.weight, samples, noise, padding_idx, embed_scale
+        )
+    embedded = plain_lookup(embedding, input_ids) if look_up is None else look_up()
+    if embed_scale != 1:
+        embedded = embedded * embed_scale
+    samples = real_tokens(input_ids, padding_idx, samples)
+    if is_dtensor(embedded):
+        return dtensor_with_noise(embeds_with_noise, embedded, samples, noise)
+    return embeds_with_noise(embedded, samples, noise)
+
+
+def plain_lookup(embedding: Any, input_ids: Tensor) -> Tensor:
+    """nn.Embedding's forward."""
+    return F.embedding(
+        input_ids,
+        embedding.weight,
+        embedding.padding_idx,
+        embedding.max_norm,
+        embedding.norm_type,
+        embedding.scale_grad_by_freq,
+        embedding.sparse,
+    )

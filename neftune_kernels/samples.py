@@ -1,0 +1,102 @@
+"""What a caller says of the samples its tokens belong to, and the layout that operators take."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .layout import ROWS, Layout, by_document, check_layout
+
+
+class Samples(NamedTuple):
+    """The layout arguments of a call; padded_ids is our own, see :func:`real_tokens`."""
+
+    attention_mask: Tensor | None = None
+    lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    position_ids: Tensor | None = None
+    noise_mask: Tensor | None = None  # tokens that get noise; the others count all the same
+    padded_ids: Tensor | None = (
+        None  # nothing else is said: tokens equal to padding_idx are padding
+    )
+    padding_idx: int = -1
+
+    @property
+    def unsaid(self) -> bool:
+        """Whether nothing is said at all."""
+        return self.noise_mask is None and self.padding_unsaid
+
+    @property
+    def padding_unsaid(self) -> bool:
+        """Whether nothing says which tokens are real."""
+        return (
+            self.attention_mask is None
+            and self.lengths is None
+            and self.cu_seqlens is None
+            and self.position_ids is None
+            and self.padded_ids is None
+        )
+
+    def check(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Refuse what contradicts itself or does not fit tokens of this shape; returns position_ids
+        broadcast to it.
+        """
+        return check_layout(shape, device, *self[:5])
+
+
+UNSAID = Samples()
+
+
+def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
+    """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
+    if padding_idx < 0 or not samples.padding_unsaid:
+        return samples
+    return Samples(noise_mask=samples.noise_mask, padded_ids=input_ids, padding_idx=padding_idx)
+
+
+def make_layout(
+    shape: torch.Size,
+    device: torch.device,
+    samples: Samples,
+    backend: Backend,
+    position_offset: int = 0,
+) -> Layout:
+    """Check what the caller says and put it as the operators take it, which add the offset to
+    positions themselves.
+    """
+    if samples.unsaid:
+        return ROWS
+    position_ids = samples.check(shape, device)
+    if samples.noise_mask is None:
+        return _layout_of_samples(samples, position_ids, backend)
+    layout = ROWS
+    if not samples.padding_unsaid:
+        layout = _layout_of_samples(samples, position_ids, backend)
+    document = torch.ops.neftune_kernels.noisy_documents(
+        samples.noise_mask.detach(), *layout, position_offset
+    )
+    return by_document(layout, document, shape)
+
+
+def _layout_of_samples(samples: Samples, position_ids: Tensor | None, backend: Backend) -> Layout:
+    """make_layout but for the noise mask; GPU kernels read any strides and mask dtype."""
+    compiling = torch.compiler.is_compiling()
+    if samples.padded_ids is not None:
+        number = backend.padding_layout if compiling else backend.number_padding
+        return Layout(*number(samples.padded_ids, samples.padding_idx))
+    if samples.cu_seqlens is not None:
+        return Layout(cu_seqlens=samples.cu_seqlens.contiguous())
+    if samples.lengths is not None:
+        lengths = samples.lengths
+        position = None if position_ids is None else position_ids.reshape(-1)
+        if backend.name != "triton":
+            lengths = lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.long()
+            position = None if position is None else position.long()
+        return Layout(position=position, lengths=lengths.reshape(-1))
+    mask = None if samples.attention_mask is None else samples.attention_mask.detach()
+    if backend.name not in ("triton", "cuda"):
+        mask = None if mask is None else mask.contiguous()
+        position_ids = None if position_ids is None else position_ids.long().contiguous()
+    number = backend.mask_layout if compiling else backend.number_mask
+    return Layout(*number(mask, position_ids))
