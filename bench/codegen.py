@@ -203,6 +203,9 @@ def measure(configuration: Configuration) -> Code:
     )
 
 
+FIGURES_OF = "3.9"  # the triton whose code the targets are set for
+
+
 class Target(NamedTuple):
     per_element: float
     stretch: float | None

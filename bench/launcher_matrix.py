@@ -70,6 +70,11 @@ def environment(version: str, build: pathlib.Path) -> pathlib.Path:
     return python
 
 
+def names_with(cases: list[ElementTree.Element], kind: str) -> list[str]:
+    # Not by truth: an element without children is false.
+    return [case.get("name", "") for case in cases if case.find(kind) is not None]
+
+
 def outcome(version: str, build: pathlib.Path) -> Outcome:
     try:
         python = environment(version, build)
@@ -89,16 +94,11 @@ def outcome(version: str, build: pathlib.Path) -> Outcome:
         for found in case.iter("property")
         if found.get("name") == "launches"
     )
-    wrong = [
-        case.get("name", "")
-        for case in cases
-        if any(case.iter("failure")) or any(case.iter("error"))
-    ]
-    skipped = [case.get("name", "") for case in cases if any(case.iter("skipped"))]
+    wrong = [name for kind in ("failure", "error") for name in names_with(cases, kind)]
+    skipped = names_with(cases, "skipped")
     if wrong:
-        return Outcome(
-            version, launches, "**fails**: " + ", ".join(f"`{name}`" for name in wrong), False
-        )
+        verdict = f"**{len(wrong)} of {len(cases)} tests fail**, first `{wrong[0]}`"
+        return Outcome(version, launches, verdict, False)
     if skipped or not launches:
         return Outcome(version, launches, f"**not run**: {len(skipped)} tests skipped", False)
     return Outcome(version, launches, "equal", True)
