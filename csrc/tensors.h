@@ -9,8 +9,11 @@
 
 #include <cstdint>
 #include <sstream>
+#include <stdexcept>
 #include <utility>
 #include <vector>
+
+#include "element_type.h"
 
 namespace neftune_kernels {
 namespace {
@@ -25,6 +28,21 @@ template <class Error, class... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw Error(message.str());
+}
+
+ElementType element_type(const Tensor& tensor, const char* name, const char* kernel) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      fail<std::runtime_error>(name, " must be float32, bfloat16 or float16 for the ", kernel,
+                               ", got ", torch::headeronly::toString(tensor.scalar_type()),
+                               "; the reference backend takes float64");
+  }
 }
 
 std::vector<int64_t> shape_of(const Tensor& tensor) {

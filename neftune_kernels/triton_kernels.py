@@ -271,36 +271,36 @@ NOISY_ROWS_INTEGERS = (
     ],
 )
 def noisy_rows(
-    out,
-    source,
-    input_ids,
-    seed,
-    document,
-    position,
-    lengths,
-    cu_seqlens,
-    num_embeddings: tl.int64,
+    out,  # [rows · columns, D] float32, bfloat16 or float16, contiguous
+    source,  # [num_embeddings, D], without input_ids [rows · columns, D]; out's dtype
+    input_ids,  # [rows, columns] int32 or int64, or None
+    seed,  # [] int64
+    document,  # [rows · columns] int32 or int64, or None
+    position,  # [rows · columns] int32 or int64, or None
+    lengths,  # [samples] int32 or int64, or None
+    cu_seqlens,  # [samples + 1] int32 or int64, or None
+    num_embeddings: tl.int64,  # 0 without input_ids
     rows: tl.int32,
-    columns: tl.int64,
-    samples: tl.int64,
-    ids_row: tl.int64,
+    columns: tl.int64,  # tokens of a row
+    samples: tl.int64,  # that lengths or cu_seqlens hold
+    ids_row: tl.int64,  # strides of input_ids, in elements
     ids_column: tl.int64,
-    source_row: tl.int64,
+    source_row: tl.int64,  # strides of source, in elements
     source_column: tl.int64,
     lengths_stride: tl.int64,
-    step: tl.float32,
-    scale: tl.float32,
-    alpha_bits: tl.int64,
-    replica: tl.int64,
+    step: tl.float32,  # noise_step of `columns` real tokens; read without lengths and cu_seqlens
+    scale: tl.float32,  # embed_scale; read where SCALED
+    alpha_bits: tl.int64,  # the float64 noise_alpha's; read with lengths or cu_seqlens
+    replica: tl.int64,  # mod 2**32, as the two offsets
     sample_offset: tl.int64,
     position_offset: tl.int64,
-    D: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PIECES: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    DEBUG: tl.constexpr,
+    D: tl.constexpr,  # embedding_dim
+    ROW_STRIDE: tl.constexpr,  # source_row where rows are read by vectors, else 0
+    BLOCKS: tl.constexpr,  # of 8 columns, in a piece
+    PIECES: tl.constexpr,  # of a row
+    KIND: tl.constexpr,  # "columns", or vectors: "pairs" of 16-bit values, "quads" of float32
+    SCALED: tl.constexpr,  # scale is not 1
+    DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
 ):
     """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to
     65535, the rest of the rows).
@@ -502,23 +502,23 @@ NUMBER_DOCUMENTS_INTEGERS = (
     do_not_specialize_on_alignment=["document", "position", "lengths", "mask", "position_ids"],
 )
 def number_documents(
-    document,
-    position,
-    lengths,
-    mask,
-    position_ids,
+    document,  # [rows · columns] int64, written
+    position,  # [rows · columns] int64, written
+    lengths,  # [rows · columns] int64, written
+    mask,  # [rows, columns] integer or floating, bool as uint8, or None
+    position_ids,  # [rows, columns] integer, or None
     rows: tl.int64,
-    columns: tl.int64,
-    rows_each: tl.int64,
-    mask_row: tl.int64,
+    columns: tl.int64,  # tokens of a row
+    rows_each: tl.int64,  # rows of a program
+    mask_row: tl.int64,  # strides of mask, in elements
     mask_column: tl.int64,
-    ids_row: tl.int64,
+    ids_row: tl.int64,  # strides of position_ids, in elements
     ids_column: tl.int64,
-    padding_value: tl.int64,
-    HAS_PADDING_VALUE: tl.constexpr,
-    NUMBERED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEBUG: tl.constexpr,
+    padding_value: tl.int64,  # read where HAS_PADDING_VALUE
+    HAS_PADDING_VALUE: tl.constexpr,  # mask holds ids, padding where they equal padding_value
+    NUMBERED: tl.constexpr,  # mask values that differ number documents
+    BLOCK: tl.constexpr,  # tokens of a step
+    DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
 ):
     """layout.mask_layout in one launch. Grid (programs,), each with `rows_each` whole rows.
 

@@ -4,31 +4,29 @@
 
 #include <cstdint>
 
+#include "../element_type.h"
 #include "../philox.h"
 
 namespace neftune_kernels {
-
-enum ElementType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kElementTypes = 3 };
 
 constexpr int kProductsAlignment = 64;  // bytes
 
 // Equal for every row of one call.
 struct RowSettings {
-  int64_t columns;
-  PhiloxKey key;
-  uint32_t replica;
-  float scale;  // embed_scale; read by the scaled functions only
-  const void*
-      products;  // what Kernels::fill_products made of the rest; read by the noisy functions only
+  int64_t columns;       // embedding_dim
+  PhiloxKey key;         // of the seed
+  uint32_t replica;      // the counter's last word
+  float scale;           // embed_scale; read by the scaled functions only
+  const void* products;  // (products_bytes,) by fill_products; read by the noisy functions only
 };
 
 struct Row {
-  const void* source;  // `columns` consecutive elements
-  const void* next;    // row to prefetch meanwhile; any readable or unreadable address
-  void* out;           // may equal source
-  float step;          // not 0
-  uint32_t position;
-  uint32_t sample;
+  const void* source;  // (columns,) consecutive elements
+  const void* next;    // (columns,) to prefetch meanwhile; any readable or unreadable address
+  void* out;           // (columns,) consecutive elements; may equal source
+  float step;          // noise_step of the row's sample; not 0 for the noisy functions
+  uint32_t position;   // the counter's second word
+  uint32_t sample;     // the counter's third word
 };
 
 using RowFunction = void (*)(const RowSettings&, const Row&);

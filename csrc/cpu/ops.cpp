@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../noise.h"
+#include "../operators.h"
 #include "../tensors.h"
 #include "dispatch.h"
 #include "kernels.h"
@@ -29,22 +30,6 @@ constexpr int64_t kGrainElements = 32768;
 
 void check_cpu(const Tensor& tensor, const char* name) {
   if (!tensor.is_cpu()) fail<std::runtime_error>(name, " must be on the CPU");
-}
-
-ElementType element_type(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    default:
-      fail<std::runtime_error>(name,
-                               " must be float32, bfloat16 or float16 for the C++ kernel, got ",
-                               torch::headeronly::toString(tensor.scalar_type()),
-                               "; the reference backend takes float64");
-  }
 }
 
 template <class T>
@@ -60,9 +45,9 @@ T read_scalar(const Tensor& tensor, ScalarType dtype, const char* name) {
 
 // Element offsets of a tensor's first `axes` axes in row-major order; axes that step evenly are
 // merged, which leaves one in most tensors.
-class Offsets {
+class ElementOffsets {
  public:
-  Offsets(const Tensor& tensor, int64_t axes) {
+  ElementOffsets(const Tensor& tensor, int64_t axes) {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     for (int64_t axis = 0; axis < axes; ++axis) {
       if (sizes[axis] == 1) continue;
@@ -93,9 +78,9 @@ class Offsets {
 };
 
 // int32 or int64 tensor of any shape and strides, read in row-major order.
-class Integers {
+class StridedIntegers {
  public:
-  Integers(const Tensor& tensor, const char* name)
+  StridedIntegers(const Tensor& tensor, const char* name)
       : offsets_(tensor, tensor.dim()), size_(tensor.numel()) {
     check_cpu(tensor, name);
     const ScalarType dtype = tensor.scalar_type();
@@ -115,16 +100,16 @@ class Integers {
   }
 
  private:
-  Offsets offsets_;
+  ElementOffsets offsets_;
   int64_t size_;
   const void* data_;
   bool wide_;
 };
 
-std::optional<Integers> optional_integers(const std::optional<Tensor>& tensor, const char* name,
-                                          int64_t size) {
+std::optional<StridedIntegers> optional_integers(const std::optional<Tensor>& tensor,
+                                                 const char* name, int64_t size) {
   if (!tensor) return std::nullopt;
-  Integers values(*tensor, name);
+  StridedIntegers values(*tensor, name);
   if (size >= 0 && values.size() != size)
     fail<std::invalid_argument>(name, " must have ", size, " elements, got ", values.size());
   return values;
@@ -203,7 +188,7 @@ class Layout {
 
  private:
   void check_cu_seqlens() const {
-    const Integers& bounds = *cu_seqlens_;
+    const StridedIntegers& bounds = *cu_seqlens_;
     const int64_t tokens = rows_ * columns_, documents = bounds.size() - 1;
     if (documents < 0)
       fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got no elements");
@@ -242,7 +227,7 @@ class Layout {
   }
 
   int64_t rows_, columns_;
-  std::optional<Integers> document_, position_, lengths_, cu_seqlens_;
+  std::optional<StridedIntegers> document_, position_, lengths_, cu_seqlens_;
   uint32_t sample_offset_, position_offset_;
 };
 
@@ -258,6 +243,7 @@ class Source {
 
   const char* at(int64_t offset) const { return data_ + offset * element_size_; }
   bool contiguous() const { return column_stride_ == 1; }
+  int64_t embedding_dim() const { return columns_; }
   int64_t bytes() const { return columns_ * element_size_; }
 
   void gather(const char* row, char* out) const {
@@ -281,17 +267,16 @@ class Source {
   const char* data_;
 };
 
-struct Noise {
-  Tensor seed, noise_alpha;
-  std::optional<Tensor> document, position, lengths, cu_seqlens;
-  int64_t replica, sample_offset, position_offset;
-};
-
 // out[token] = cast(e + noise) over all tokens; offset_of(token) is the place of the token's row in
 // source, -1 for a bad id.
 template <class OffsetOf>
-void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int64_t columns,
-                       int64_t embedding_dim, const Noise& noise, double embed_scale, char* out,
+void add_noise_to_rows(const Source& source,  // rows of embedding_dim elements
+                       ElementType type,      // of source and out
+                       int64_t rows,          // of tokens
+                       int64_t columns,       // tokens of a row
+                       const Noise& noise,
+                       double embed_scale,  // 1: none
+                       char* out,           // (rows, columns, embedding_dim), contiguous
                        const OffsetOf& offset_of) {
   const Kernels& kernels = current_kernels();
   const uint64_t seed =
@@ -300,7 +285,8 @@ void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int
       read_scalar<double>(noise.noise_alpha, ScalarType::Double, "noise_alpha");
   const Layout layout(rows, columns, noise.document, noise.position, noise.lengths,
                       noise.cu_seqlens, noise.sample_offset, noise.position_offset);
-  const int64_t tokens = rows * columns, row_bytes = source.bytes();
+  const int64_t tokens = rows * columns, embedding_dim = source.embedding_dim(),
+                row_bytes = source.bytes();
   if (tokens == 0) return;
   const bool scaled = embed_scale != 1;
   // A NaN scale loses its payload, which rounding to bfloat16 could otherwise carry out of the
@@ -331,7 +317,8 @@ void add_noise_to_rows(const Source& source, ElementType type, int64_t rows, int
       const int64_t offset = next;
       if (token + 1 < end) next = offset_of(token + 1);
       const Place place = walk.next();
-      if (offset < 0) continue;
+      // Rows without elements may have no address, and none to copy; their ids are still checked.
+      if (offset < 0 || row_bytes == 0) continue;
       if (place.length != last_length) {
         last_length = place.length;
         const double elements =
@@ -368,62 +355,49 @@ int64_t product(const std::vector<int64_t>& sizes, size_t count) {
 void embed(const Tensor& input_ids, const Tensor& weight, const Noise& noise, double embed_scale,
            const std::vector<int64_t>& shape, char* out) {
   check_cpu(weight, "weight");
-  const ElementType type = element_type(weight, "weight");
-  const Integers ids(input_ids, "input_ids");
-  const int64_t num_embeddings = weight.size(0), embedding_dim = weight.size(1),
-                row_stride = weight.stride(0);
+  const ElementType type = element_type(weight, "weight", "C++ kernel");
+  const StridedIntegers ids(input_ids, "input_ids");
+  const int64_t num_embeddings = weight.size(0), row_stride = weight.stride(0);
   const int64_t columns = input_ids.dim() == 0 ? 1 : input_ids.size(input_ids.dim() - 1);
   const int64_t rows =
       input_ids.dim() == 0 ? 1 : product(shape, static_cast<size_t>(input_ids.dim() - 1));
   std::atomic<int64_t> first_bad{std::numeric_limits<int64_t>::max()};
-  add_noise_to_rows(Source(weight, 1), type, rows, columns, embedding_dim, noise, embed_scale, out,
-                    [&](int64_t token) {
-                      const int64_t id = ids[token];
-                      if (id >= 0 && id < num_embeddings) return id * row_stride;
-                      int64_t seen = first_bad.load(std::memory_order_relaxed);
-                      while (token < seen && !first_bad.compare_exchange_weak(
-                                                 seen, token, std::memory_order_relaxed)) {
-                      }
-                      return int64_t{-1};
-                    });
+  add_noise_to_rows(
+      Source(weight, 1), type, rows, columns, noise, embed_scale, out, [&](int64_t token) {
+        const int64_t id = ids[token];
+        if (id >= 0 && id < num_embeddings) return id * row_stride;
+        int64_t seen = first_bad.load(std::memory_order_relaxed);
+        while (token < seen &&
+               !first_bad.compare_exchange_weak(seen, token, std::memory_order_relaxed)) {
+        }
+        return int64_t{-1};
+      });
   if (const int64_t token = first_bad.load(); token < ids.size()) {
     fail<std::out_of_range>("input_ids must lie in [0, num_embeddings = ", num_embeddings,
                             "), got ", ids[token]);
   }
 }
 
-Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
-                       std::optional<Tensor> document, std::optional<Tensor> position,
-                       std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                       int64_t replica, int64_t sample_offset, int64_t position_offset,
+Tensor noisy_embedding(Tensor input_ids, Tensor weight, Noise noise,
                        int64_t /*padding_idx: for autograd*/, double embed_scale) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
-  element_type(weight, "weight");
+  element_type(weight, "weight", "C++ kernel");
   Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
-  embed(input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
-         position_offset},
-        embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
+  embed(input_ids, weight, noise, embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
   return out;
 }
 
-void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
-                         std::optional<Tensor> document, std::optional<Tensor> position,
-                         std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                         int64_t replica, int64_t sample_offset, int64_t position_offset,
+void noisy_embedding_out(Tensor input_ids, Tensor weight, Noise noise,
                          int64_t /*padding_idx: for autograd*/, double embed_scale, Tensor out) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   check_cpu(out, "out");
   check_out(out, weight, "weight", false, shape);
-  embed(input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
-         position_offset},
-        embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
+  embed(input_ids, weight, noise, embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
 }
 
 void add_noise_into(const Tensor& inputs_embeds, const Noise& noise, char* out) {
   check_cpu(inputs_embeds, "inputs_embeds");
-  const ElementType type = element_type(inputs_embeds, "inputs_embeds");
+  const ElementType type = element_type(inputs_embeds, "inputs_embeds", "C++ kernel");
   const int64_t dim = inputs_embeds.dim();
   if (dim == 0)
     fail<std::runtime_error>(
@@ -431,35 +405,23 @@ void add_noise_into(const Tensor& inputs_embeds, const Noise& noise, char* out) 
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   const int64_t columns = dim == 1 ? 1 : shape[dim - 2],
                 rows = dim == 1 ? 1 : product(shape, static_cast<size_t>(dim - 2));
-  const Offsets offset_of(inputs_embeds, dim - 1);
-  add_noise_to_rows(Source(inputs_embeds, dim - 1), type, rows, columns, shape[dim - 1], noise, 1.0,
-                    out, offset_of);
+  const ElementOffsets offset_of(inputs_embeds, dim - 1);
+  add_noise_to_rows(Source(inputs_embeds, dim - 1), type, rows, columns, noise, 1.0, out,
+                    offset_of);
 }
 
-Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
-                 std::optional<Tensor> document, std::optional<Tensor> position,
-                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
-                 int64_t sample_offset, int64_t position_offset) {
-  element_type(inputs_embeds, "inputs_embeds");
+Tensor add_noise(Tensor inputs_embeds, Noise noise) {
+  element_type(inputs_embeds, "inputs_embeds", "C++ kernel");
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
-  add_noise_into(inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
-                  sample_offset, position_offset},
-                 static_cast<char*>(out.mutable_data_ptr()));
+  add_noise_into(inputs_embeds, noise, static_cast<char*>(out.mutable_data_ptr()));
   return out;
 }
 
-void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
-                   std::optional<Tensor> document, std::optional<Tensor> position,
-                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
-                   int64_t sample_offset, int64_t position_offset, Tensor out) {
+void add_noise_out(Tensor inputs_embeds, Noise noise, Tensor out) {
   check_cpu(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
-  add_noise_into(inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
-                  sample_offset, position_offset},
-                 static_cast<char*>(out.mutable_data_ptr()));
+  add_noise_into(inputs_embeds, noise, static_cast<char*>(out.mutable_data_ptr()));
 }
 
 // Mask values are compared in a type that holds all of theirs: double for floats, their own for
@@ -502,11 +464,21 @@ std::string printed(double value) {
 template <class Mask>
 constexpr bool kSignedMask = !std::is_integral_v<Mask> || std::is_signed_v<Mask>;
 
+struct Numbering {
+  const Tensor* mask;          // (rows, columns) bool, integer or floating; nullptr: not given
+  const Tensor* position_ids;  // (rows, columns) integer; nullptr: not given
+  int64_t rows;
+  int64_t columns;
+  int64_t* document;  // (rows · columns,) out
+  int64_t* position;  // (rows · columns,) out
+  int64_t* lengths;   // (rows · columns,) out
+};
+
 template <class Mask, class Id>
-void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t rows, int64_t columns,
-                      int64_t* document, int64_t* position, int64_t* lengths) {
+void number_documents(const Numbering& numbering) {
+  const auto [mask, position_ids, rows, columns, document, position, lengths] = numbering;
   const Tensor& shaped = mask ? *mask : *position_ids;
-  const Offsets mask_offset(shaped, shaped.dim()),
+  const ElementOffsets mask_offset(shaped, shaped.dim()),
       id_offset(position_ids ? *position_ids : shaped, shaped.dim());
   const Mask* masks = mask ? static_cast<const Mask*>(mask->const_data_ptr()) : nullptr;
   const Id* ids = position_ids ? static_cast<const Id*>(position_ids->const_data_ptr()) : nullptr;
@@ -553,26 +525,20 @@ void number_documents(const Tensor* mask, const Tensor* position_ids, int64_t ro
 }
 
 template <class Mask>
-void number_documents_by_id(const Tensor* mask, const Tensor* position_ids, int64_t rows,
-                            int64_t columns, int64_t* document, int64_t* position,
-                            int64_t* lengths) {
-  const ScalarType dtype = position_ids ? position_ids->scalar_type() : ScalarType::Long;
+void number_documents_by_id(const Numbering& numbering) {
+  const ScalarType dtype =
+      numbering.position_ids ? numbering.position_ids->scalar_type() : ScalarType::Long;
   switch (dtype) {
     case ScalarType::Long:
-      return number_documents<Mask, int64_t>(mask, position_ids, rows, columns, document, position,
-                                             lengths);
+      return number_documents<Mask, int64_t>(numbering);
     case ScalarType::Int:
-      return number_documents<Mask, int32_t>(mask, position_ids, rows, columns, document, position,
-                                             lengths);
+      return number_documents<Mask, int32_t>(numbering);
     case ScalarType::Short:
-      return number_documents<Mask, int16_t>(mask, position_ids, rows, columns, document, position,
-                                             lengths);
+      return number_documents<Mask, int16_t>(numbering);
     case ScalarType::Char:
-      return number_documents<Mask, int8_t>(mask, position_ids, rows, columns, document, position,
-                                            lengths);
+      return number_documents<Mask, int8_t>(numbering);
     case ScalarType::Byte:
-      return number_documents<Mask, uint8_t>(mask, position_ids, rows, columns, document, position,
-                                             lengths);
+      return number_documents<Mask, uint8_t>(numbering);
     default:
       fail<std::runtime_error>("position_ids must be an integer tensor, got ",
                                torch::headeronly::toString(dtype));
@@ -598,12 +564,14 @@ std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_m
   Tensor position = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
   Tensor lengths = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
   if (rows * columns == 0) return {document, position, lengths};
-  const auto number = [&](auto value) {
-    number_documents_by_id<decltype(value)>(mask, ids, rows, columns,
-                                            static_cast<int64_t*>(document.mutable_data_ptr()),
-                                            static_cast<int64_t*>(position.mutable_data_ptr()),
-                                            static_cast<int64_t*>(lengths.mutable_data_ptr()));
-  };
+  const Numbering numbering{mask,
+                            ids,
+                            rows,
+                            columns,
+                            static_cast<int64_t*>(document.mutable_data_ptr()),
+                            static_cast<int64_t*>(position.mutable_data_ptr()),
+                            static_cast<int64_t*>(lengths.mutable_data_ptr())};
+  const auto number = [&](auto value) { number_documents_by_id<decltype(value)>(numbering); };
   const ScalarType dtype = mask ? mask->scalar_type() : ScalarType::Bool;
   switch (dtype) {
     case ScalarType::Bool:
@@ -656,9 +624,10 @@ std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_m
 }  // namespace neftune_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(neftune_kernels, CPU, m) {
-  m.impl("noisy_embedding", TORCH_BOX(&neftune_kernels::noisy_embedding));
-  m.impl("noisy_embedding.out", TORCH_BOX(&neftune_kernels::noisy_embedding_out));
-  m.impl("add_noise", TORCH_BOX(&neftune_kernels::add_noise));
-  m.impl("add_noise.out", TORCH_BOX(&neftune_kernels::add_noise_out));
-  m.impl("mask_layout", TORCH_BOX(&neftune_kernels::mask_layout));
+  using namespace neftune_kernels;
+  m.impl("noisy_embedding", TORCH_BOX(kEmbeddingOperator<&noisy_embedding>));
+  m.impl("noisy_embedding.out", TORCH_BOX(kEmbeddingOperator<&noisy_embedding_out>));
+  m.impl("add_noise", TORCH_BOX(kEmbedsOperator<&add_noise>));
+  m.impl("add_noise.out", TORCH_BOX(kEmbedsOperator<&add_noise_out>));
+  m.impl("mask_layout", TORCH_BOX(&mask_layout));
 }

@@ -4,60 +4,73 @@
 
 #include <cstdint>
 
+#include "../element_type.h"
 #include "../noise.h"
 
 namespace neftune_kernels {
 
-enum ElementType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-// Consecutive int32 or int64 values.
+// Consecutive values.
 struct Integers {
-  const void* data;  // nullptr: not given
-  bool wide;
+  const void* data;  // int32 or int64; nullptr: not given
+  bool wide;         // int64
 };
 
 // out[token] = cast(e + noise), token = row·columns + column. The layout's four are those of
 // layout.Layout; out is contiguous.
 struct RowArguments {
-  void* out;
-  const void* source;
-  const void* input_ids;  // int32 or int64; nullptr: source holds the embeddings themselves
-  bool wide_ids;
-  bool scaled;
-  bool vectors;  // rows may be read and written 16 bytes at a time
-  int64_t index_row,
-      index_column;  // strides of input_ids; without them of source's rows, in elements
-  int64_t source_row, source_column;
-  int64_t rows, columns, embedding_dim, num_embeddings;
-  int64_t samples;  // that lengths or cu_seqlens hold
-  const int64_t* seed;
-  Integers document, position, lengths, cu_seqlens;
+  void* out;               // (rows, columns, embedding_dim) of the ElementType
+  const void* source;      // the same or, with input_ids, (num_embeddings, embedding_dim)
+  const void* input_ids;   // (rows, columns) int32 or int64; nullptr: source holds the embeddings
+  bool wide_ids;           // input_ids are int64
+  bool scaled;             // scale is not 1
+  bool vectors;            // rows may be read and written 16 bytes at a time
+  int64_t index_row;       // stride of input_ids' rows, without them of source's; in elements
+  int64_t index_column;    // and of their columns
+  int64_t source_row;      // stride of source's rows where input_ids choose one
+  int64_t source_column;   // stride of a row's elements
+  int64_t rows;            // of tokens
+  int64_t columns;         // tokens of a row
+  int64_t embedding_dim;   // elements of a token
+  int64_t num_embeddings;  // 0 without input_ids
+  int64_t samples;         // documents or rows that lengths or cu_seqlens hold
+  const int64_t* seed;     // () on the device
+  Integers document;       // (rows · columns,)
+  Integers position;       // (rows · columns,)
+  Integers lengths;        // (samples,)
+  Integers cu_seqlens;     // (samples + 1,)
   double noise_alpha;
-  float step;  // noise_step of `columns` real tokens, read where no layout is given
-  float scale;
-  uint32_t replica, sample_offset, position_offset;
+  float step;   // noise_step of `columns` real tokens, read where no layout is given
+  float scale;  // embed_scale
+  uint32_t replica;
+  uint32_t sample_offset;
+  uint32_t position_offset;
 };
 
 // A mask's or position ids' values as 64-bit patterns: signed ones extended by sign, all others by
 // zeros.
 struct Values {
-  const void* data;  // nullptr: not given
-  int64_t row, column;
-  int8_t bytes;
-  bool is_signed;
-  int64_t absolute,
-      infinity;  // of floating ones: all bits but the sign, and infinity's; of integers 0
+  const void* data;  // (rows, columns) of `bytes` each; nullptr: not given
+  int64_t row;       // strides, in elements
+  int64_t column;
+  int8_t bytes;      // 1, 2, 4 or 8
+  bool is_signed;    // signed integers
+  int64_t absolute;  // of floating ones all bits but the sign, of integers 0
+  int64_t infinity;  // of floating ones infinity's bits, of integers 0
 };
 
-// document, position and lengths are int64, one per token. Not set: position of padding, and
-// lengths beyond the documents.
+// Not set: position of padding, and lengths beyond the documents.
 struct DocumentArguments {
-  int64_t *document, *position, *lengths;
-  Values mask, position_ids;
+  int64_t* document;       // (rows · columns,) out
+  int64_t* position;       // (rows · columns,) out
+  int64_t* lengths;        // (rows · columns,) out
+  Values mask;             // (rows, columns) bool, integer or floating
+  Values position_ids;     // (rows, columns) integer
   bool has_padding_value;  // the mask's values are ids, padding where they equal padding_value
   bool numbered;           // values that differ number documents
   int64_t padding_value;
-  int64_t rows, columns, rows_each;
+  int64_t rows;
+  int64_t columns;
+  int64_t rows_each;  // whole rows of a block; the launch sets it
 };
 
 // On the current device; a message where the launch failed, else nullptr. No synchronisation.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../noise.h"
+#include "../operators.h"
 #include "../tensors.h"
 #include "launch.h"
 #ifndef NEFTUNE_CUDA_DISPATCH_KEY  // tests that run the kernels on the CPU bring a Device of their
@@ -22,22 +23,6 @@ namespace {
 void check_launch(const char* error) {
   if (error)
     fail<std::runtime_error>("the launch of a neftune_kernels CUDA kernel failed: ", error);
-}
-
-ElementType element_type(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    default:
-      fail<std::runtime_error>(name,
-                               " must be float32, bfloat16 or float16 for the CUDA kernel, got ",
-                               torch::headeronly::toString(tensor.scalar_type()),
-                               "; the reference backend takes float64");
-  }
 }
 
 bool is_wide(const Tensor& tensor, const char* name) {
@@ -78,12 +63,6 @@ struct Rows {
     }
     return true;
   }
-};
-
-struct Noise {
-  Tensor seed, noise_alpha;
-  std::optional<Tensor> document, position, lengths, cu_seqlens;
-  int64_t replica, sample_offset, position_offset;
 };
 
 // Values of a tensor of any shape, in row-major order.
@@ -160,7 +139,7 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
 
 void embed(const Device& device, const Tensor& input_ids, const Tensor& weight, const Noise& noise,
            double embed_scale, void* out) {
-  const ElementType type = element_type(weight, "weight");
+  const ElementType type = element_type(weight, "weight", "CUDA kernel");
   device.check(input_ids, "input_ids");
   const Rows ids(input_ids, input_ids.dim());
   RowArguments arguments{};
@@ -178,38 +157,26 @@ void embed(const Device& device, const Tensor& input_ids, const Tensor& weight, 
   add_noise_to_rows(device, arguments, type, noise, embed_scale, out);
 }
 
-Tensor noisy_embedding(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
-                       std::optional<Tensor> document, std::optional<Tensor> position,
-                       std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                       int64_t replica, int64_t sample_offset, int64_t position_offset,
+Tensor noisy_embedding(Tensor input_ids, Tensor weight, Noise noise,
                        int64_t /*padding_idx: for autograd*/, double embed_scale) {
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   const Device device(weight);
   Tensor out = torch::stable::new_empty(weight, {shape.data(), shape.size()});
-  embed(device, input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
-         position_offset},
-        embed_scale, out.mutable_data_ptr());
+  embed(device, input_ids, weight, noise, embed_scale, out.mutable_data_ptr());
   return out;
 }
 
-void noisy_embedding_out(Tensor input_ids, Tensor weight, Tensor seed, Tensor noise_alpha,
-                         std::optional<Tensor> document, std::optional<Tensor> position,
-                         std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                         int64_t replica, int64_t sample_offset, int64_t position_offset,
+void noisy_embedding_out(Tensor input_ids, Tensor weight, Noise noise,
                          int64_t /*padding_idx: for autograd*/, double embed_scale, Tensor out) {
   const Device device(weight);
   device.check(out, "out");
   check_out(out, weight, "weight", false, embedded_shape(input_ids, weight));
-  embed(device, input_ids, weight,
-        {seed, noise_alpha, document, position, lengths, cu_seqlens, replica, sample_offset,
-         position_offset},
-        embed_scale, out.mutable_data_ptr());
+  embed(device, input_ids, weight, noise, embed_scale, out.mutable_data_ptr());
 }
 
 void add_noise_into(const Device& device, const Tensor& inputs_embeds, const Noise& noise,
                     void* out) {
-  const ElementType type = element_type(inputs_embeds, "inputs_embeds");
+  const ElementType type = element_type(inputs_embeds, "inputs_embeds", "CUDA kernel");
   const int64_t dim = inputs_embeds.dim();
   if (dim == 0)
     fail<std::runtime_error>(
@@ -226,31 +193,19 @@ void add_noise_into(const Device& device, const Tensor& inputs_embeds, const Noi
   add_noise_to_rows(device, arguments, type, noise, 1.0, out);
 }
 
-Tensor add_noise(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
-                 std::optional<Tensor> document, std::optional<Tensor> position,
-                 std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
-                 int64_t sample_offset, int64_t position_offset) {
+Tensor add_noise(Tensor inputs_embeds, Noise noise) {
   const std::vector<int64_t> shape = shape_of(inputs_embeds);
   const Device device(inputs_embeds);
   Tensor out = torch::stable::new_empty(inputs_embeds, {shape.data(), shape.size()});
-  add_noise_into(device, inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
-                  sample_offset, position_offset},
-                 out.mutable_data_ptr());
+  add_noise_into(device, inputs_embeds, noise, out.mutable_data_ptr());
   return out;
 }
 
-void add_noise_out(Tensor inputs_embeds, Tensor seed, Tensor noise_alpha,
-                   std::optional<Tensor> document, std::optional<Tensor> position,
-                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, int64_t replica,
-                   int64_t sample_offset, int64_t position_offset, Tensor out) {
+void add_noise_out(Tensor inputs_embeds, Noise noise, Tensor out) {
   const Device device(inputs_embeds);
   device.check(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
-  add_noise_into(device, inputs_embeds,
-                 {seed, noise_alpha, document, position, lengths, cu_seqlens, replica,
-                  sample_offset, position_offset},
-                 out.mutable_data_ptr());
+  add_noise_into(device, inputs_embeds, noise, out.mutable_data_ptr());
 }
 
 // ---- documents
@@ -351,10 +306,11 @@ std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padd
 }  // namespace neftune_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(neftune_kernels, NEFTUNE_CUDA_DISPATCH_KEY, m) {
-  m.impl("cuda_noisy_embedding", TORCH_BOX(&neftune_kernels::noisy_embedding));
-  m.impl("cuda_noisy_embedding.out", TORCH_BOX(&neftune_kernels::noisy_embedding_out));
-  m.impl("cuda_add_noise", TORCH_BOX(&neftune_kernels::add_noise));
-  m.impl("cuda_add_noise.out", TORCH_BOX(&neftune_kernels::add_noise_out));
-  m.impl("cuda_mask_layout", TORCH_BOX(&neftune_kernels::mask_layout));
-  m.impl("cuda_padding_layout", TORCH_BOX(&neftune_kernels::padding_layout));
+  using namespace neftune_kernels;
+  m.impl("cuda_noisy_embedding", TORCH_BOX(kEmbeddingOperator<&noisy_embedding>));
+  m.impl("cuda_noisy_embedding.out", TORCH_BOX(kEmbeddingOperator<&noisy_embedding_out>));
+  m.impl("cuda_add_noise", TORCH_BOX(kEmbedsOperator<&add_noise>));
+  m.impl("cuda_add_noise.out", TORCH_BOX(kEmbedsOperator<&add_noise_out>));
+  m.impl("cuda_mask_layout", TORCH_BOX(&mask_layout));
+  m.impl("cuda_padding_layout", TORCH_BOX(&padding_layout));
 }
