@@ -155,7 +155,7 @@ def first_hidden(model, **inputs):
 
 
 def last_seed(module):
-    return module._neftune.last.seed
+    return module._neftune.last.noise.seed
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "holes", "none"])

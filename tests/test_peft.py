@@ -62,7 +62,7 @@ def outputs(model, **given):
 
 def seed_of(handle):
     (seed,) = {
-        int(module()._neftune.last.seed)
+        int(module()._neftune.last.noise.seed)
         for module in handle._noisy
         if module()._neftune.last is not None
     }

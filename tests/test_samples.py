@@ -44,7 +44,7 @@ def noised(model, *args, **given):
     model.model(*args, **given)
     hook.remove()
     assert len(seen) == 1
-    return seen[0], embedding._neftune.last.seed
+    return seen[0], embedding._neftune.last.noise.seed
 
 
 def check(expected, *args, ids=IDS, pad_token_id=None, **given):
@@ -116,7 +116,7 @@ def test_documents_of_a_pack(way, proves):
     finally:
         type(model.model).forward = original
     embedding = model.get_input_embeddings()
-    seed = embedding._neftune.last.seed
+    seed = embedding._neftune.last.noise.seed
     assert torch.equal(
         out["embeds"],
         noisy_embedding(IDS, embedding.weight, 5.0, attention_mask=NUMBERS, seed=seed),
@@ -195,7 +195,7 @@ def test_shifted_labels_of_a_decoder():
         [1, 1, 1, 1],
         [1, 0, 0, 0],
     ]
-    assert trailing_padding(ids, None).unknown
+    assert trailing_padding(ids, None).unsaid
 
 
 @pytest.mark.parametrize(
@@ -279,5 +279,5 @@ def test_bad_bounds_are_refused():
 def test_what_cannot_be_read_warns(given, message):
     warned = []
     told = from_arguments({"input_ids": ROWS, **given}, None, warned.append)
-    assert len(warned) == 1 and told.unknown
+    assert len(warned) == 1 and told.unsaid
     assert re.search(message, warned[0])

@@ -130,7 +130,7 @@ class Watch:
             getattr(type(module), "_neftune_base", type(module)).forward(module, args[0]).detach()
         )
         site = getattr(module, "_neftune", None)
-        seed = site.last.seed if site is not None and site.last is not None else None
+        seed = site.last.noise.seed if site is not None and site.last is not None else None
         self.calls.append(
             types.SimpleNamespace(
                 ids=args[0],
