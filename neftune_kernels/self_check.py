@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import reference
 from .layout import Layout, mask_layout, per_token
+from .torch_internals import dispatch_modes
 
 ENABLED = os.environ.get("NEFTUNE_SELF_CHECK") != "0"
 TOKENS = 64  # compared at most
@@ -39,7 +40,7 @@ def failure(backend: str, device_type: str | None) -> str:
 
 def wanted(device: torch.device) -> bool:
     """Whether a call on that device may be compared now: not inside a capture, trace or mode."""
-    if not ENABLED or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not ENABLED or torch.compiler.is_compiling() or dispatch_modes():
         return False
     return not (
         device.type == "cuda"

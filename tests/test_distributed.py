@@ -757,7 +757,12 @@ def assert_own_noise(seen, rank):
         )
         assert torch.equal(out, expected)
         other = noisy_embedding(
-            ids, weight, 5.0, attention_mask=(ids != 0).long(), seed=last.noise.seed, replica=1 - rank
+            ids,
+            weight,
+            5.0,
+            attention_mask=(ids != 0).long(),
+            seed=last.noise.seed,
+            replica=1 - rank,
         )
         assert not torch.equal(out, other)
     first, second = gathered(seen[0][3].seed)

@@ -1,0 +1,75 @@
+"""The private names of torch that neftune_kernels rests on are there and mean what they did."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neftune_kernels import torch_internals
+
+OPS = torch.ops.neftune_kernels
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_are_counted():
+    assert torch_internals.dispatch_modes() == 0
+    with Mode():
+        assert torch_internals.dispatch_modes() == 1
+        with torch._subclasses.FakeTensorMode():
+            assert torch_internals.dispatch_modes() == 2
+    assert torch_internals.dispatch_modes() == 0
+
+
+def test_transforms_are_seen():
+    seen = []
+
+    def look(x):
+        seen.append((torch_internals.transformed(), torch_internals.vmapped()))
+        return x.sum()
+
+    x = torch.ones(2)
+    look(x)
+    torch.func.grad(look)(x)
+    torch.func.vmap(look)(x[None])
+    with torch.autograd.forward_ad.dual_level():
+        look(x)
+    assert seen == [(False, False), (True, True), (True, True), (True, False)]
+
+
+def test_backward_is_seen():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(torch_internals.in_backward()))
+    assert not torch_internals.in_backward()
+    x.sum().backward()
+    assert seen == [True] and not torch_internals.in_backward()
+
+
+def test_entry_is_the_operator_one_frame_sooner():
+    overload = OPS.draw_seed.default
+    entry = torch_internals.entry(overload)
+    assert entry is not overload, "OpOverload has no _op any more: calls cost a frame more"
+    torch.manual_seed(3)
+    expected = overload(torch.empty((), dtype=torch.int64))
+    torch.manual_seed(3)
+    assert torch.equal(entry(torch.empty((), dtype=torch.int64)), expected)
+
+
+def test_functions_are_asked_outside_the_graph():
+    """Dynamo takes a marked function's value as a constant and does not look inside."""
+
+    @torch_internals.asked_outside_the_graph
+    def ask():
+        return len(str(__import__("sys").modules))
+
+    def graph(x):
+        return x * 0 + ask()
+
+    torch.compiler.reset()
+    expected = ask()
+    compiled = torch.compile(graph, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())).item() >= expected
+    unmarked = torch.compiler.assume_constant_result(lambda: 1)
+    assert unmarked._dynamo_marked_constant and ask._dynamo_marked_constant
