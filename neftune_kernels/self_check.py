@@ -11,8 +11,7 @@ off; `python -m neftune_kernels --check` compares more.
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,7 +101,7 @@ def expected_rows(
     return Expected(token, torch.where(inside[:, None], noisy, float("nan")))
 
 
-def _same_bits(left: Tensor, right: Tensor) -> bool:
+def same_bits(left: Tensor, right: Tensor) -> bool:
     """NaN is NaN, whatever its payload; the one synchronisation."""
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[left.element_size()]
     same = left.contiguous().view(integers) == right.contiguous().view(integers)
@@ -112,7 +111,7 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 def rows_agree(backend: str, out: Tensor, expected: Expected) -> bool:
     """Whether `out` (..., d) has the expected bits; where not, the backend is out of service."""
     rows = out.view(-1, out.shape[-1])[expected.token]
-    if _same_bits(rows, expected.rows):
+    if same_bits(rows, expected.rows):
         return True
     _put_out_of_service(backend, out.device, f"{out.dtype} rows of {out.shape[-1]} columns")
     return False
@@ -156,76 +155,3 @@ def _put_out_of_service(backend: str, device: torch.device, what: str) -> None:
         RuntimeWarning,
         stacklevel=5,
     )
-
-
-# ---- the long form
-
-
-WIDTHS = (20, 576, 4096)  # columns: read one by one, in one piece, in several
-
-
-class Case(NamedTuple):
-    backend: str
-    dtype: torch.dtype
-    embedding_dim: int
-    layout: str
-    same: bool
-
-
-def _layouts(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Keywords of noisy_embedding for ids (3, 41)."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.randint(0, 3, (3, 41), generator=generator)
-    told: dict[str, dict[str, Tensor]] = {
-        "nothing": {},
-        "attention_mask": {"attention_mask": mask},
-        "bool attention_mask": {"attention_mask": mask != 0},
-        "lengths": {"lengths": torch.tensor([41, 0, 7])},
-        "cu_seqlens": {"cu_seqlens": torch.tensor([0, 5, 5, 100, 123])},
-        "position_ids": {"position_ids": torch.arange(41).expand(3, 41) % 11},
-        "noise_mask": {"noise_mask": mask != 1},
-    }
-    return {
-        name: {word: value.to(device) for word, value in given.items()}
-        for name, given in told.items()
-    }
-
-
-def compare(backend: str, device: torch.device) -> Iterator[Case]:
-    """noisy_embedding by the backend against the reference on the CPU: every dtype, layout and kind
-    of row, each twice, as the first call of a kernel is launched in another way.
-    """
-    from .functional import noisy_embedding  # above this module
-
-    generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(0, 100, (3, 41), generator=generator)
-    cpu = torch.device("cpu")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for embedding_dim in WIDTHS:
-            weight = torch.randn(100, embedding_dim, generator=generator).to(dtype)
-            on_device = input_ids.to(device), weight.to(device)
-            for layout, given in _layouts(device).items():
-                expected = noisy_embedding(
-                    input_ids,
-                    weight,
-                    5.0,
-                    **_layouts(cpu)[layout],
-                    embed_scale=1.7,
-                    seed=3,
-                    replica=1,
-                    backend="reference",
-                )
-                outs = [
-                    noisy_embedding(
-                        *on_device,
-                        5.0,
-                        **given,
-                        embed_scale=1.7,
-                        seed=3,
-                        replica=1,
-                        backend=backend,
-                    )
-                    for _ in range(2)
-                ]
-                same = all(_same_bits(out.cpu(), expected) for out in outs)
-                yield Case(backend, dtype, embedding_dim, layout, same)

@@ -14,7 +14,7 @@ import torch
 from conftest import make_batch, same_bits
 
 from neftune_kernels import __main__ as program
-from neftune_kernels import backends, functional, noisy_embedding, self_check
+from neftune_kernels import backends, noisy_embedding, self_check
 
 OPS = torch.ops.neftune_kernels
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def enabled(no_self_check, monkeypatch):
     monkeypatch.setattr(self_check, "ENABLED", True)
     monkeypatch.setattr(self_check, "passed", set())
     monkeypatch.setattr(self_check, "_failures", {})
-    monkeypatch.setattr(self_check, "WIDTHS", (20, 64, 72))
+    monkeypatch.setattr(program, "WIDTHS", (20, 64, 72))
 
 
 def arguments(kind="numbered", width=24, dtype=torch.bfloat16):
@@ -161,7 +161,7 @@ def test_never_inside_a_trace_or_a_mode(monkeypatch):
 def test_long_form(capsys):
     assert program.check()
     assert "WRONG" not in capsys.readouterr().out
-    assert len({case[1:4] for case in self_check.compare("reference", CPU)}) == 63
+    assert len({case[1:4] for case in program.compare("reference", CPU)}) == 63
 
 
 def test_long_form_sees_a_wrong_backend(monkeypatch, capsys):
@@ -173,7 +173,7 @@ def test_long_form_sees_a_wrong_backend(monkeypatch, capsys):
             out[0, 0, 0] += 1
         return out
 
-    monkeypatch.setattr(functional, "noisy_embedding", wrong)
+    monkeypatch.setattr(program, "noisy_embedding", wrong)
     monkeypatch.setattr(program, "available_backends", lambda device: {"cpp": "available"})
     assert not program.check()
     assert capsys.readouterr().out.count("WRONG: torch.float16") == 3
