@@ -443,12 +443,18 @@ def test_empty_inputs(backend, shape, embedding_dim):
     )
 
 
-def test_no_columns(backend):
-    assert noisy_embedding(
-        torch.tensor([[1, 2]]), torch.zeros(3, 0), 5.0, seed=0, backend=backend
-    ).shape == (1, 2, 0)
+@pytest.mark.parametrize("embed_scale", (1.0, 2.0))
+def test_no_columns(backend, embed_scale):
+    """Rows without elements, noisy and padding; tests/test_cpu_sanitizers.py watches them."""
+    weight, given = torch.zeros(3, 0), {"seed": 0, "backend": backend}
+    for lengths in (None, torch.tensor([1])):
+        rows = noisy_embedding(
+            torch.tensor([[1, 2]]), weight, 5.0, lengths=lengths, embed_scale=embed_scale, **given
+        )
+        assert rows.shape == (1, 2, 0)
+        assert add_noise(rows, 5.0, lengths=lengths, **given).shape == (1, 2, 0)
     with pytest.raises(IndexError, match="3"):
-        noisy_embedding(torch.tensor([[1, 3]]), torch.zeros(3, 0), 5.0, seed=0, backend=backend)
+        noisy_embedding(torch.tensor([[1, 3]]), weight, 5.0, embed_scale=embed_scale, **given)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
