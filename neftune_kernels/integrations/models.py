@@ -293,8 +293,8 @@ class _Noisy(nn.Module):
         replica = state.resolve_replica(base)
         seed = shared_seed(seed_tensor(None, None, weight.device), weight)
         noise = make_noise(alpha, seed, None, Offsets(replica), state.variant, state.backend)
-        own_forward = self._neftune_base.forward is not nn.Embedding.forward
-        own = partial(look_up, input, *args, **kwargs) if own_forward else None
+        plain = self._neftune_base.forward is nn.Embedding.forward and not self._neftune_forward
+        own = None if plain else partial(look_up, input, *args, **kwargs)
         noisy = noisy_lookup(base, input, samples, noise, scale, own)
         if not torch.compiler.is_compiling() and not site.follows:
             state.calls += 1
