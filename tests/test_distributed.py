@@ -925,7 +925,7 @@ def assert_own_noise(seen, rank):
             replica=1 - rank,
         )
         assert not torch.equal(out, other)
-    first, second = gathered(seen[0][3].seed)
+    first, second = gathered(seen[0][3].noise.seed)
     assert torch.equal(first, second), (
         "trainers seed all ranks alike: only the replica tells them apart"
     )
