@@ -130,7 +130,16 @@ def test_report():
 
 @pytest.mark.parametrize(
     "module",
-    ["functional", "modules", "ops", "integrations.lightning", "integrations.transformers"],
+    [
+        "backends",
+        "distributed",
+        "functional",
+        "integrations.lightning",
+        "integrations.models",
+        "integrations.transformers",
+        "modules",
+        "schedules",
+    ],
 )
 def test_docstring_examples(module):
     names = {**vars(neftune_kernels), "torch": torch, "nn": torch.nn}
