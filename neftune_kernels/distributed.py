@@ -5,6 +5,7 @@ whatever its placements: the ranks of a tensor-parallel group share one replica 
 its first rank draws. What differs between replicas is the counter's word `replica`.
 """
 
+import reprlib
 import weakref
 from typing import Any
 
@@ -16,9 +17,10 @@ from . import reference
 from .functional import UNIFORM, Offsets, Samples, Variant, embeds_with_noise, seed_tensor
 from .ops import asked_outside_the_graph, choose_backend
 
-PASS_STREAM = (
-    "pass replica= to apply_neftune: a number that the ranks of one replica share "
-    "and that no other replica has"
+DISTRIBUTED = dist.is_available()  # by this torch's build
+PASS_REPLICA = (
+    "pass replica= to apply_neftune or NEFTuneEmbedding: a number that the ranks of one replica "
+    "share and that no other replica has"
 )
 
 
@@ -26,11 +28,7 @@ def is_dtensor(value: Any) -> bool:
     """torch.distributed.tensor is imported only when somebody has a tensor that is neither a Tensor
     nor a Parameter.
     """
-    if (
-        not isinstance(value, Tensor)
-        or type(value) in (Tensor, nn.Parameter)
-        or not dist.is_available()
-    ):
+    if not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter) or not DISTRIBUTED:
         return False
     from torch.distributed.tensor import DTensor
 
@@ -38,6 +36,13 @@ def is_dtensor(value: Any) -> bool:
 
 
 # ---- replicas
+
+
+def _no_process_group() -> bool:
+    """dist.is_initialized() is a constant for Dynamo, which compiles nothing anew when a process
+    group comes or goes; on the group itself it sets a guard.
+    """
+    return not DISTRIBUTED or dist.GroupMember.WORLD is None
 
 
 def data_parallel_index(
@@ -64,7 +69,7 @@ def data_parallel_index(
         >>> data_parallel_index(torch.zeros(3, 2))
         0
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if _no_process_group():
         return 0
     if dist.get_world_size() == 1:
         return dist.get_rank()
@@ -82,20 +87,19 @@ def data_parallel_index(
         raise RuntimeError(
             "the embedding's weight is an ordinary tensor while other parameters of the model are "
             "DTensors, so which ranks see the same "
-            f"tokens cannot be known: {PASS_STREAM}"
+            f"tokens cannot be known: {PASS_REPLICA}"
         )
     return dist.get_rank()
 
 
 def module_replica(embedding: nn.Module) -> int:
-    """:func:`data_parallel_index` for a module that sees no more than its own weight.
+    """:func:`data_parallel_index` for a module, which sees no more than its own weight.
 
     Raises:
-        RuntimeError: there is a process group of more than one but not all ranks (tensor, pipeline
-            or sequence parallelism), and the weight is neither a DTensor nor FSDP2's, so that which
-            ranks see the same tokens cannot be known; the message names `replica=`.
+        RuntimeError: it cannot be known: beside a weight that is neither a DTensor nor FSDP2's
+            there is a process group of some of the ranks; the message names `replica=`.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if _no_process_group():
         return 0
     weight: Any = embedding.weight
     if (
@@ -104,23 +108,28 @@ def module_replica(embedding: nn.Module) -> int:
         and (group := _partial_group())
     ):
         raise RuntimeError(
-            f"there is a process group of the ranks {group} beside the world's "
-            f"{dist.get_world_size()}, so which ranks see the same tokens as this one cannot be "
+            f"there is a process group of {group}, so which of them see the same tokens cannot be "
             "known from the embedding's weight: pass replica= to NEFTuneEmbedding, a number that "
-            "the ranks of one data-parallel replica share and no other replica has (the "
-            "data-parallel rank), or 0 where all ranks see the same tokens"
+            "the ranks of one data-parallel replica share and that no other replica has. That is "
+            "torch.distributed.get_rank() where every rank has tokens of its own, the "
+            "data-parallel rank beside tensor, pipeline or sequence parallelism"
         )
     return data_parallel_index(weight, embedding)
 
 
 @asked_outside_the_graph  # torch's table of groups is no constant for Dynamo
-def _partial_group() -> list[int]:
-    """The ranks of a group of ours with more than one but not all of the world; [] without."""
+def _partial_group() -> str:
+    """The ranks, in words, of a group that has more than one of the world's and not all of them;
+    empty without one.
+
+    Ranks outside the group are told of the last one made: all ranks raise, and none is left
+    waiting for the others.
+    """
     size = dist.get_world_size()
-    for ranks in list(dist.distributed_c10d._world.pg_group_ranks.values()):
-        if 1 < len(ranks) < size:
-            return sorted(ranks)
-    return []
+    for group in list(dist.distributed_c10d._world.pg_group_ranks.values()):
+        if 1 < len(group) < size:
+            return f"{len(group)} of the {size} ranks ({reprlib.repr(sorted(group))})"
+    return ""
 
 
 @asked_outside_the_graph  # torch 2.11's Dynamo cannot follow a mesh's shape
@@ -143,7 +152,7 @@ def _index_outside(mesh: Any) -> int:
             f"the embedding's weight is a DTensor on {mesh}, whose root mesh has {root.size()} of "
             f"{dist.get_world_size()} processes, so "
             f"its data-parallel index cannot be known: slice it from a mesh of the whole world, "
-            f"or {PASS_STREAM}"
+            f"or {PASS_REPLICA}"
         )
     ranks, own = root.mesh, root.get_coordinate()
     inside = set(mesh.mesh.flatten().tolist())
@@ -306,7 +315,7 @@ def class_without_noise(noisy: type, base: type) -> type | None:
     """The class that fully_shard makes of `base`, for one that it made of `noisy`; None for any
     other class.
     """
-    if not dist.is_available():
+    if not DISTRIBUTED:
         return None
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp._fully_shard._fully_shard import get_cls_to_fsdp_cls

@@ -6,6 +6,7 @@ back through spawn. Ranks are seeded alike throughout, as trainers do.
 """
 
 import copy
+import itertools
 import os
 import socket
 import warnings
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -23,8 +25,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, apply_neftune, noisy_embedding
-from neftune_kernels.distributed import data_parallel_index
+from neftune_kernels import (
+    NEFTuneEmbedding,
+    add_noise,
+    apply_neftune,
+    neftune_noise,
+    noisy_embedding,
+)
+from neftune_kernels.distributed import data_parallel_index, module_replica
 
 VOCAB, HIDDEN, COLUMNS = 13, 21, 7  # none of them even
 
@@ -43,15 +51,30 @@ class Model(nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
+    def embedded(self, input_ids, attention_mask):
+        """A NEFTuneEmbedding is handed its mask, apply_neftune finds it by itself."""
+        if isinstance(self.embed, NEFTuneEmbedding):
+            return self.embed(input_ids, attention_mask=attention_mask)
+        return self.embed(input_ids)
+
     def forward(self, input_ids, attention_mask=None):
-        return self.head(torch.tanh(self.middle(self.embed(input_ids))))
+        return self.head(torch.tanh(self.middle(self.embedded(input_ids, attention_mask))))
 
 
 class Embedder(Model):
     """The embedding alone, so that nothing between it and the caller touches its output."""
 
     def forward(self, input_ids, attention_mask=None):
-        return self.embed(input_ids)
+        return self.embedded(input_ids, attention_mask)
+
+
+def noisy_embedder(by_hand):
+    """Noise by a NEFTuneEmbedding of one's own, or by apply_neftune."""
+    if by_hand:
+        return Embedder(embedding=NEFTuneEmbedding)
+    model = Embedder()
+    apply_neftune(model, 5.0, embedding="embed")
+    return model
 
 
 def batch():
@@ -269,10 +292,6 @@ def check_data_parallel(rank, folder):
     apply_neftune(model, 5.0, embedding="embed", replica=9)
     assert torch.equal(run(model, ids, attention_mask=mask), one_process(replica=9)[0])
 
-    # module and functions by hand: replica 0 on every rank
-    model = Embedder(embedding=NEFTuneEmbedding)
-    assert torch.equal(run(model.embed, ids, attention_mask=mask), one_process(replica=0)[0])
-
     # an ordinary embedding beside DTensors: TP ranks see the same tokens, other meshes' may not
     model = Model()
     apply_neftune(model, 5.0, embedding="embed")
@@ -294,6 +313,134 @@ def check_data_parallel(rank, folder):
 
 def test_data_parallel_ranks_draw_noise_of_their_own(tmp_path):
     spawn(tmp_path, 2, check_data_parallel)
+
+
+def check_module(rank, folder):
+    """Not a word of the ranks from the user."""
+    ids, mask = batch()
+    model = Embedder(embedding=NEFTuneEmbedding)
+    embedding = model.embed
+    assert embedding.replica is None
+
+    def replica_drawn(**said):
+        """The replica whose noise the module adds."""
+        out = run(embedding, ids, attention_mask=mask, **said)
+        (found,) = (
+            replica for replica in range(9) if torch.equal(out, one_process(replica=replica)[0])
+        )
+        return found
+
+    assert replica_drawn() == rank
+    out = run(nn.parallel.DistributedDataParallel(model), ids, attention_mask=mask)
+    assert torch.equal(out, one_process(replica=rank)[0])
+    assert not torch.equal(*gathered(out)), "both ranks drew one noise"
+
+    # groups that leave nobody out, or hold nobody else: gloo beside nccl, a mesh, one rank each
+    dist.new_group([0, 1])
+    assert replica_drawn() == rank
+    init_device_mesh("cpu", (2,))
+    init_device_mesh("cpu", (2, 1))
+    dist.new_subgroups(1)
+    assert replica_drawn() == rank
+
+    # what is said counts, at the call before the module's own
+    assert replica_drawn(replica=0) == 0 and replica_drawn(replica=7) == 7
+    embedding.replica = 8
+    assert (replica_drawn(), replica_drawn(replica=0)) == (8, 0)
+    embedding.replica = 0
+    assert replica_drawn() == 0
+    embedding.replica = None
+    with pytest.raises(ValueError, match=r"replica must lie in \[0, 2\*\*32\), got -1"):
+        embedding(ids, replica=-1)
+
+    # a copy works out its own
+    embedding = copy.deepcopy(embedding)
+    assert embedding.replica is None and replica_drawn() == rank
+
+    # the functions are pure: replica 0 unless said
+    expected, weight = one_process(replica=0)
+    told = {"attention_mask": mask, "seed": drawn_after(3)}
+    lookup = nn.functional.embedding(ids, weight)
+    assert torch.equal(noisy_embedding(ids, weight, 5.0, padding_idx=0, **told), expected)
+    assert torch.equal(add_noise(lookup, 5.0, **told), expected)
+    assert torch.equal(lookup + neftune_noise(ids.shape, HIDDEN, 5.0, **told), expected)
+
+    # a process group that goes and one that comes, for what was compiled before as well
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(embedding, fullgraph=True, backend=counter)
+
+    def compiled_noise(replica, seed):
+        out = compiled(ids, attention_mask=mask, seed=seed)
+        plain = noisy_embedding(
+            ids, embedding.weight, 5.0, attention_mask=mask, seed=seed, replica=replica
+        )
+        assert torch.equal(out, plain)
+
+    compiled_noise(rank, torch.tensor(0))
+    graphs = counter.frame_count
+    for seed in (1, 2):
+        compiled_noise(rank, torch.tensor(seed))
+    assert counter.frame_count == graphs, "compiled anew for a call"
+    dist.destroy_process_group()
+    assert replica_drawn() == 0
+    compiled_noise(0, torch.tensor(1))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/more", rank=rank, world_size=2)
+    assert replica_drawn() == rank
+    for seed in (1, 2):
+        compiled_noise(rank, torch.tensor(seed))
+    assert counter.frame_count == graphs + 2, "compiled anew for more than a change of groups"
+
+
+def test_module_works_its_replica_out(tmp_path):
+    spawn(tmp_path, 2, check_module)
+
+
+def check_partial_group(rank, folder):
+    """Two of three ranks have a group of their own; the third, which is not in it, raises too and
+    does not wait for them in the next collective.
+    """
+    ids, mask = batch()
+    embedding = Embedder(embedding=NEFTuneEmbedding).embed
+    assert module_replica(embedding) == rank
+    mesh, swapped = init_device_mesh("cpu", (3,)), DeviceMesh("cpu", [2, 0, 1])
+    assert module_replica(embedding) == rank, "a mesh of all ranks has no group of some"
+    group = dist.new_group([0, 1])
+    plain = one_process(replica=0)[0]
+    refusal = (
+        r"process group of 2 of the 3 ranks \(\[0, 1\]\), .*pass replica= to NEFTuneEmbedding"
+        r".*get_rank\(\) where every rank has tokens of its own"
+    )
+    with pytest.raises(RuntimeError, match=refusal):
+        embedding(ids, attention_mask=mask)
+    compiled = torch.compile(embedding, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=refusal):  # Dynamo's own around it
+        compiled(ids, attention_mask=mask)
+    torch._dynamo.reset()
+    clean = nn.functional.embedding(ids, embedding.weight)
+    assert torch.equal(embedding.eval()(ids), clean), "without noise nothing is asked"
+    embedding.train().noise_alpha = 0
+    assert torch.equal(embedding(ids), clean)
+    embedding.noise_alpha = 5.0
+    assert torch.equal(run(embedding, ids, attention_mask=mask, replica=0), plain)
+    said = Embedder(embedding=NEFTuneEmbedding, replica=0).embed
+    assert torch.equal(run(said, ids, attention_mask=mask), plain)
+
+    # where the weight tells, the group is nobody's business
+    model = Embedder(embedding=NEFTuneEmbedding)
+    fully_shard(model, mesh=swapped)
+    place = (1, 2, 0)[rank]
+    assert torch.equal(run(model, ids, attention_mask=mask), one_process(replica=place)[0])
+    model = Embedder(embedding=NEFTuneEmbedding)
+    parallelize_module(model, mesh, {"embed": ColwiseParallel(output_layouts=Replicate())})
+    assert torch.equal(run(model, ids, attention_mask=mask), plain)
+
+    if rank < 2:  # torch does not tell the third
+        dist.destroy_process_group(group)
+        assert torch.equal(run(embedding, ids, attention_mask=mask), one_process(replica=rank)[0])
+
+
+def test_group_of_some_ranks_is_refused_beside_a_plain_weight(tmp_path):
+    spawn(tmp_path, 3, check_partial_group)
 
 
 def check_fsdp2(rank, folder):
@@ -404,10 +551,9 @@ def check_meshes(rank, folder):
     )
     for mesh, replica in meshes:
         for name, (style, layouts, shard_dim) in styles.items():
-            for fsdp in (False, True):
-                what = f"{mesh} {name} fsdp={fsdp}"
-                model = Embedder()
-                apply_neftune(model, 5.0, embedding="embed")
+            for fsdp, by_hand in itertools.product((False, True), repeat=2):
+                what = f"{mesh} {name} fsdp={fsdp} by hand={by_hand}"
+                model = noisy_embedder(by_hand)
                 parallelize_module(model, mesh["tp"], {"embed": style(**layouts)})
                 if fsdp:
                     fully_shard(model, mesh=mesh["dp"])
@@ -417,26 +563,35 @@ def check_meshes(rank, folder):
 
     # HSDP: every rank is a replica of its own, numbered along the mesh
     mesh = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("replicate", "shard"))
-    model = Embedder()
-    apply_neftune(model, 5.0, embedding="embed")
-    fully_shard(model, mesh=mesh)
     place = (0, 2, 1, 3)[rank]
-    assert torch.equal(run(model, ids, attention_mask=mask), one_process(replica=place)[0])
+    for by_hand in (False, True):
+        model = noisy_embedder(by_hand)
+        fully_shard(model, mesh=mesh)
+        assert torch.equal(run(model, ids, attention_mask=mask), one_process(replica=place)[0])
+
+    # the meshes' groups beside a plain weight: here every rank is asked
+    with pytest.raises(RuntimeError, match="process group of 2 of the 4 ranks.*pass replica="):
+        noisy_embedder(by_hand=True)(ids, attention_mask=mask)
 
     # two meshes that know nothing of each other: nobody can tell which replica this is
     halves = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [2, 3])]
-    model = Embedder()
-    apply_neftune(model, 5.0, embedding="embed")
-    parallelize_module(model, halves[rank // 2], {"embed": ColwiseParallel()})
-    with pytest.raises(
-        RuntimeError, match="2 of 4 processes, so its data-parallel index cannot be known.*replica="
-    ):
-        model(ids, attention_mask=mask)
-    apply_neftune(model, 5.0, embedding="embed", replica=rank // 2)
-    assert torch.equal(
-        run(model, ids, attention_mask=mask),
-        one_process(replica=rank // 2)[0].chunk(2, 2)[rank % 2],
-    )
+    for by_hand in (False, True):
+        model = noisy_embedder(by_hand)
+        parallelize_module(model, halves[rank // 2], {"embed": ColwiseParallel()})
+        with pytest.raises(
+            RuntimeError,
+            match="2 of 4 processes, so its data-parallel index cannot be known.*pass replica= to "
+            "apply_neftune or NEFTuneEmbedding",
+        ):
+            model(ids, attention_mask=mask)
+        if by_hand:
+            model.embed.replica = rank // 2
+        else:
+            apply_neftune(model, 5.0, embedding="embed", replica=rank // 2)
+        assert torch.equal(
+            run(model, ids, attention_mask=mask),
+            one_process(replica=rank // 2)[0].chunk(2, 2)[rank % 2],
+        )
 
 
 def test_two_dimensional_meshes(tmp_path):
@@ -464,15 +619,19 @@ def check_compiled(rank, folder):
             rank,
         ),
     }
-    for name, (parallelise, replica) in cases.items():
-        model = Embedder()
-        apply_neftune(model, 5.0, embedding="embed")
+    for (name, (parallelise, replica)), by_hand in itertools.product(cases.items(), (False, True)):
+        model = noisy_embedder(by_hand)
         parallelise(model)
         torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.equal(
-            run(compiled, ids, attention_mask=mask), one_process(replica=replica)[0]
-        ), name
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        what = f"{name} by hand={by_hand}"
+        expected = one_process(replica=replica)[0]
+        for _ in range(2):  # FSDP2 sets itself up in the first call, and is compiled again
+            assert torch.equal(run(compiled, ids, attention_mask=mask), expected), what
+        graphs = counter.frame_count
+        assert torch.equal(run(compiled, ids, attention_mask=mask), expected), what
+        assert counter.frame_count == graphs, f"{what}: compiled anew for a call"
 
 
 def test_compiled_noise_is_the_eager_one_in_one_graph(tmp_path):
@@ -642,7 +801,7 @@ def check_context_parallel(rank, folder):
     embedding.weight = Model().embed.weight
     ids = torch.randint(VOCAB, (len(LENGTHS), LONG), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor(LENGTHS)
-    whole = embedding(ids, lengths=lengths, seed=5)
+    whole = noisy_embedding(ids, embedding.weight, 5.0, lengths=lengths, seed=5)
     places = torch.arange(LONG)[None].clone()
     mine, where = ids.clone(), places.clone()
     with context_parallel(mesh, buffers=[mine, where], buffer_seq_dims=[1, 1]):
@@ -651,12 +810,13 @@ def check_context_parallel(rank, folder):
         assert columns.tolist() != list(range(LONG // 2 * rank, LONG // 2 * (rank + 1))), (
             "balanced: not contiguous"
         )
-        out = embedding(mine, lengths=lengths, position_ids=where, seed=5)
+        out = embedding(mine, lengths=lengths, position_ids=where, seed=5, replica=0)
+        alone = embedding(mine, lengths=lengths, position_ids=where, seed=5)
     assert torch.equal(out, whole[:, columns])
     assert torch.cat(gathered(columns)).sort().values.tolist() == list(range(LONG))
-    assert (
-        data_parallel_index(embedding.weight) == rank
-    )  # so both ranks must be given one replica where apply_neftune is used
+    # Nothing tells such ranks from data-parallel ones: they must be given one replica.
+    assert data_parallel_index(embedding.weight) == module_replica(embedding) == rank
+    assert torch.equal(alone, whole[:, columns]) == (rank == 0)
 
 
 def test_context_parallel_buffers(tmp_path):
@@ -797,6 +957,7 @@ def check_trainer(rank, folder):
     hook.remove()
     assert dist.get_world_size() == 2 and len(seen) == 4
     assert_own_noise(seen, rank)
+    assert module_replica(nn.Embedding(3, 2)) == rank, "Trainer makes a group of some ranks"
     assert type(model.get_input_embeddings()) is nn.Embedding
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     torch.save((losses, model.state_dict()), f"{folder}/result{os.environ['RUN']}-{rank}")
@@ -823,6 +984,7 @@ def check_accelerate(rank, folder):
     hook.remove()
     assert isinstance(model, nn.parallel.DistributedDataParallel) and len(seen) == 2
     assert_own_noise(seen, rank)
+    assert module_replica(nn.Embedding(3, 2)) == rank, "accelerate makes a group of some ranks"
     handle.remove()
     torch.save(
         ([], accelerator.unwrap_model(model).state_dict()),

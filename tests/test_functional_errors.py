@@ -70,6 +70,15 @@ def test_numbers_of_any_kind_are_alphas(function, noise_alpha):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_stream_is_refused_with_its_new_name(function):
+    name = {add: "add_noise", noise: "neftune_noise"}.get(function, "noisy_embedding")
+    message = rf"{name}\(\) takes no stream=: .* is replica="
+    refused(TypeError, message, function, stream=0)
+    refused(TypeError, message, function, noise_alpha=0.0, stream=1)  # without noise as well
+    refused(TypeError, f"{name}.*unexpected keyword argument 'streams'", function, streams=0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("word", ["replica", "sample_offset", "position_offset"])
 def test_words_of_the_counter(function, word):
     for value in (-1, 2**32, 2**64, -(2**63)):

@@ -349,6 +349,15 @@ def test_what_cannot_be_noised_is_refused():
         assert type(model.embed) is nn.Embedding
 
 
+def test_stream_is_refused_with_its_new_name():
+    model = make_model()
+    with pytest.raises(TypeError, match=r"apply_neftune\(\) takes no stream=: .* is replica="):
+        apply_neftune(model, 5.0, stream=0)
+    assert type(model.get_input_embeddings()) is nn.Embedding, "noised all the same"
+    with pytest.raises(TypeError, match=r"apply_neftune.*unexpected keyword argument 'replicas'"):
+        apply_neftune(model, 5.0, replicas=0)
+
+
 def test_own_module_by_path_and_object():
     class Own(nn.Module):
         def __init__(self):
@@ -393,7 +402,7 @@ def test_handle_keeps_no_model_alive():
     handle.remove()
 
 
-def test_noise_replicas_follow_the_process_group(tmp_path, monkeypatch):
+def test_replica_follows_the_process_group(tmp_path, monkeypatch):
     model = make_model()
     ids, mask = ragged()
     apply_neftune(model, 5.0)

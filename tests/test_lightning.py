@@ -241,6 +241,8 @@ def test_which_model_is_noised():
 
 
 def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"NEFTuneCallback\(\) takes no stream=: .* is replica="):
+        NEFTuneCallback(5.0, stream=0)
     with pytest.raises(ValueError, match="noise_alpha must be finite and >= 0"):
         NEFTuneCallback(-1.0)
     with pytest.raises(TypeError, match="alpha_noise"):

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from neftune_kernels import (
     NEFTuneEmbedding,
     add_noise,
+    distributed,
     functional,
     neftune_noise,
     noisy_embedding,
@@ -199,6 +202,76 @@ def test_copies_pickles_and_state():
     plain = nn.Embedding(10, 24)
     plain.load_state_dict(module.state_dict())
     module.load_state_dict(nn.Embedding(10, 24).state_dict())
+
+
+@pytest.mark.parametrize("replica", [None, 0, 4])
+def test_replica_is_kept(replica):
+    """None, which is worked out at each call, stays None and is never what it came to."""
+    module = NEFTuneEmbedding(10, 24, replica=replica)
+    ids, _ = with_mask()
+    expected = noisy_embedding(ids, module.weight, 5.0, seed=8, replica=replica or 0)
+    assert torch.equal(module(ids, seed=8), expected)
+    plain = module.to_embedding()
+    assert "replica" not in vars(plain)
+    for twin in (
+        module,
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        NEFTuneEmbedding.from_embedding(plain, replica=replica),
+        NEFTuneEmbedding.from_pretrained(module.weight.detach(), replica=replica),
+    ):
+        assert twin.replica == replica and type(twin.replica) is type(replica)
+        assert torch.equal(twin(ids, seed=8), expected)
+    shown = "" if replica is None else f", replica={replica}"
+    assert repr(module) == f"NEFTuneEmbedding(10, 24, noise_alpha=5.0{shown})"
+    assert NEFTuneEmbedding.from_embedding(plain).replica is None
+    assert NEFTuneEmbedding.from_pretrained(torch.ones(4, 3)).replica is None
+
+
+def test_nothing_is_asked_without_a_process_group(monkeypatch):
+    """No table of ranks, groups or FSDP states, and no import of the DTensors' modules."""
+
+    def asked(*args):
+        raise AssertionError("asked")
+
+    for name in ("get_rank", "get_world_size"):
+        monkeypatch.setattr(torch.distributed, name, asked)
+    for name in ("is_dtensor", "_fsdp_mesh_info", "_partial_group"):
+        monkeypatch.setattr(distributed, name, asked)
+    ids, _ = with_mask()
+    NEFTuneEmbedding(10, 24)(ids)
+    monkeypatch.setattr(distributed, "DISTRIBUTED", False)  # a torch built without it
+    monkeypatch.delattr(torch.distributed, "GroupMember")
+    NEFTuneEmbedding(10, 24)(ids)
+    code = (
+        "import sys, torch; from neftune_kernels import NEFTuneEmbedding as E; "
+        "before = set(sys.modules); E(10, 24)(torch.arange(3)); "
+        "print(sorted(name for name in set(sys.modules) - before if 'distributed' in name), "
+        "'torch.distributed.tensor' in before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["[]", "False"]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("NEFTuneEmbedding", lambda: NEFTuneEmbedding(10, 24, stream=0)),
+        ("forward", lambda: NEFTuneEmbedding(10, 24)(torch.arange(3), stream=0)),
+        ("forward", lambda: NEFTuneEmbedding(10, 24).eval()(torch.arange(3), stream=0)),
+        (
+            "from_embedding",
+            lambda: NEFTuneEmbedding.from_embedding(nn.Embedding(10, 24), stream=0),
+        ),
+        (
+            "NEFTuneEmbedding",
+            lambda: NEFTuneEmbedding.from_pretrained(torch.ones(4, 3), stream=0),
+        ),
+    ],
+)
+def test_stream_is_refused_with_its_new_name(name, call):
+    with pytest.raises(TypeError, match=rf"{name}\(\) takes no stream=: .* is replica="):
+        call()
 
 
 def test_is_an_embedding_and_ties():

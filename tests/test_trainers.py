@@ -743,6 +743,8 @@ def test_two_callbacks_and_nested_trainings(tmp_path):
 
 
 def test_bad_arguments_of_the_callback():
+    with pytest.raises(TypeError, match=r"NEFTuneCallback\(\) takes no stream=: .* is replica="):
+        NEFTuneCallback(5.0, stream=0)
     with pytest.raises(ValueError, match="finite and >= 0, got -1.0"):
         NEFTuneCallback(-1.0)
     with pytest.raises(TypeError, match="apply_neftune's keywords, got alpha"):
