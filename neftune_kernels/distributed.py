@@ -49,7 +49,7 @@ def data_parallel_index(
     weight: Tensor, embedding: nn.Module | None = None, model: nn.Module | None = None
 ) -> int:
     """Which data-parallel replica this process belongs to, asked at call time: the `replica` of
-    :func:`apply_neftune`.
+    :func:`apply_neftune` and :class:`NEFTuneEmbedding` unless told.
 
     - no process group, or one process: 0
     - FSDP2 (`fully_shard`, HSDP too): the rank in its flattened mesh
