@@ -6,6 +6,7 @@ its first rank draws. What differs between replicas is the counter's word `repli
 """
 
 import reprlib
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,9 @@ from .samples import Samples
 from .torch_internals import asked_outside_the_graph
 
 DISTRIBUTED = dist.is_available()  # by this torch's build
+# GROUPS.WORLD is the process group, None without one. dist.is_initialized() says the same, but is a
+# constant for Dynamo, which then compiles nothing anew when a group comes or goes.
+GROUPS: Any = dist.GroupMember if DISTRIBUTED else types.SimpleNamespace(WORLD=None)
 PASS_REPLICA = (
     "pass replica= to apply_neftune or NEFTuneEmbedding: a number that the ranks of one replica "
     "share and that no other replica has"
@@ -41,18 +45,11 @@ def is_dtensor(value: Any) -> bool:
 # ---- replicas
 
 
-def _no_process_group() -> bool:
-    """dist.is_initialized() is a constant for Dynamo, which compiles nothing anew when a process
-    group comes or goes; on the group itself it sets a guard.
-    """
-    return not DISTRIBUTED or dist.GroupMember.WORLD is None
-
-
 def data_parallel_index(
     weight: Tensor, embedding: nn.Module | None = None, model: nn.Module | None = None
 ) -> int:
     """Which data-parallel replica this process belongs to, asked at call time: the `replica` of
-    :func:`apply_neftune`.
+    :func:`apply_neftune` and :class:`NEFTuneEmbedding` unless told.
 
     - no process group, or one process: 0
     - FSDP2 (`fully_shard`, HSDP too): the rank in its flattened mesh
@@ -72,7 +69,7 @@ def data_parallel_index(
         >>> data_parallel_index(torch.zeros(3, 2))
         0
     """
-    if _no_process_group():
+    if GROUPS.WORLD is None:
         return 0
     if dist.get_world_size() == 1:
         return dist.get_rank()
@@ -102,7 +99,7 @@ def module_replica(embedding: nn.Module) -> int:
         RuntimeError: it cannot be known: beside a weight that is neither a DTensor nor FSDP2's
             there is a process group of some of the ranks; the message names `replica=`.
     """
-    if _no_process_group():
+    if GROUPS.WORLD is None:
         return 0
     weight: Any = embedding.weight
     if (

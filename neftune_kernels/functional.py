@@ -114,7 +114,8 @@ def noisy_embedding(
             strength; False: unit deviation.
         seed: int in [-2⁶³, 2⁶⁴) or 0-dim int64 tensor; None: one draw from the device's default
             generator (`torch.manual_seed`) or from `generator`.
-        replica: word that separates data-parallel replicas, an integer in [0, 2³²).
+        replica: number of this data-parallel replica, in [0, 2³²): replicas with the same seed
+            then draw other noise. The functions never ask for the rank.
         sample_offset, position_offset: added to the sample index and position, in [0, 2³²):
             micro-batches and shards of a batch then get the very noise of the whole.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".

@@ -51,7 +51,8 @@ class NEFTuneEmbedding(nn.Embedding):
         replica: number of this data-parallel replica: replicas with the same seed then draw other
             noise. None: worked out at each call, 0 without a process group, the data-parallel index
             of an FSDP2 or DTensor weight, else the rank. Pass 0 where a tensor-parallel mesh spans
-            all ranks, which a plain weight does not show.
+            all ranks, which a plain weight does not show; beside a group of some ranks a plain
+            weight leaves it open, and a noisy forward raises RuntimeError.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
 
     Shape:

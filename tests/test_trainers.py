@@ -239,7 +239,7 @@ def test_sft_batches_with_the_hook_of_transformers(layout, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_sft_wrapped_packing_tells_no_boundaries(tmp_path, proves):
-    """wrapped packing cuts one stream into rows, says nothing of documents: a row is a sample."""
+    """wrapped packing cuts one run of tokens, says nothing of documents: a row is a sample."""
     model = llama()
     watch = Watch(model)
     sft(

@@ -278,8 +278,7 @@ class _Noisy(nn.Module):
         if getattr(self, "_is_replica", False) and state.replica is None:
             raise RuntimeError(
                 "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
-                "use DistributedDataParallel, or give every "
-                "replica a replica= of its own with NEFTuneEmbedding"
+                "use DistributedDataParallel, or NEFTuneEmbedding with another replica= in each"
             )
         if not torch.compiler.is_compiling():
             site.check_recomputation()
@@ -1142,7 +1141,7 @@ def apply_neftune(
         samples: reads a forward's arguments (a dictionary by name) where their names say nothing;
             returns an attention_mask, a dictionary with attention_mask, lengths, cu_seqlens,
             position_ids or noise_mask, or None for "every token is real".
-        replica: word that separates data-parallel replicas; None: what
+        replica: number of this data-parallel replica; None: what
             `distributed.data_parallel_index` finds, at each call.
         noise_without_grad: noise also where grad is disabled.
         distribution, equal_variance, backend: as in :func:`noisy_embedding`.
