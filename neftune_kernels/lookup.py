@@ -115,7 +115,8 @@ def embed_with_noise(
         layout = make_layout(input_ids.shape, device, samples, chosen, offsets.position_offset)
     seed = seed_tensor(seed, generator, device)
     needs_graph = weight.requires_grad and torch.is_grad_enabled()
-    if not transformed() and not torch.compiler.is_compiling():
+    by_function = transformed()
+    if not by_function and not torch.compiler.is_compiling():
         # The operators' defaults are left out: host time goes by arguments.
         drawn: tuple[Any, ...] = (seed, alpha) if plain else (seed, alpha, *layout, *offsets)
         if not needs_graph:
@@ -133,7 +134,7 @@ def embed_with_noise(
             chosen.add_noise_out(rows, *drawn, out=rows)
             return embedded
     args = (input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale)
-    if transformed() or needs_graph:
+    if by_function or needs_graph:
         return ops.NoisyEmbedding.apply(chosen.noisy_embedding, *args)
     return chosen.noisy_embedding(*args)
 

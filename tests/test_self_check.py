@@ -121,6 +121,11 @@ def test_numbers_of_samples_are_compared():
 
     right = OPS.mask_layout(mask, None)
     assert self_check.numbering_agrees("cuda", mask, None, right)
+    document, position, lengths = right
+    with pytest.warns(RuntimeWarning, match="numbers of the samples in a mask"):
+        stray = document + 10**6
+        assert not self_check.numbering_agrees("cuda", mask, None, (stray, position, lengths))
+    self_check._failures.clear()
     number = backends.compared("mask_layout", shifted, OPS.mask_layout)
     with pytest.warns(RuntimeWarning, match="numbers of the samples in a mask"):
         found = number(mask, None)
