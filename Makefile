@@ -1,11 +1,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+JOBS ?= 2
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-long launcher-matrix compatibility lint bench gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix compatibility lint bench gpu clean
 
 setup: $(READY)
 
@@ -28,19 +29,24 @@ demo: setup
 	$(BIN)/python examples/finetune_smollm2.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
 	@$(MAKE) --no-print-directory test-triton
 
 # The Triton kernels without a GPU: as Python, and as the IR that the compiler's front end makes of them.
 test-triton: setup
-	@if $(BIN)/python -c "import triton, ttsem" 2>/dev/null; then set -ex; \
-	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "gpu and not long" tests/test_triton.py; \
-	  $(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" tests/test_triton.py; \
+	@if $(BIN)/python -c "import triton, ttsem" 2>/dev/null; then \
+	  $(MAKE) --no-print-directory --output-sync=target -j$(JOBS) test-triton-interpreter test-triton-ir; \
 	else echo "NOT RUN: the Triton kernels' tests without a GPU need triton and ttsem (requirements-triton.txt)"; \
 	  test "$$NEFTUNE_REQUIRE_TRITON" != 1; fi
 
+test-triton-interpreter: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "gpu and not long" tests/test_triton.py
+
+test-triton-ir: setup
+	$(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" tests/test_triton.py
+
 test-long: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 	@$(MAKE) --no-print-directory test-triton
 
 # Our launches beside Triton's own under every triton that installs; writes bench/results/launcher.md.

@@ -20,7 +20,14 @@ from conftest import (
 )
 from philox_vectors import PHILOX_VECTORS
 
-from neftune_kernels import backends, neftune_noise, noisy_embedding, ops, reference
+from neftune_kernels import (
+    backends,
+    neftune_noise,
+    noisy_embedding,
+    ops,
+    reference,
+    reference_ops,
+)
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 2**63, 2**64 - 1, 0x0123456789ABCDEF)
 DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -283,5 +290,5 @@ def test_chunks_of_the_reference_are_invisible(monkeypatch):
     arguments = {"attention_mask": batch.attention_mask, "seed": 2, "backend": "reference"}
     whole = neftune_noise((4, 13), 20, 5.0, **arguments)
     for chunk in (1, 60, 61):
-        monkeypatch.setattr(ops, "REFERENCE_CHUNK", chunk)
+        monkeypatch.setattr(reference_ops, "REFERENCE_CHUNK", chunk)
         assert torch.equal(neftune_noise((4, 13), 20, 5.0, **arguments), whole)
