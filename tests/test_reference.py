@@ -24,7 +24,6 @@ from neftune_kernels import (
     backends,
     neftune_noise,
     noisy_embedding,
-    ops,
     reference,
     reference_ops,
 )
