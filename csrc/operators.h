@@ -27,6 +27,18 @@ struct Noise {
   int64_t position_offset;
 };
 
+void check_apart(const Tensor& out, const Noise& noise) {
+  check_apart(out, noise.seed, "seed");
+  check_apart(out, noise.noise_alpha, "noise_alpha");
+  const std::pair<const std::optional<Tensor>&, const char*> layout[] = {
+      {noise.document, "document"},     {noise.position, "position"},   {noise.lengths, "lengths"},
+      {noise.cu_seqlens, "cu_seqlens"}, {noise.numbering, "numbering"},
+  };
+  for (const auto& [tensor, name] : layout) {
+    if (tensor) check_apart(out, *tensor, name);
+  }
+}
+
 // How many units a numbering of tokens (rows, tokens / rows) has.
 int64_t units_of(const Tensor& numbering, int64_t rows, int64_t tokens) {
   const int64_t words = numbering.numel() - 3 * tokens;

@@ -68,6 +68,18 @@ std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
   return {begin, begin + (last + 1) * tensor.element_size()};
 }
 
+bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto [a_begin, a_end] = extent(a);
+  const auto [b_begin, b_end] = extent(b);
+  return a_begin < b_end && b_begin < a_end;
+}
+
+// What is read for one row must not have been written with another.
+void check_apart(const Tensor& out, const Tensor& read, const char* name) {
+  if (overlap(out, read)) fail<std::runtime_error>("out must not overlap ", name);
+}
+
 void check_out(const Tensor& out, const Tensor& source, const char* source_name, bool may_be_source,
                const std::vector<int64_t>& shape) {
   if (out.scalar_type() != source.scalar_type()) {
@@ -77,11 +89,10 @@ void check_out(const Tensor& out, const Tensor& source, const char* source_name,
   }
   if (shape_of(out) != shape) fail<std::runtime_error>("out must have the result's shape");
   if (!out.is_contiguous()) fail<std::runtime_error>("out must be contiguous");
-  if (out.numel() == 0 || source.numel() == 0) return;
-  if (may_be_source && out.const_data_ptr() == source.const_data_ptr() && source.is_contiguous())
+  if (may_be_source && out.numel() > 0 && out.const_data_ptr() == source.const_data_ptr() &&
+      source.is_contiguous())
     return;
-  const auto a = extent(out), b = extent(source);
-  if (a.first < b.second && b.first < a.second) {
+  if (overlap(out, source)) {
     fail<std::runtime_error>("out must not overlap ", source_name,
                              may_be_source ? " unless it is the same tensor" : "");
   }

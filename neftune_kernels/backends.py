@@ -186,6 +186,19 @@ def load_triton() -> ModuleType | str:
         return f"triton failed to load: {type(error).__name__}: {error}"
 
 
+def tensors_read(launcher: str, args: tuple[Any, ...], out: Tensor) -> dict[str, Tensor]:
+    """What that launcher reads, by its operator's names: without embeddings in place."""
+    first = ("input_ids", "weight") if launcher == "noisy_embedding_out" else ("inputs_embeds",)
+    names = (*first, "seed", "noise_alpha", *layouts.Layout._fields)
+    read = {
+        name: value for name, value in zip(names, args, strict=False) if isinstance(value, Tensor)
+    }
+    embeds = read.get("inputs_embeds")
+    if embeds is not None and embeds.is_contiguous() and embeds.data_ptr() == out.data_ptr():
+        del read["inputs_embeds"]
+    return read
+
+
 def on_gpu(
     name: str, otherwise: Callable[..., Any], cuda: Callable[..., Any] | None
 ) -> Callable[..., Any]:
@@ -208,6 +221,8 @@ def on_gpu(
         out = kwargs.get("out")
         if out is not None and out.dtype not in CPP_DTYPES:
             return otherwise(*args, **kwargs)
+        if out is not None:
+            reference_ops.check_apart(out, **tensors_read(name, args, out))
         if out is None or out.is_contiguous():
             return serve(*args, **kwargs)
         rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -424,7 +439,7 @@ def _no_float64(device_type: str) -> str:
 
 
 def choose_backend(
-    backend: str | None, device: torch.device, dtype: torch.dtype, noisy: bool = True
+    backend: str | None, device: torch.device, dtype: torch.dtype, with_noise: bool = True
 ) -> Backend:
     """The backend for tensors of this device and dtype, which are to get noise or not; ValueError
     with the reason where the one of that name cannot serve them.
@@ -432,7 +447,7 @@ def choose_backend(
     if dtype not in REFERENCE_DTYPES:
         raise TypeError(f"embeddings must be float32, bfloat16, float16 or float64, got {dtype}")
     if (
-        noisy
+        with_noise
         and device.type not in ("cpu", "cuda", "meta")
         and (reason := _no_float64(device.type))
     ):

@@ -290,8 +290,8 @@ def is_tensor_parallel_forward(forward: Any) -> bool:
     ).startswith("transformers.")
 
 
-def class_without_noise(noisy: type, base: type) -> type | None:
-    """The class that fully_shard makes of `base`, for one that it made of `noisy`; None for any
+def class_without_noise(swapped: type, base: type) -> type | None:
+    """The class that fully_shard makes of `base`, for one that it made of `swapped`; None for any
     other class.
     """
     if not DISTRIBUTED:
@@ -300,9 +300,9 @@ def class_without_noise(noisy: type, base: type) -> type | None:
 
     made, classes = None, fsdp_classes()
     for origin, sharded in list(classes.items()):
-        if sharded is noisy and sharded.__bases__ == (FSDPModule, origin):
+        if sharded is swapped and sharded.__bases__ == (FSDPModule, origin):
             made = classes.get(base)
             if made is None:
-                own = {"__deepcopy__": noisy.__dict__["__deepcopy__"]}
+                own = {"__deepcopy__": swapped.__dict__["__deepcopy__"]}
                 made = classes[base] = type(f"FSDP{base.__name__}", (FSDPModule, base), own)
     return made

@@ -47,7 +47,7 @@ def check_unused(
     the same. noise: (seed, generator, backend).
     """
     seed, generator, backend = noise
-    choose_backend(backend or "reference", tensor.device, tensor.dtype, noisy=False)
+    choose_backend(backend or "reference", tensor.device, tensor.dtype, with_noise=False)
     if not samples.unsaid:
         samples.check(shape, tensor.device)
     if seed is not None:

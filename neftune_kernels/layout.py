@@ -134,19 +134,28 @@ def check_layout(
 
 
 REAL_WHERE = "a token is real where it is not 0, padding where it is 0"
+NUMBERS_TELL = ", and numbers tell documents apart; a soft mask is none"
 NOISY_WHERE = "a token gets noise where it is not 0, none where it is 0"
 
 
 def check_mask_values(mask: Tensor, name: str = "attention_mask", rule: str = REAL_WHERE) -> None:
-    """NaN and negative mask values are refused on the CPU; additive masks (0 and -inf) are caught
-    here.
+    """On the CPU a mask of anything but whole numbers >= 0 is refused: additive masks (0 and -inf)
+    and soft ones are caught here.
     """
-    if mask.dtype.is_signed and mask.device.type == "cpu":
-        bad = ~(mask >= 0)
-        if bool(bad.any()):
-            raise ValueError(
-                f"{name} has negative or NaN values, such as {float(mask[bad][0]):g}: {rule}"
-            )
+    if not mask.dtype.is_signed or mask.device.type != "cpu":
+        return
+    bad = ~(mask >= 0)
+    if mask.dtype.is_floating_point:
+        bad = bad | (mask != mask.trunc()) | mask.isinf()
+    if not bool(bad.any()):
+        return
+    value = float(mask[bad][0])
+    if value >= 0:
+        raise ValueError(
+            f"{name} has values that are no whole numbers, such as {value:g}: {rule}"
+            f"{NUMBERS_TELL if rule == REAL_WHERE else ''}"
+        )
+    raise ValueError(f"{name} has negative or NaN values, such as {value:g}: {rule}")
 
 
 def check_lengths_values(lengths: Tensor) -> None:
@@ -191,6 +200,11 @@ def openings(attention_mask: Tensor | None, position_ids: Tensor | None) -> Open
     """
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
+    if position_ids is not None and position_ids.shape != given.shape:
+        raise ValueError(
+            f"position_ids must have the attention_mask's shape {tuple(given.shape)}, got "
+            f"{tuple(position_ids.shape)}"
+        )
     rows, columns = rows_and_columns(given.shape)
     column = torch.arange(columns, device=given.device).expand(rows, columns)
     real = torch.ones_like(column, dtype=torch.bool)
@@ -370,7 +384,9 @@ def per_token(
     if layout.lengths is None:
         length = torch.full_like(token, columns)
     elif layout.document is not None:
-        length = torch.where(document >= 0, layout.lengths[document.clamp(min=0)], 0)
+        held = (document >= 0) & (document < layout.lengths.numel())  # others are padding
+        lengths = torch.nn.functional.pad(layout.lengths.long(), (0, 1))  # never empty
+        length = torch.where(held, lengths[torch.where(held, document, 0)], 0)
     else:
         check_lengths_values(layout.lengths)
         length = layout.lengths.long()[document]

@@ -179,7 +179,7 @@ class NEFTuneEmbedding(nn.Embedding):
         """
         if unknown:
             refuse_unknown("forward", unknown)
-        noisy = self.training and self._has_noise
+        with_noise = self.training and self._has_noise
         samples = UNSAID
         if not (
             attention_mask is None
@@ -190,7 +190,7 @@ class NEFTuneEmbedding(nn.Embedding):
         ):
             samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
         own_sign = type(sign) is int and sign == 1
-        if not noisy:  # every check is host time, but what would be refused with noise is refused
+        if not with_noise:  # checks are host time, but what noise would refuse is refused
             if not own_sign:
                 check_variant(self.distribution, self.equal_variance, sign)
             if samples is not UNSAID:
@@ -251,7 +251,7 @@ class NEFTuneEmbedding(nn.Embedding):
                 f"{type(embedding).__name__} has a forward of its own, which NEFTuneEmbedding "
                 f"would replace: apply_neftune keeps it"
             )
-        noisy = cls(
+        module = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
             padding_idx=embedding.padding_idx,
@@ -267,8 +267,8 @@ class NEFTuneEmbedding(nn.Embedding):
             replica=replica,
             backend=backend,
         )
-        noisy.weight = embedding.weight
-        return noisy.train(embedding.training)
+        module.weight = embedding.weight
+        return module.train(embedding.training)
 
     def to_embedding(self) -> nn.Embedding:
         """A plain nn.Embedding with the same Parameter object. It has no embed_scale: a scale other

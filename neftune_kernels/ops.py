@@ -50,16 +50,45 @@ PER_TOKEN = "(Tensor, Tensor, Tensor)"  # document, position, lengths: layout.ma
 # ---- fakes
 
 
-def fake_embedding(input_ids: Tensor, weight: Tensor, *args: Any) -> Tensor:
+def check_devices(first: Tensor, *others: Any) -> None:
+    """One device for all tensors but noise_alpha, which is the host's.
+
+    Where one is on the meta device torch asks this fake alone, and nothing would be computed.
+    """
+    for other in others:
+        if isinstance(other, Tensor) and other.device != first.device:
+            raise ValueError(
+                f"all tensors must be on one device, got {first.device} and {other.device}"
+            )
+
+
+def fake_embedding(
+    input_ids: Tensor, weight: Tensor, seed: Tensor, noise_alpha: Tensor, *args: Any
+) -> Tensor:
+    check_devices(input_ids, weight, seed, *args)
     return weight.new_empty((*input_ids.shape, weight.shape[1]))
 
 
-def fake_add(inputs_embeds: Tensor, *args: Any) -> Tensor:
+def fake_add(inputs_embeds: Tensor, seed: Tensor, noise_alpha: Tensor, *args: Any) -> Tensor:
+    check_devices(inputs_embeds, seed, *args)
     return inputs_embeds.new_empty(inputs_embeds.shape)
 
 
-def fake_out(*args: Any, out: Tensor) -> None:
-    pass
+def fake_embedding_out(
+    input_ids: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    noise_alpha: Tensor,
+    *args: Any,
+    out: Tensor,
+) -> None:
+    check_devices(input_ids, weight, seed, *args, out)
+
+
+def fake_add_out(
+    inputs_embeds: Tensor, seed: Tensor, noise_alpha: Tensor, *args: Any, out: Tensor
+) -> None:
+    check_devices(inputs_embeds, seed, *args, out)
 
 
 def fake_mask_layout(
@@ -257,7 +286,7 @@ def embedding_operators(name: str) -> tuple[Operator, Operator]:
             f"{name}.out",
             f"({EMBEDDING}, *, Tensor(a!) out) -> ()",
             by_reference,
-            fake_out,
+            fake_embedding_out,
             None,
             LAUNCH_TAGS,
         ),
@@ -275,7 +304,7 @@ def add_operators(name: str) -> tuple[Operator, Operator]:
             f"{name}.out",
             f"({ADD}, *, Tensor(a!) out) -> ()",
             by_reference,
-            fake_out,
+            fake_add_out,
             None,
             LAUNCH_TAGS,
         ),

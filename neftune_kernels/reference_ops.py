@@ -13,6 +13,28 @@ from . import reference
 REFERENCE_CHUNK = 1 << 20  # elements the reference computes at once: bounds its int64 scratch
 
 
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes a tensor reaches."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def check_apart(out: Tensor, **read: Tensor | None) -> None:
+    """What is read for one row must not have been written with another."""
+    if out.numel() == 0:
+        return
+    begin, end = extent(out)
+    for name, tensor in read.items():
+        if tensor is None or tensor.numel() == 0 or tensor.device != out.device:
+            continue
+        first, last = extent(tensor)
+        if begin < last and first < end:
+            raise RuntimeError(f"out must not overlap {name}")
+
+
 class Drawn(NamedTuple):
     """What decides the noise of an operator's call, as its flat arguments say it."""
 
@@ -22,6 +44,9 @@ class Drawn(NamedTuple):
     offsets: tuple[int, int, int]  # replica, sample_offset, position_offset
     distribution: str = "uniform"
     equal_variance: bool = True
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {"seed": self.seed, "noise_alpha": self.noise_alpha, **self.layout._asdict()}
 
 
 def rows_out(rows: Callable[[slice], Tensor], shape: torch.Size, drawn: Drawn, out: Tensor) -> None:
@@ -71,6 +96,13 @@ def noisy_embedding_out(
     *,
     out: Tensor,
 ) -> None:
+    drawn = Drawn(
+        seed,
+        noise_alpha,
+        layouts.Layout(document, position, lengths, cu_seqlens, numbering),
+        (replica, sample_offset, position_offset),
+    )
+    check_apart(out, input_ids=input_ids, weight=weight, **drawn.tensors())
     ids = input_ids.reshape(-1).long()
     outside = (ids < 0) | (ids >= weight.shape[0])
     if ids.device.type == "cpu" and bool(outside.any()):
@@ -90,12 +122,6 @@ def noisy_embedding_out(
             return embedded
         return torch.where(outside[chunk, None], float("nan"), embedded)
 
-    drawn = Drawn(
-        seed,
-        noise_alpha,
-        layouts.Layout(document, position, lengths, cu_seqlens, numbering),
-        (replica, sample_offset, position_offset),
-    )
     rows_out(rows, input_ids.shape, drawn, out)
 
 
@@ -122,6 +148,8 @@ def add_noise_out(
         layouts.Layout(document, position, lengths, cu_seqlens, numbering),
         (replica, sample_offset, position_offset),
     )
+    in_place = out.data_ptr() == inputs_embeds.data_ptr() and inputs_embeds.is_contiguous()
+    check_apart(out, inputs_embeds=None if in_place else inputs_embeds, **drawn.tensors())
     rows_out(lambda chunk: embeddings[chunk], inputs_embeds.shape[:-1], drawn, out)
 
 
@@ -145,6 +173,17 @@ def add_variant_noise(
     """reference.py; or the same with the draws of the add_noise operator `uniform`, which are its
     noise of step 1 on zeros.
     """
+    if distribution not in reference.DISTRIBUTIONS:
+        raise ValueError(
+            f"distribution must be one of {', '.join(map(repr, reference.DISTRIBUTIONS))}, got "
+            f"{distribution!r}"
+        )
+    if distribution == "uniform":
+        layout = layouts.Layout(document, position, lengths, cu_seqlens, numbering)
+        offsets = (replica, sample_offset, position_offset)
+        add = getattr(torch.ops.neftune_kernels, uniform)
+        noisy: Tensor = add(inputs_embeds, seed, noise_alpha, *layout, *offsets)
+        return noisy
     device, shape, embedding_dim = (
         inputs_embeds.device,
         inputs_embeds.shape[:-1],

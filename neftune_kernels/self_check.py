@@ -83,9 +83,6 @@ def expected_rows(
     if shape.numel() == 0 or embedding_dim == 0 or rows.shape[0] == 0:
         return None
     token = _some_tokens(shape.numel(), embedding_dim, device)
-    if layout.document is not None and layout.lengths is not None:
-        known = layout.document < layout.lengths.numel()  # an index beyond would end the process
-        layout = layout._replace(document=torch.where(known, layout.document, -1))
     places = per_token(layout, shape, device, sample_offset, position_offset)
     sample, position, length = (value[token] for value in places)
     noise = reference.neftune_noise(

@@ -633,6 +633,12 @@ def number_documents(
                 other=0,
             )
             tl.device_assert(value >= 0, "attention_mask must not have negative or NaN values")
+            if value.dtype.is_floating():
+                wide = value.to(tl.float64)
+                tl.device_assert(
+                    (wide == tl.floor(wide)) & (wide < float("inf")),
+                    "attention_mask must hold whole numbers",
+                )
         opens = further | ((index < end) & (index % columns == 0))
         number = documents + tl.associative_scan(opens.to(tl.int64), 0, added) - 1
         count = reals + tl.associative_scan(real.to(tl.int64), 0, added)

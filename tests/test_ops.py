@@ -364,3 +364,21 @@ def test_default_operators_of_a_gpu(monkeypatch, served_by):
         backends.on_gpu("mask_layout", lambda *args: "reference", cuda)(torch.ones(1, 2), None)
         == served_by
     )
+
+
+def test_overlap_is_refused_before_a_gpu_is_asked(monkeypatch):
+    monkeypatch.setattr(backends, "load_triton", lambda: backends.NO_TRITON)
+    serve = backends.on_gpu("add_noise_out", lambda *args, out: "served", None)
+    memory = torch.zeros(80)
+    out, beside = memory[:64].view(1, 4, 16), memory[4:68].view(1, 4, 16)
+    bounds = torch.zeros(40, dtype=torch.int64).view(torch.float32)
+    assert serve(out, SEED, ALPHA, out=out) == "served"
+    with pytest.raises(RuntimeError, match="out must not overlap inputs_embeds"):
+        serve(beside, SEED, ALPHA, out=out)
+    cu_seqlens, out = bounds[2:6].view(torch.int64), bounds[:64].view(1, 4, 16)
+    with pytest.raises(RuntimeError, match="out must not overlap cu_seqlens"):
+        serve(torch.zeros(1, 4, 16), SEED, ALPHA, None, None, None, cu_seqlens, out=out)
+    look_up = backends.on_gpu("noisy_embedding_out", lambda *args, out: "served", None)
+    weight = torch.zeros(4, 16)
+    with pytest.raises(RuntimeError, match="out must not overlap input_ids"):
+        look_up(cu_seqlens.view(1, 2), weight, SEED, ALPHA, out=out[:, :2])

@@ -237,7 +237,9 @@ def test_device_without_float64_is_refused(monkeypatch):
     for backend in (None, "reference"):
         with pytest.raises(ValueError, match=message):
             backends.choose_backend(backend, torch.device("mps"), torch.float32)
-    assert backends.choose_backend("reference", torch.device("mps"), torch.float32, noisy=False)
+    assert backends.choose_backend(
+        "reference", torch.device("mps"), torch.float32, with_noise=False
+    )
     assert backends.choose_backend("reference", CPU, torch.float32).name == "reference"
 
 

@@ -457,6 +457,8 @@ void noisy_embedding_out(Tensor input_ids, Tensor weight, Noise noise,
   const std::vector<int64_t> shape = embedded_shape(input_ids, weight);
   check_cpu(out, "out");
   check_out(out, weight, "weight", false, shape);
+  check_apart(out, input_ids, "input_ids");
+  check_apart(out, noise);
   embed(input_ids, weight, noise, embed_scale, shape, static_cast<char*>(out.mutable_data_ptr()));
 }
 
@@ -486,6 +488,7 @@ Tensor add_noise(Tensor inputs_embeds, Noise noise) {
 void add_noise_out(Tensor inputs_embeds, Noise noise, Tensor out) {
   check_cpu(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
+  check_apart(out, noise);
   add_noise_into(inputs_embeds, noise, static_cast<char*>(out.mutable_data_ptr()));
 }
 
@@ -525,9 +528,6 @@ std::string printed(double value) {
   text << value;
   return text.str();
 }
-
-template <class Mask>
-constexpr bool kSignedMask = !std::is_integral_v<Mask> || std::is_signed_v<Mask>;
 
 // What numbers documents, and the three tables to be written; see numbering.h.
 struct NumberingJob {
@@ -576,13 +576,27 @@ using BitsOf =
                        std::conditional_t<sizeof(T) == 2, uint16_t,
                                           std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>>;
 
-template <class Mask>
-void check_mask_value(decltype(mask_value(Mask{})) value) {
-  if constexpr (kSignedMask<Mask>) {
-    if (value >= 0) return;
-    fail<std::invalid_argument>("attention_mask has negative or NaN values, such as ",
-                                printed(static_cast<double>(value)),
-                                ": a token is real where it is not 0, padding where it is 0");
+constexpr const char* kRealWhere = ": a token is real where it is not 0, padding where it is 0";
+
+template <class Value>
+bool is_whole(Value value) {
+  if constexpr (std::is_floating_point_v<Value>)
+    return value == std::trunc(value) && !std::isinf(value);
+  return true;
+}
+
+template <class Value>
+void check_mask_value(Value value) {
+  if constexpr (std::is_signed_v<Value>) {
+    if (!(value >= 0)) {
+      fail<std::invalid_argument>("attention_mask has negative or NaN values, such as ",
+                                  printed(static_cast<double>(value)), kRealWhere);
+    }
+    if (!is_whole(value)) {
+      fail<std::invalid_argument>("attention_mask has values that are no whole numbers, such as ",
+                                  printed(static_cast<double>(value)), kRealWhere,
+                                  ", and numbers tell documents apart; a soft mask is none");
+    }
   }
 }
 
@@ -610,7 +624,8 @@ std::optional<Span> span_of_mask(const Mask* mask, int64_t columns) {
   const Bits* bits = reinterpret_cast<const Bits*>(mask);
   const int64_t first = equal_at_start<Bits>(bits, columns, 0);
   if (first == columns) return Span{0, 0};
-  if (!(mask_value(mask[first]) > 0)) return std::nullopt;
+  const auto value = mask_value(mask[first]);
+  if (!(value > 0) || !is_whole(value)) return std::nullopt;
   const int64_t end = first + equal_at_start(bits + first, columns - first, bits[first]);
   if (!all_equal<Bits>(bits + end, columns - end, 0)) return std::nullopt;
   return Span{first, end};
@@ -654,7 +669,7 @@ void number_row(const NumberingJob& job, int64_t row, const Mask* masks, int64_t
         real = static_cast<int64_t>(value) != job.padding_idx;
         value = {};
       } else {
-        check_mask_value<Mask>(value);
+        check_mask_value(value);
         real = value != 0;
       }
     }

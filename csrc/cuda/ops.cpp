@@ -179,6 +179,8 @@ void noisy_embedding_out(Tensor input_ids, Tensor weight, Noise noise,
   const Device device(weight);
   device.check(out, "out");
   check_out(out, weight, "weight", false, embedded_shape(input_ids, weight));
+  check_apart(out, input_ids, "input_ids");
+  check_apart(out, noise);
   embed(device, input_ids, weight, noise, embed_scale, out.mutable_data_ptr());
 }
 
@@ -213,6 +215,7 @@ void add_noise_out(Tensor inputs_embeds, Noise noise, Tensor out) {
   const Device device(inputs_embeds);
   device.check(out, "out");
   check_out(out, inputs_embeds, "inputs_embeds", true, shape_of(inputs_embeds));
+  check_apart(out, noise);
   add_noise_into(device, inputs_embeds, noise, out.mutable_data_ptr());
 }
 
