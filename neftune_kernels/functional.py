@@ -11,17 +11,16 @@ from torch import Tensor
 from .backends import choose_backend
 from .lookup import check_embeds, check_ids, embed_with_noise, embeds_with_noise
 from .noise import (
-    alpha_tensor,
     check_alpha,
     check_integer,
     check_offsets,
     check_scale,
     check_variant,
-    make_noise,
+    function_noise,
     refuse_unknown,
     seed_tensor,
 )
-from .samples import Samples
+from .samples import Samples, said
 
 
 def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
@@ -159,14 +158,14 @@ def noisy_embedding(
         )
     offsets = check_offsets(replica, sample_offset, position_offset)
     padding = check_padding_idx(padding_idx, weight.shape[0])
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+    samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     if noise_alpha == 0:
         check_ids(input_ids)
         check_unused(input_ids.shape, weight, samples, (seed, generator, backend))
         embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
-    noise = make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
+    noise = function_noise(noise_alpha, seed, generator, offsets, variant, backend)
     return embed_with_noise(input_ids, weight, samples, noise, padding, embed_scale)
 
 
@@ -221,14 +220,14 @@ def add_noise(
         refuse_unknown("add_noise", unknown)
     noise_alpha = check_alpha(noise_alpha)
     offsets = check_offsets(replica, sample_offset, position_offset)
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+    samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     if noise_alpha == 0:
         check_embeds(inputs_embeds)
         shape = inputs_embeds.shape[:-1]
         check_unused(shape, inputs_embeds, samples, (seed, generator, backend))
         return inputs_embeds
-    noise = make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
+    noise = function_noise(noise_alpha, seed, generator, offsets, variant, backend)
     return embeds_with_noise(inputs_embeds, samples, noise)
 
 
@@ -289,7 +288,7 @@ def neftune_noise(
         device = tensors[0].device
     noise_alpha = check_alpha(noise_alpha)
     offsets = check_offsets(replica, sample_offset, position_offset)
-    samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+    samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     # No memory, no traffic.
     zeros = torch.zeros((), dtype=torch.float32, device=device)
@@ -297,5 +296,5 @@ def neftune_noise(
     if noise_alpha == 0:
         check_unused(zeros.shape[:-1], zeros, samples, (seed, generator, backend))
         return zeros.clone(memory_format=torch.contiguous_format)
-    noise = make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
+    noise = function_noise(noise_alpha, seed, generator, offsets, variant, backend)
     return embeds_with_noise(zeros, samples, noise)

@@ -19,7 +19,7 @@ from .noise import (
     make_noise,
     refuse_unknown,
 )
-from .samples import UNSAID, Samples
+from .samples import UNSAID, said
 
 HUGGING_FACE_MARK = (
     "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
@@ -180,15 +180,7 @@ class NEFTuneEmbedding(nn.Embedding):
         if unknown:
             refuse_unknown("forward", unknown)
         with_noise = self.training and self._has_noise
-        samples = UNSAID
-        if not (
-            attention_mask is None
-            and lengths is None
-            and cu_seqlens is None
-            and position_ids is None
-            and noise_mask is None
-        ):
-            samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+        samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
         own_sign = type(sign) is int and sign == 1
         if not with_noise:  # checks are host time, but what noise would refuse is refused
             if not own_sign:

@@ -180,6 +180,33 @@ def alpha_tensor(noise_alpha: float) -> Tensor:
     return _cached_alpha_tensor(noise_alpha)
 
 
+@lru_cache(maxsize=64)
+def _cached_noise(noise_alpha: float) -> Noise:
+    return make_noise(_cached_alpha_tensor(noise_alpha))
+
+
+def function_noise(
+    noise_alpha: float,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    offsets: Offsets,
+    variant: Variant,
+    backend: str | None,
+) -> Noise:
+    """make_noise for a number; one value serves all calls that say nothing else, for host time."""
+    if (
+        seed is None
+        and generator is None
+        and offsets is NO_OFFSETS
+        and variant is UNIFORM
+        and backend is None
+        and not torch.compiler.is_compiling()
+        and not dispatch_modes()
+    ):
+        return _cached_noise(noise_alpha)
+    return make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
+
+
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """One 64-bit draw from the device's default (or the given) generator: a 0-dim int64 tensor on
     the device.

@@ -59,6 +59,25 @@ class Samples(NamedTuple):
 UNSAID = Samples()
 
 
+def said(
+    attention_mask: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    noise_mask: Tensor | None,
+) -> Samples:
+    """The layout arguments of a public call; UNSAID itself where none is given."""
+    if (
+        attention_mask is None
+        and lengths is None
+        and cu_seqlens is None
+        and position_ids is None
+        and noise_mask is None
+    ):
+        return UNSAID
+    return Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+
+
 def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
     """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
     if padding_idx < 0 or not samples.padding_unsaid:

@@ -3,6 +3,7 @@ cases one by one, then every refusal.
 """
 
 import itertools
+import math
 import re
 
 import oracle
@@ -201,10 +202,22 @@ def test_mask_dtypes(dtype):
 
 
 def test_mask_values_are_numbers_not_truth():
-    """0.5 is real, 0.25 beside it another document, -0.0 padding, infinity a number like any."""
-    mask = torch.tensor([[0.5, 0.5, 0.25, -0.0, float("inf"), float("inf")]])
+    """2.0 beside 1.0 is another document, -0.0 padding."""
+    mask = torch.tensor([[1.0, 1.0, 2.0, -0.0, 65504.0, 65504.0]])
     places = [(0, 0, 2), (0, 1, 2), (1, 0, 1), None, (2, 0, 2), (2, 1, 2)]
     assert found((1, 6), attention_mask=mask) == places
+
+
+def test_every_float16_value():
+    """Whole numbers are told apart, every other pattern is refused with its value."""
+    values = torch.arange(2**16).to(torch.int16).view(torch.float16)
+    whole = values.isfinite() & (values >= 0) & (values == values.trunc())
+    agree((1, int(whole.sum())), attention_mask=values[whole][None])
+    for value in values[~whole][::97].tolist():
+        printed = "nan" if math.isnan(value) else f"{value:g}"
+        mask = torch.tensor([[1, 0, value, 1]], dtype=torch.float16)
+        with pytest.raises(ValueError, match=f"such as {re.escape(printed)}:"):
+            found((1, 4), attention_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -496,6 +509,17 @@ REFUSED = {
         {"attention_mask": torch.ones(2, 3).to(torch.float8_e4m3fn)},
         TypeError,
         "attention_mask must be.*float8_e4m3fn",
+    ),
+    "soft mask": (
+        {"attention_mask": torch.tensor([[1.0, 0.0, 0.25]] * 2)},
+        ValueError,
+        "attention_mask has values that are no whole numbers, such as 0.25: a token is real where "
+        ".*a soft mask is none",
+    ),
+    "mask with infinity": (
+        {"attention_mask": torch.tensor([[1.0, 0.0, float("inf")]] * 2)},
+        ValueError,
+        "attention_mask has values that are no whole numbers, such as inf:",
     ),
     "mask that is additive": (
         {"attention_mask": torch.tensor([[0, 0, -1.5]] * 2)},

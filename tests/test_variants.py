@@ -492,13 +492,14 @@ def test_bad_noise_mask(mask, error, message, noise_alpha):
             call()
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, -math.inf])
+@pytest.mark.parametrize("value", [-1.0, math.nan, -math.inf, 0.5, math.inf])
 def test_bad_noise_mask_values(backend, value):
     mask = torch.ones(SHAPE)
     mask[2, 3] = value
+    kind = "values that are no whole numbers" if value > 0 else "negative or NaN values"
     message = (
-        f"noise_mask has negative or NaN values, such as {value:g}: a token gets noise "
-        "where it is not 0, none where it is 0"
+        f"noise_mask has {kind}, such as {value:g}: a token gets noise "
+        "where it is not 0, none where it is 0$"
     )
     for layout in (
         {},
