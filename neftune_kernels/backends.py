@@ -88,6 +88,14 @@ def simd_level() -> str:
     return str(native.handle.neftune_kernels_simd_level().decode())
 
 
+def _no_simd_level() -> str:
+    """Why the loaded library serves no call: NEFTUNE_SIMD named what is not there; else ""."""
+    if native.handle is None or simd_level() != "none":
+        return ""
+    name = os.environ.get("NEFTUNE_SIMD")
+    return f"NEFTUNE_SIMD={name} is not an instruction set of this CPU and build"
+
+
 # ---- an accelerator's first call
 
 
@@ -260,13 +268,15 @@ def _triton_reason(device_type: str | None) -> str:
 
 def past_the_dispatcher(name: str) -> Callable[..., None]:
     """The Triton launcher itself, which spares the dispatcher's way into Python; the operator where
-    a mode or subclass must see it.
+    a mode or subclass must see it, or where memory holds the negated values: the launcher takes
+    addresses. The source is the first argument or the second; no integer tensor is such a view.
     """
     operator, by_reference = ops.OUT[name], ops.OUT[f"reference_{name}"]
 
     def call(first: Tensor, *args: Any, out: Tensor) -> None:
         kernels = load_triton()
-        if isinstance(kernels, str) or type(first) is not Tensor or dispatch_modes():
+        lazy = first.is_neg() or args[0].is_neg()
+        if isinstance(kernels, str) or type(first) is not Tensor or dispatch_modes() or lazy:
             operator(first, *args, out=out)
         elif getattr(kernels, f"{name}_out")(first, *args, out=out) is NotImplemented:
             by_reference(first, *args, out=out)
@@ -364,7 +374,7 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
             device_type = torch.device(device_type).type
         except RuntimeError as error:
             raise ValueError(f"device_type: {error}") from None
-    cpp = native.reason or "available"
+    cpp = native.reason or _no_simd_level() or "available"
     if cpp == "available" and device_type not in (None, "cpu"):
         cpp = f"wrong device: runs on cpu, not on {device_type}"
     gpu = {
