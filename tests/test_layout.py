@@ -207,6 +207,33 @@ def test_mask_values_are_numbers_not_truth():
     assert found((1, 6), attention_mask=mask) == places
 
 
+def test_smallest_float16_values_are_no_zeros():
+    """Subnormals are real and numbers of their own, also beside the smallest normal, 1024 of
+    them.
+    """
+    values = torch.arange(1026).to(torch.int16).view(torch.float16)
+    agree((1, 1026), attention_mask=values[None])
+    beside = [[0, 1, 1, 2], [512, 1024, 1023, 1024], [1023, 2046, 1, 0x400]]
+    values = torch.tensor(beside).to(torch.int16).view(torch.float16)
+    agree((3, 4), attention_mask=values)
+    smallest = -values[:1, 1:3]
+    with pytest.raises(ValueError, match=f"such as {float(smallest[0, 0]):g}:"):
+        found((1, 2), attention_mask=smallest)
+
+
+@pytest.mark.parametrize("far", [2**32, -(2**32), 2**33, 2**62, -(2**62)])
+def test_jumps_are_not_counted_in_words(far):
+    """Position ids that go on modulo 2³² do not go on."""
+    two_tokens = torch.tensor([[5, 5 + far + 1]])
+    assert found((1, 2), position_ids=two_tokens) == [(0, 0, 1), (1, 0, 1)]
+    mask = torch.tensor([[1, 0, 0, 1]])
+    for jump in (1, 3):  # the next token, and their column distance
+        ids = torch.tensor([[5, 0, 0, 5 + far + jump]])
+        assert found((1, 4), attention_mask=mask, position_ids=ids)[3] == (1, 0, 1)
+        ids[0, 3] -= far
+        assert found((1, 4), attention_mask=mask, position_ids=ids)[3] == (0, 3, 2)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
 )
