@@ -38,8 +38,10 @@ LAYOUT_POINTERS = {  # which of noisy_rows' layout pointers are given
     "lengths": ("lengths",),
     "mask": ("document", "position", "lengths"),
     "cu_seqlens": ("cu_seqlens",),
+    "numbering": ("numbering",),
 }
-POINTERS = ("out", "source", "input_ids", "seed", "document", "position", "lengths", "cu_seqlens")
+LAYOUT_TENSORS = ("document", "position", "lengths", "cu_seqlens", "numbering")
+POINTERS = ("out", "source", "input_ids", "seed", *LAYOUT_TENSORS)
 CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "KIND", "SCALED", "DEBUG")
 GRID = (
     "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; "
@@ -94,13 +96,11 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
         name = parameter.name
         if name in constants:
             parameters.append({"name": name, "type": "constexpr", "value": constants[name]})
-        elif (
-            name in ("document", "position", "lengths", "cu_seqlens")
-            and name not in LAYOUT_POINTERS[configuration.layout]
-        ):
+        elif name in LAYOUT_TENSORS and name not in LAYOUT_POINTERS[configuration.layout]:
             parameters.append({"name": name, "type": "constexpr", "value": None})
         elif name in POINTERS:
             kind = TRITON_TYPES[configuration.dtype] if name in ("out", "source") else "i64"
+            kind = "i32" if name == "numbering" else kind
             parameters.append({"name": name, "type": f"*{kind}"})
         else:
             parameters.append({"name": name, "type": parameter.annotation_type})

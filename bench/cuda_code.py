@@ -23,7 +23,14 @@ from setup import CSRC, NVCC_FLAGS, find_toolkit
 KERNELS = pathlib.Path(__file__).parent.parent / CSRC / "cuda" / "kernels.cu"
 LANES = 32
 ELEMENTS = {"float32": "Float32", "bfloat16": "BFloat16Pair", "float16": "Float16Pair"}
-LAYOUT_KINDS, ANY_LAYOUT = {"nothing": 0, "lengths": 1, "mask": 1, "cu_seqlens": 2}, 3  # LayoutKind
+LAYOUT_KINDS = {
+    "nothing": 0,
+    "lengths": 1,
+    "mask": 1,
+    "cu_seqlens": 2,
+    "numbering": 3,
+}  # LayoutKind
+ANY_LAYOUT = 4
 BISECTIONS = 4  # of cu_seqlens: bounds of up to 14 documents
 
 

@@ -1,4 +1,4 @@
-// What the noise operators of every device share: one Noise for nine arguments of their schemas in
+// What the noise operators of every device share: one Noise for ten arguments of their schemas in
 // neftune_kernels/ops.py. Tokens have shape (rows, columns), one embedding each.
 #pragma once
 
@@ -6,13 +6,14 @@
 #include <optional>
 #include <utility>
 
+#include "numbering.h"
 #include "tensors.h"
 
 namespace neftune_kernels {
 namespace {
 
-// Which noise, in the schemas' order. The four of a layout are those of layout.Layout, int32 or
-// int64.
+// Which noise, in the schemas' order. The five of a layout are those of layout.Layout, int32 or
+// int64; numbering is int32.
 struct Noise {
   Tensor seed;                       // () int64
   Tensor noise_alpha;                // () float64
@@ -20,12 +21,26 @@ struct Noise {
   std::optional<Tensor> position;    // (rows · columns,)
   std::optional<Tensor> lengths;     // (documents,), without document (rows,)
   std::optional<Tensor> cu_seqlens;  // (documents + 1,)
+  std::optional<Tensor> numbering;   // (4 · units + 3 · rows · columns,)
   int64_t replica;                   // mod 2³², as the other two
   int64_t sample_offset;
   int64_t position_offset;
 };
 
-// An implementation that takes a Noise after First, as torch calls it: with the nine arguments.
+// How many units a numbering of tokens (rows, tokens / rows) has.
+int64_t units_of(const Tensor& numbering, int64_t rows, int64_t tokens) {
+  const int64_t words = numbering.numel() - 3 * tokens;
+  if (numbering.scalar_type() != ScalarType::Int || !numbering.is_contiguous() ||
+      words < kUnitWords * rows || words % (kUnitWords * (rows > 0 ? rows : 1)) != 0) {
+    fail<std::invalid_argument>(
+        "numbering must be what number_documents returns for tokens of this shape, (4·units + 3·",
+        tokens, ",) int32 with ", rows, " units or a multiple, got ", numbering.numel(),
+        " elements of ", torch::headeronly::toString(numbering.scalar_type()));
+  }
+  return words / kUnitWords;
+}
+
+// An implementation that takes a Noise after First, as torch calls it: with the ten arguments.
 template <class... First>
 struct After {
   template <auto implementation, class Function = decltype(implementation)>
@@ -36,13 +51,13 @@ struct After {
     static Result call(First... first, Tensor seed, Tensor noise_alpha,
                        std::optional<Tensor> document, std::optional<Tensor> position,
                        std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens,
-                       int64_t replica, int64_t sample_offset, int64_t position_offset,
-                       Last... last) {
-      return implementation(
-          std::move(first)...,
-          Noise{std::move(seed), std::move(noise_alpha), std::move(document), std::move(position),
-                std::move(lengths), std::move(cu_seqlens), replica, sample_offset, position_offset},
-          std::move(last)...);
+                       std::optional<Tensor> numbering, int64_t replica, int64_t sample_offset,
+                       int64_t position_offset, Last... last) {
+      return implementation(std::move(first)...,
+                            Noise{std::move(seed), std::move(noise_alpha), std::move(document),
+                                  std::move(position), std::move(lengths), std::move(cu_seqlens),
+                                  std::move(numbering), replica, sample_offset, position_offset},
+                            std::move(last)...);
     }
   };
 };

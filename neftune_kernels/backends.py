@@ -106,9 +106,12 @@ def first_tensor(args: tuple[Any, ...]) -> Tensor:
 def compared(
     name: str, serve: Callable[..., Any], otherwise: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`serve`, and from its first wrong bit on `otherwise`."""
+    """`serve`, and from its first wrong bit on `otherwise`; while tracing the operator itself."""
+    operator = getattr(OPS, f"cuda_{name}")
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args, **kwargs)
         device = first_tensor(args).device
         done = ("cuda", device.type, name)
         if self_check.failure("cuda", device.type):
@@ -136,14 +139,14 @@ def expected_rows(name: str, args: tuple[Any, ...]) -> self_check.Expected | Non
     """What the reference has for some tokens of an `out` operator's arguments."""
     if name == "noisy_embedding":
         input_ids, weight, *drawn = args
-        source, shape, scale = weight, input_ids.shape, drawn[10] if len(drawn) > 10 else 1.0
+        source, shape, scale = weight, input_ids.shape, drawn[11] if len(drawn) > 11 else 1.0
     else:
         embeds, *drawn = args
         input_ids, shape, scale = None, embeds.shape[:-1], 1.0
         source = embeds.reshape(shape.numel(), embeds.shape[-1])
     seed, noise_alpha, *rest = drawn
-    layout = layouts.Layout(*rest[:4])
-    offsets = Offsets(*rest[4:7])
+    layout = layouts.Layout(*rest[:5])
+    offsets = Offsets(*rest[5:8])
     return self_check.expected_rows(
         source, shape, seed, noise_alpha, layout, offsets, input_ids, scale
     )
@@ -307,12 +310,12 @@ class Backend(NamedTuple):
     noisy_embedding: Any
     add_noise: Any
     add_variant_noise: Any
-    mask_layout: Any
+    mask_layout: Any  # a layout's three tensors per token
     padding_layout: Any
+    number_documents: Any  # a layout's numbering; None: its kernels write it per token alone
+    number_padding: Any
     noisy_embedding_out: Callable[..., None]
     add_noise_out: Callable[..., None]
-    number_mask: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    number_padding: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 REFERENCE = Backend(
@@ -322,10 +325,10 @@ REFERENCE = Backend(
     add_variant_noise=OPS.reference_add_variant_noise,
     mask_layout=OPS.reference_mask_layout,
     padding_layout=OPS.reference_padding_layout,
+    number_documents=OPS.reference_number_documents,
+    number_padding=OPS.reference_number_padding,
     noisy_embedding_out=ops.OUT["reference_noisy_embedding"],
     add_noise_out=ops.OUT["reference_add_noise"],
-    number_mask=OPS.reference_mask_layout,
-    number_padding=OPS.reference_padding_layout,
 )
 CPP = Backend(
     name="cpp",
@@ -334,13 +337,16 @@ CPP = Backend(
     add_variant_noise=OPS.add_variant_noise,
     mask_layout=OPS.mask_layout,
     padding_layout=OPS.padding_layout,
+    number_documents=OPS.number_documents,
+    number_padding=OPS.number_padding,
     noisy_embedding_out=ops.OUT["noisy_embedding"],
     add_noise_out=ops.OUT["add_noise"],
-    number_mask=OPS.mask_layout,
-    number_padding=OPS.padding_layout,
 )
+number_documents = entry(OPS.number_documents.default)  # CPP's, for eager calls
 TRITON = CPP._replace(  # the same operators: the dispatcher goes by the device
     name="triton",
+    number_documents=None,
+    number_padding=None,
     noisy_embedding_out=past_the_dispatcher("noisy_embedding"),
     add_noise_out=past_the_dispatcher("add_noise"),
 )
@@ -349,12 +355,12 @@ CUDA = Backend(
     noisy_embedding=OPS.cuda_noisy_embedding,
     add_noise=OPS.cuda_add_noise,
     add_variant_noise=OPS.cuda_add_variant_noise,
-    mask_layout=OPS.cuda_mask_layout,
-    padding_layout=OPS.cuda_padding_layout,
+    mask_layout=CUDA_MASK_LAYOUT,
+    padding_layout=CUDA_PADDING_LAYOUT,
+    number_documents=None,
+    number_padding=None,
     noisy_embedding_out=ops.OUT["cuda_noisy_embedding"],
     add_noise_out=ops.OUT["cuda_add_noise"],
-    number_mask=CUDA_MASK_LAYOUT,
-    number_padding=CUDA_PADDING_LAYOUT,
 )
 BACKENDS = {backend.name: backend for backend in (REFERENCE, CPP, TRITON, CUDA)}
 

@@ -19,7 +19,13 @@ from . import reference
 from .backends import choose_backend
 from .noise import Noise, seed_tensor
 from .samples import Samples
-from .torch_internals import asked_outside_the_graph
+from .torch_internals import (
+    asked_outside_the_graph,
+    fsdp_classes,
+    ranks_of_groups,
+    root_mesh,
+    sharded_parameters,
+)
 
 DISTRIBUTED = dist.is_available()  # by this torch's build
 # GROUPS.WORLD is the process group, None without one. dist.is_initialized() says the same, but is a
@@ -126,7 +132,7 @@ def _partial_group() -> str:
     waiting for the others.
     """
     size = dist.get_world_size()
-    for group in list(dist.distributed_c10d._world.pg_group_ranks.values()):
+    for group in ranks_of_groups():
         if 1 < len(group) < size:
             return f"{len(group)} of the {size} ranks ({reprlib.repr(sorted(group))})"
     return ""
@@ -146,7 +152,7 @@ def _index_outside(mesh: Any) -> int:
     """This rank's place in the root mesh, flattened over the dimensions along which `mesh` has no
     other rank.
     """
-    root = mesh._get_root_mesh()
+    root = root_mesh(mesh)
     if root.size() != dist.get_world_size():
         raise RuntimeError(
             f"the embedding's weight is a DTensor on {mesh}, whose root mesh has {root.size()} of "
@@ -167,16 +173,6 @@ def _index_outside(mesh: Any) -> int:
 _mesh_infos: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-def _parameter_groups(state: Any) -> list[Any]:
-    """Of a module's FSDP2 state: several since torch 2.13, one or none before."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return [
-        group
-        for group in (groups or [getattr(state, "_fsdp_param_group", None)])
-        if group is not None
-    ]
-
-
 def _fsdp_mesh_info(module: nn.Module) -> Any:
     """FSDP2's mesh for this module's own parameters, None without FSDP2.
 
@@ -185,15 +181,8 @@ def _fsdp_mesh_info(module: nn.Module) -> Any:
     if not module.__dict__.get("_is_fsdp_managed_module"):
         return None
     if module not in _mesh_infos:
-        from torch.distributed._composable_state import _module_state_mapping
-
-        states = [reference() for reference in list(_module_state_mapping.values())]
-        parameters = [
-            p for state in states for group in _parameter_groups(state) for p in group.fsdp_params
-        ]
-        for parameter in parameters:
-            owners = (parameter._module_info.module, *parameter._module_info.shared_modules)
-            if any(owner is module for owner in owners):
+        for parameter in sharded_parameters():
+            if any(owner is module for owner in parameter.owners):
                 _mesh_infos[module] = parameter.mesh_info
                 break
         else:  # the old FSDP marks its modules alike
@@ -308,9 +297,8 @@ def class_without_noise(noisy: type, base: type) -> type | None:
     if not DISTRIBUTED:
         return None
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.fsdp._fully_shard._fully_shard import get_cls_to_fsdp_cls
 
-    made, classes = None, get_cls_to_fsdp_cls()
+    made, classes = None, fsdp_classes()
     for origin, sharded in list(classes.items()):
         if sharded is noisy and sharded.__bases__ == (FSDPModule, origin):
             made = classes.get(base)

@@ -150,7 +150,7 @@ def noisy_embedding(
     """
     if unknown:
         refuse_unknown("noisy_embedding", unknown)
-    alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
+    noise_alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if weight.dim() != 2:
@@ -161,12 +161,12 @@ def noisy_embedding(
     padding = check_padding_idx(padding_idx, weight.shape[0])
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
-    if alpha == 0:
+    if noise_alpha == 0:
         check_ids(input_ids)
         check_unused(input_ids.shape, weight, samples, (seed, generator, backend))
         embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
-    noise = make_noise(alpha_tensor(alpha), seed, generator, offsets, variant, backend)
+    noise = make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
     return embed_with_noise(input_ids, weight, samples, noise, padding, embed_scale)
 
 
@@ -219,16 +219,16 @@ def add_noise(
     """
     if unknown:
         refuse_unknown("add_noise", unknown)
-    alpha = check_alpha(noise_alpha)
+    noise_alpha = check_alpha(noise_alpha)
     offsets = check_offsets(replica, sample_offset, position_offset)
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
-    if alpha == 0:
+    if noise_alpha == 0:
         check_embeds(inputs_embeds)
         shape = inputs_embeds.shape[:-1]
         check_unused(shape, inputs_embeds, samples, (seed, generator, backend))
         return inputs_embeds
-    noise = make_noise(alpha_tensor(alpha), seed, generator, offsets, variant, backend)
+    noise = make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
     return embeds_with_noise(inputs_embeds, samples, noise)
 
 
@@ -291,15 +291,15 @@ def neftune_noise(
     tensors = [value for value in given if isinstance(value, Tensor)]
     if device is None and tensors:
         device = tensors[0].device
-    alpha = check_alpha(noise_alpha)
+    noise_alpha = check_alpha(noise_alpha)
     offsets = check_offsets(replica, sample_offset, position_offset)
     samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     # No memory, no traffic.
     zeros = torch.zeros((), dtype=torch.float32, device=device)
     zeros = zeros.expand(*input_shape, embedding_dim)
-    if alpha == 0:
+    if noise_alpha == 0:
         check_unused(zeros.shape[:-1], zeros, samples, (seed, generator, backend))
         return zeros.clone(memory_format=torch.contiguous_format)
-    noise = make_noise(alpha_tensor(alpha), seed, generator, offsets, variant, backend)
+    noise = make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
     return embeds_with_noise(zeros, samples, noise)

@@ -33,16 +33,19 @@ class Layout(NamedTuple):
 
     document: (N,) int64, each token's sample, -1 for padding; None: the row.
     position: (N,) int64, each token's place in its sample; None: the column.
-    lengths: (samples,) int32 or int64, real tokens of each sample. Without `document` a token is
-        real while its position is below it.
-    cu_seqlens: (samples + 1,) int32 or int64 bounds over the flattened tokens; then the other three
-        are None.
+    lengths: (num_samples,) int32 or int64, real tokens of each sample. Without `document`
+        a token is real while its position is below it.
+    cu_seqlens: (num_samples + 1,) int32 or int64 bounds over the flattened tokens; then
+        the others are None.
+    numbering: (4·units + 3·N,) int32, what :func:`number_documents` returns; then the others are
+        None.
     """
 
     document: Tensor | None = None
     position: Tensor | None = None
     lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    numbering: Tensor | None = None
 
 
 ROWS = Layout()
@@ -169,26 +172,26 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
 
 
-def mask_layout(
-    attention_mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Number the documents of (..., T) masks and position ids, at least one of them given, in
-    row-major order.
+class Openings(NamedTuple):
+    """Of the tokens of (rows, columns) masks and position ids; see :func:`openings`."""
+
+    real: Tensor  # bool
+    further: Tensor  # bool: opens a document inside its row
+    first: (
+        Tensor  # int64: column of the first real token of the document; -1 before the row's first
+    )
+
+
+def openings(attention_mask: Tensor | None, position_ids: Tensor | None) -> Openings:
+    """Where documents open in (..., T) masks and position ids, at least one of them given.
 
     Every row opens a document, and so does every further real token whose mask value differs from
     its real predecessor's in the row or whose position id minus that predecessor's is neither 1 nor
-    their column distance. Positions count columns from the document's first real token.
-
-    Returns:
-        document (N,) int64 with -1 for padding, position (N,) int64, lengths (N,) int64 indexed by
-        document.
+    their column distance.
     """
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
     rows, columns = rows_and_columns(given.shape)
-    if rows * columns == 0:
-        empty = torch.empty(0, dtype=torch.int64, device=given.device)
-        return empty, empty.clone(), empty.clone()
     column = torch.arange(columns, device=given.device).expand(rows, columns)
     real = torch.ones_like(column, dtype=torch.bool)
     if attention_mask is not None:
@@ -209,11 +212,127 @@ def mask_layout(
         jump = ids - ids.gather(1, previous.clamp(min=0))
         opens = opens | ((jump != 1) & (jump != column - previous))
     further = opens & real & (previous >= 0)
-    document = (further | (column == 0)).flatten().cumsum(0) - 1
     first = torch.where(further | (real & (previous < 0)), column, -1).cummax(dim=-1).values
-    real = real.flatten()
-    lengths = torch.zeros_like(document).scatter_add_(0, document, real.long())
-    return torch.where(real, document, -1), (column - first).flatten(), lengths
+    return Openings(real, further, first)
+
+
+def mask_layout(
+    attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The documents of :func:`openings`, numbered in row-major order, for each token by itself.
+
+    Positions count columns from the document's first real token.
+
+    Returns:
+        document (N,) int64 with -1 for padding, position (N,) int64, lengths (N,) int64 indexed by
+        document.
+    """
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    if given.numel() == 0:
+        empty = torch.empty(0, dtype=torch.int64, device=given.device)
+        return empty, empty.clone(), empty.clone()
+    real, further, first = openings(attention_mask, position_ids)
+    column = torch.arange(real.shape[1], device=given.device).expand_as(real)
+    document = (further | (column == 0)).flatten().cumsum(0) - 1
+    lengths = torch.zeros_like(document).scatter_add_(0, document, real.flatten().long())
+    return torch.where(real.flatten(), document, -1), (column - first).flatten(), lengths
+
+
+UNIT_WORDS = 4  # documents, first, count, before
+
+
+def number_documents(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """The documents of :func:`openings` with next to nothing per token, in one int32 tensor.
+
+    A unit is a row, or each of the equal pieces that a writer may cut long rows into. The tensor
+    holds three tables one after the other:
+
+        units   (units, 4)  documents, first, count, before
+        table   (N, 2)      first, count; of the unit's document k at the unit's first token plus k
+        record  (N,)        each token's document k in its unit, -1 for padding
+
+    documents: how many the unit holds; 0: its real tokens are columns first .. first + count - 1
+        of one, and nothing need be written of it to the other two tables.
+    first, count: the first real column of a document (of the unit's first one) in its row, and how
+        many real tokens it has, those in other pieces of the row included.
+    before: the number of the unit's document 0; -1, where units are rows: the sum of
+        max(documents, 1) over the units before.
+
+    Args:
+        attention_mask, position_ids: (..., T), at least one of them given; T < 2**31.
+    """
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    rows, columns = rows_and_columns(given.shape)
+    if columns >= 2**31:
+        raise ValueError(f"rows must have fewer than 2**31 tokens, got {columns}")
+    if given.numel() == 0:
+        return torch.zeros(UNIT_WORDS * rows, dtype=torch.int32, device=given.device)
+    real, further, first = openings(attention_mask, position_ids)
+    local = further.cumsum(dim=1)  # the number of the token's document in its row
+    slot = (torch.arange(rows, device=given.device)[:, None] * columns + local).flatten()
+    counts = torch.zeros_like(slot).scatter_add_(0, slot, real.flatten().long())
+    firsts = torch.zeros_like(slot).scatter_reduce_(0, slot, first.flatten(), "amax")
+    row_first, row_count = firsts.view(rows, columns)[:, 0], counts.view(rows, columns)[:, 0]
+    documents = local[:, -1] + 1
+    last = columns - 1 - real.flip(1).int().argmax(dim=1)
+    is_run = (documents == 1) & ((row_count == 0) | (last - row_first + 1 == row_count))
+    before = documents.cumsum(0) - documents
+    units = torch.stack((torch.where(is_run, 0, documents), row_first, row_count, before), dim=1)
+    table = torch.stack((firsts, counts), dim=1)
+    record = torch.where(real, local, -1)
+    return torch.cat((units.flatten(), table.flatten(), record.flatten())).to(torch.int32)
+
+
+def numbered_tokens(
+    numbering: Tensor, shape: torch.Size | tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(document, position, length) of every token, each (N,) int64; -1 and 0 for padding."""
+    rows, columns = rows_and_columns(shape)
+    num_tokens = rows * columns
+    units = check_numbering(numbering, rows, num_tokens)
+    token = torch.arange(num_tokens, device=numbering.device)
+    if num_tokens == 0:
+        return token, token, token
+    words = numbering[: UNIT_WORDS * units].view(units, UNIT_WORDS).long()
+    table = numbering[UNIT_WORDS * units : -num_tokens].view(num_tokens, 2).long()
+    record = numbering[-num_tokens:].long()
+    pieces = units // rows
+    piece_columns = -(-columns // pieces)
+    column = token % columns
+    piece = column // piece_columns
+    unit = token // columns * pieces + piece
+    start = token - column + piece * piece_columns  # the unit's first token
+    opened = words[:, 0].clamp(min=1)
+    documents, first, count, before = words[unit].unbind(1)
+    before = torch.where(before < 0, (opened.cumsum(0) - opened)[unit], before)
+    is_run = documents == 0
+    local = torch.where(is_run, 0, record)
+    slot = start + local
+    known = (local >= 0) & (local < documents.clamp(min=1)) & (slot < num_tokens)
+    entry = table[torch.where(known, slot, 0)]
+    first = torch.where(is_run, first, entry[:, 0])
+    count = torch.where(is_run, count, entry[:, 1])
+    position = column - first
+    real = known & (~is_run | ((position >= 0) & (position < count)))
+    return torch.where(real, before + local, -1), position, torch.where(real, count, 0)
+
+
+def check_numbering(numbering: Tensor, rows: int, num_tokens: int) -> int:
+    """How many units it has."""
+    words = numbering.numel() - 3 * num_tokens
+    if (
+        numbering.dtype != torch.int32
+        or words < UNIT_WORDS * rows
+        or words % (UNIT_WORDS * max(rows, 1))
+    ):
+        raise ValueError(
+            f"numbering must be what number_documents returns for tokens of this shape, "
+            f"(4·units + 3·{num_tokens},) int32 with {rows} units or a multiple, got "
+            f"{numbering.dtype} of shape {tuple(numbering.shape)}"
+        )
+    return words // UNIT_WORDS
 
 
 def per_token(
@@ -239,6 +358,9 @@ def per_token(
         document = document.clamp(0, bounds.numel() - 2)
         position = token - bounds[document]
         length = torch.where(inside, bounds[document + 1] - bounds[document], 0)
+        return (document + sample_offset) & UINT32, (position + position_offset) & UINT32, length
+    if layout.numbering is not None:
+        document, position, length = numbered_tokens(layout.numbering, shape)
         return (document + sample_offset) & UINT32, (position + position_offset) & UINT32, length
     column = token % max(columns, 1)
     position = (

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .backends import CPP, CPP_SERVES, choose_backend
+from .backends import CPP, CPP_SERVES, choose_backend, number_documents
 from .distributed import dtensor_with_noise, is_dtensor
-from .layout import ROWS
+from .layout import INTEGER_DTYPES, ROWS
 from .noise import Noise, alpha_tensor, make_noise, seed_tensor
 from .samples import UNSAID, Samples, make_layout, real_tokens
 from .torch_internals import dispatch_modes, transformed
 
 PLAIN_WEIGHTS = (nn.Parameter, Tensor)
+QUICK_MASKS = (torch.bool, *INTEGER_DTYPES)  # which have no gradient
 IN_PLACE_LIMIT = (
     1 << 16
     # elements: below it F.embedding and noise in its cache-warm output cost less than an
@@ -41,9 +42,15 @@ _SEED = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it is 
 
 
 def _embed_quickly(
-    input_ids: Tensor, weight: Tensor, alpha: Tensor, seed: Tensor | None
+    input_ids: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    seed: Tensor | None,
+    attention_mask: Tensor | None,
+    padding_idx: int,
 ) -> Tensor | None:
-    """embed_with_noise of ids and nothing else, in eager mode on a CPU, with the host time halved.
+    """embed_with_noise of ids and perhaps a mask, in eager mode on a CPU, with the host time
+    halved.
 
     None where any of that does not hold; nothing is drawn then.
     """
@@ -60,17 +67,27 @@ def _embed_quickly(
     needs_graph = weight.requires_grad and torch.is_grad_enabled()
     if needs_graph and input_ids.numel() * weight.shape[1] > IN_PLACE_LIMIT:
         return None
+    layout: tuple[Tensor | None, ...] = ()
+    if attention_mask is not None:
+        if not (
+            type(attention_mask) is Tensor
+            and attention_mask.is_cpu
+            and attention_mask.shape == input_ids.shape
+            and attention_mask.dtype in QUICK_MASKS
+        ):
+            return None
+        layout = (None, None, None, None, number_documents(attention_mask, None))
     if seed is None:
         seed = torch.empty_like(_SEED).random_(-(2**63), None)
     elif seed.dtype is not torch.int64 or seed.dim() or not seed.is_cpu:
         return None
     if needs_graph:
-        embedded = _lookup(input_ids, weight, -1)
+        embedded = _lookup(input_ids, weight, padding_idx)
         rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
-        CPP.add_noise_out(rows, seed, alpha, out=rows)
+        CPP.add_noise_out(rows, seed, alpha, *layout, out=rows)
         return embedded
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    CPP.noisy_embedding_out(input_ids, weight, seed, alpha, out=out)
+    CPP.noisy_embedding_out(input_ids, weight, seed, alpha, *layout, out=out)
     return out
 
 
@@ -92,16 +109,18 @@ def embed_with_noise(
         )
         return embeds_with_noise(embedded, real_tokens(input_ids, padding_idx, samples), noise)
     alpha, seed, generator, offsets, _, backend, plain = noise
-    plain = plain and samples.unsaid and padding_idx < 0
+    mask = samples.attention_mask
     if (
         plain
         and embed_scale == 1
+        and (samples.mask_at_most if mask is not None else padding_idx < 0 and samples.unsaid)
         and (seed is None or isinstance(seed, Tensor))
         and not torch.compiler.is_compiling()
     ):
-        quick = _embed_quickly(input_ids, weight, alpha, seed)
+        quick = _embed_quickly(input_ids, weight, alpha, seed, mask, padding_idx)
         if quick is not None:
             return quick
+    plain = plain and samples.unsaid and padding_idx < 0
     check_ids(input_ids)
     device = weight.device
     if device != input_ids.device:
@@ -181,11 +200,10 @@ def embeds_with_noise(inputs_embeds: Tensor, samples: Samples, noise: Noise) -> 
     return out
 
 
-def is_fusible(embedding: Any, forward_is_plain: bool) -> bool:
-    """Whether lookup and noise can be one pass: an ordinary weight and nn.Embedding's forward."""
+def is_fusible(embedding: Any, weight: Tensor) -> bool:
+    """Whether nn.Embedding's lookup and noise can be one pass: an ordinary weight and gradient."""
     return (
-        forward_is_plain
-        and type(embedding.weight) in PLAIN_WEIGHTS
+        type(weight) in PLAIN_WEIGHTS
         and embedding.max_norm is None
         and not embedding.sparse
         and not embedding.scale_grad_by_freq
@@ -206,10 +224,10 @@ def noisy_lookup(
     embedding: the nn.Embedding; look_up: its own forward, None for nn.Embedding's.
     """
     padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
-    if is_fusible(embedding, look_up is None):
-        return embed_with_noise(
-            input_ids, embedding.weight, samples, noise, padding_idx, embed_scale
-        )
+    if look_up is None:
+        weight = embedding.weight  # nn.Module's __getattr__: once
+        if is_fusible(embedding, weight):
+            return embed_with_noise(input_ids, weight, samples, noise, padding_idx, embed_scale)
     embedded = plain_lookup(embedding, input_ids) if look_up is None else look_up()
     if embed_scale != 1:
         embedded = embedded * embed_scale

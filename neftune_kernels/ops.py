@@ -32,7 +32,8 @@ LAUNCH_TAGS = (
 DRAW_TAGS = (*TAGS, torch.Tag.nondeterministic_seeded)
 
 LAYOUT = (
-    "Tensor? document=None, Tensor? position=None, Tensor? lengths=None, Tensor? cu_seqlens=None"
+    "Tensor? document=None, Tensor? position=None, Tensor? lengths=None, Tensor? cu_seqlens=None, "
+    "Tensor? numbering=None"
 )
 NOISE = (
     f"Tensor seed, Tensor noise_alpha, {LAYOUT}, "
@@ -43,7 +44,7 @@ EMBEDDING = (
 )
 ADD = f"Tensor inputs_embeds, {NOISE}"
 VARIANT = f'{ADD}, str distribution="normal", bool equal_variance=True'
-NUMBERS = "(Tensor, Tensor, Tensor)"  # document, position, lengths: layout.mask_layout
+PER_TOKEN = "(Tensor, Tensor, Tensor)"  # document, position, lengths: layout.mask_layout
 
 
 # ---- fakes
@@ -76,6 +77,17 @@ def fake_padding_layout(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Te
     return fake_mask_layout(input_ids, None)
 
 
+def fake_number_documents(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    rows, _ = layouts.rows_and_columns(given.shape)
+    return given.new_empty((layouts.UNIT_WORDS * rows + 3 * given.numel(),), dtype=torch.int32)
+
+
+def fake_number_padding(input_ids: Tensor, padding_idx: int) -> Tensor:
+    return fake_number_documents(input_ids, None)
+
+
 def fake_noisy_documents(noise_mask: Tensor, *args: Any) -> Tensor:
     return noise_mask.new_empty((noise_mask.numel(),), dtype=torch.int64)
 
@@ -98,10 +110,10 @@ def by_out(operator: str, new_output: Callable[..., Tensor]) -> Callable[..., Te
     return call
 
 
-def padding_by_mask(operator: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Tokens equal to padding_idx are padding: that mask_layout operator of the mask saying so."""
+def padding_by_mask(operator: str) -> Callable[..., Any]:
+    """Tokens equal to padding_idx are padding: that operator on masks, of the mask saying so."""
 
-    def call(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    def call(input_ids: Tensor, padding_idx: int) -> Any:
         mask = (input_ids != padding_idx).contiguous()
         return getattr(torch.ops.neftune_kernels, operator)(mask, None)
 
@@ -166,6 +178,7 @@ class EmbeddingGradients(NamedTuple):
     position: None = None
     lengths: None = None
     cu_seqlens: None = None
+    numbering: None = None
     replica: None = None
     sample_offset: None = None
     position_offset: None = None
@@ -183,6 +196,7 @@ class AddGradients(NamedTuple):
     position: None = None
     lengths: None = None
     cu_seqlens: None = None
+    numbering: None = None
     replica: None = None
     sample_offset: None = None
     position_offset: None = None
@@ -278,13 +292,23 @@ def variant_operator(name: str, uniform: str) -> Operator:
 
 
 def mask_operator(name: str) -> Operator:
-    schema = f"(Tensor? attention_mask, Tensor? position_ids) -> {NUMBERS}"
+    schema = f"(Tensor? attention_mask, Tensor? position_ids) -> {PER_TOKEN}"
     return Operator(name, schema, layouts.mask_layout, fake_mask_layout)
 
 
 def padding_operator(name: str, mask_operator: str) -> Operator:
-    schema = f"(Tensor input_ids, SymInt padding_idx) -> {NUMBERS}"
+    schema = f"(Tensor input_ids, SymInt padding_idx) -> {PER_TOKEN}"
     return Operator(name, schema, padding_by_mask(mask_operator), fake_padding_layout)
+
+
+def number_operator(name: str) -> Operator:
+    schema = "(Tensor? attention_mask, Tensor? position_ids) -> Tensor"
+    return Operator(name, schema, layouts.number_documents, fake_number_documents)
+
+
+def number_padding_operator(name: str, number_operator: str) -> Operator:
+    schema = "(Tensor input_ids, SymInt padding_idx) -> Tensor"
+    return Operator(name, schema, padding_by_mask(number_operator), fake_number_padding)
 
 
 OPERATORS = (
@@ -294,12 +318,16 @@ OPERATORS = (
     variant_operator("add_variant_noise", "add_noise"),
     mask_operator("mask_layout"),
     padding_operator("padding_layout", "mask_layout"),
+    number_operator("number_documents"),
+    number_padding_operator("number_padding", "number_documents"),
     # reference.py, whatever the device
     *embedding_operators("reference_noisy_embedding"),
     *add_operators("reference_add_noise"),
     variant_operator("reference_add_variant_noise", "reference_add_noise"),
     mask_operator("reference_mask_layout"),
     padding_operator("reference_padding_layout", "reference_mask_layout"),
+    number_operator("reference_number_documents"),
+    number_padding_operator("reference_number_padding", "reference_number_documents"),
     # the CUDA C++ kernels
     *embedding_operators("cuda_noisy_embedding"),
     *add_operators("cuda_add_noise"),

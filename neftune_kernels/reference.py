@@ -157,9 +157,7 @@ def scaled_draws(
 
 
 def neftune_noise(
-    sample: Tensor,
-    position: Tensor,
-    length: Tensor,
+    places: tuple[Tensor, Tensor, Tensor],
     embedding_dim: int,
     noise_alpha: float | Tensor,
     seed: Tensor,
@@ -170,8 +168,8 @@ def neftune_noise(
     """The noise itself.
 
     Args:
-        sample, position: (N,) int64, each token's sample and its place in it; counted mod 2³².
-        length: (N,) int64, real tokens of each token's sample; 0 for padding, which gets zeros.
+        places: sample, position, length of each token, (N,) int64. Sample and position count mod
+            2³²; length is the sample's number of real tokens, 0 for padding, which gets zeros.
         noise_alpha: negative: exactly the negated noise of its absolute value.
         seed: 0-dim int64 tensor on their device, any 64-bit pattern.
         distribution: "uniform", "normal" or "rademacher"; equal_variance is for the latter two.
@@ -179,6 +177,7 @@ def neftune_noise(
     Returns:
         (N, embedding_dim) float32.
     """
+    sample, position, length = places
     lattice = uniform_lattice(seed, replica, sample, position, embedding_dim)
     if distribution != "uniform":
         return scaled_draws(

@@ -37,9 +37,7 @@ def rows_out(rows: Callable[[slice], Tensor], shape: torch.Size, drawn: Drawn, o
     flat = out.view(sample.numel(), embedding_dim)
     for chunk in chunks(sample.numel(), embedding_dim):
         noise = reference.neftune_noise(
-            sample[chunk],
-            position[chunk],
-            length[chunk],
+            (sample[chunk], position[chunk], length[chunk]),
             embedding_dim,
             drawn.noise_alpha,
             drawn.seed,
@@ -64,6 +62,7 @@ def noisy_embedding_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    numbering: Tensor | None = None,
     replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
@@ -94,7 +93,7 @@ def noisy_embedding_out(
     drawn = Drawn(
         seed,
         noise_alpha,
-        layouts.Layout(document, position, lengths, cu_seqlens),
+        layouts.Layout(document, position, lengths, cu_seqlens, numbering),
         (replica, sample_offset, position_offset),
     )
     rows_out(rows, input_ids.shape, drawn, out)
@@ -108,6 +107,7 @@ def add_noise_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    numbering: Tensor | None = None,
     replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
@@ -119,7 +119,7 @@ def add_noise_out(
     drawn = Drawn(
         seed,
         noise_alpha,
-        layouts.Layout(document, position, lengths, cu_seqlens),
+        layouts.Layout(document, position, lengths, cu_seqlens, numbering),
         (replica, sample_offset, position_offset),
     )
     rows_out(lambda chunk: embeddings[chunk], inputs_embeds.shape[:-1], drawn, out)
@@ -133,6 +133,7 @@ def add_variant_noise(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    numbering: Tensor | None = None,
     replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
@@ -150,7 +151,7 @@ def add_variant_noise(
         inputs_embeds.shape[-1],
     )
     embeddings = inputs_embeds.reshape(shape.numel(), embedding_dim)
-    layout = layouts.Layout(document, position, lengths, cu_seqlens)
+    layout = layouts.Layout(document, position, lengths, cu_seqlens, numbering)
     out = inputs_embeds.new_empty(inputs_embeds.shape)
     if uniform == "reference_add_noise":
         offsets = (replica, sample_offset, position_offset)
@@ -159,7 +160,7 @@ def add_variant_noise(
         return out
     sample, place, length = layouts.per_token(layout, shape, device, 0, position_offset)
     counts = cu_seqlens if lengths is None else lengths
-    samples = layouts.rows_and_columns(shape)[0] if counts is None else counts.numel()
+    num_samples = shape.numel() if counts is None else counts.numel()
     # Every sample counts one token, so alpha / √(1·d) is 2³¹ exactly and the noise is the lattice
     # value x itself.
     lattice = getattr(torch.ops.neftune_kernels, uniform)(
@@ -168,7 +169,8 @@ def add_variant_noise(
         torch.full((), 2.0**31 * math.sqrt(embedding_dim), dtype=torch.float64, device="cpu"),
         torch.where(length > 0, sample, -1),
         place,
-        torch.ones(samples, dtype=torch.int64, device=device),
+        torch.ones(num_samples, dtype=torch.int64, device=device),
+        None,
         None,
         replica,
         sample_offset,
@@ -188,8 +190,11 @@ def noisy_documents(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    numbering: Tensor | None = None,
     position_offset: int = 0,
 ) -> Tensor:
     return layouts.noisy_documents(
-        noise_mask, layouts.Layout(document, position, lengths, cu_seqlens), position_offset
+        noise_mask,
+        layouts.Layout(document, position, lengths, cu_seqlens, numbering),
+        position_offset,
     )

@@ -38,6 +38,17 @@ class Samples(NamedTuple):
             and self.padded_ids is None
         )
 
+    @property
+    def mask_at_most(self) -> bool:
+        """Whether nothing but an attention_mask is said."""
+        return (
+            self.lengths is None
+            and self.cu_seqlens is None
+            and self.position_ids is None
+            and self.noise_mask is None
+            and self.padded_ids is None
+        )
+
     def check(self, shape: torch.Size, device: torch.device) -> Tensor | None:
         """Refuse what contradicts itself or does not fit tokens of this shape; returns position_ids
         broadcast to it.
@@ -72,19 +83,25 @@ def make_layout(
         return _layout_of_samples(samples, position_ids, backend)
     layout = ROWS
     if not samples.padding_unsaid:
-        layout = _layout_of_samples(samples, position_ids, backend)
+        layout = _layout_of_samples(samples, position_ids, backend, per_token=True)
     document = torch.ops.neftune_kernels.noisy_documents(
         samples.noise_mask.detach(), *layout, position_offset
     )
     return by_document(layout, document, shape)
 
 
-def _layout_of_samples(samples: Samples, position_ids: Tensor | None, backend: Backend) -> Layout:
-    """make_layout but for the noise mask; GPU kernels read any strides and mask dtype."""
-    compiling = torch.compiler.is_compiling()
+def _layout_of_samples(
+    samples: Samples, position_ids: Tensor | None, backend: Backend, per_token: bool = False
+) -> Layout:
+    """make_layout but for the noise mask, which needs masks numbered token by token.
+
+    Kernels that number documents read any strides and mask dtype.
+    """
     if samples.padded_ids is not None:
-        number = backend.padding_layout if compiling else backend.number_padding
-        return Layout(*number(samples.padded_ids, samples.padding_idx))
+        padded = samples.padded_ids, samples.padding_idx
+        if per_token or backend.number_padding is None:
+            return Layout(*backend.padding_layout(*padded))
+        return Layout(numbering=backend.number_padding(*padded))
     if samples.cu_seqlens is not None:
         return Layout(cu_seqlens=samples.cu_seqlens.contiguous())
     if samples.lengths is not None:
@@ -95,8 +112,6 @@ def _layout_of_samples(samples: Samples, position_ids: Tensor | None, backend: B
             position = None if position is None else position.long()
         return Layout(position=position, lengths=lengths.reshape(-1))
     mask = None if samples.attention_mask is None else samples.attention_mask.detach()
-    if backend.name not in ("triton", "cuda"):
-        mask = None if mask is None else mask.contiguous()
-        position_ids = None if position_ids is None else position_ids.long().contiguous()
-    number = backend.mask_layout if compiling else backend.number_mask
-    return Layout(*number(mask, position_ids))
+    if per_token or backend.number_documents is None:
+        return Layout(*backend.mask_layout(mask, position_ids))
+    return Layout(numbering=backend.number_documents(mask, position_ids))

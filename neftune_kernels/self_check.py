@@ -86,11 +86,10 @@ def expected_rows(
     if layout.document is not None and layout.lengths is not None:
         known = layout.document < layout.lengths.numel()  # an index beyond would end the process
         layout = layout._replace(document=torch.where(known, layout.document, -1))
-    sample, position, length = (
-        value[token] for value in per_token(layout, shape, device, sample_offset, position_offset)
-    )
+    places = per_token(layout, shape, device, sample_offset, position_offset)
+    sample, position, length = (value[token] for value in places)
     noise = reference.neftune_noise(
-        sample, position, length, embedding_dim, noise_alpha, seed, replica
+        (sample, position, length), embedding_dim, noise_alpha, seed, replica
     )
     if input_ids is None:
         return Expected(token, reference.add_noise(rows[token], noise))

@@ -3,10 +3,11 @@
 tests/test_torch_internals.py holds them against the torch that is installed.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 # How many dispatch modes are active: a mode must see every operator, and its fake tensors must stay
@@ -44,3 +45,51 @@ def asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+# ---- torch.distributed: each name is looked up when asked, as a torch may be built without it
+
+
+def ranks_of_groups() -> list[list[int]]:
+    """The world's ranks in every process group that this process was told of.
+
+    There is no public list of groups.
+    """
+    groups = torch.distributed.distributed_c10d._world.pg_group_ranks
+    return [list(ranks) for ranks in list(groups.values())]
+
+
+def root_mesh(mesh: Any) -> Any:
+    """The DeviceMesh that this one was sliced from. A slice does not say so in public."""
+    return mesh._get_root_mesh()
+
+
+class ShardedParameter(NamedTuple):
+    """A parameter that FSDP2 (`fully_shard`) manages."""
+
+    owners: tuple[nn.Module, ...]
+    mesh_info: Any  # .mesh: a DeviceMesh; .is_spmd_mesh where this torch has it
+
+
+def sharded_parameters() -> Iterator[ShardedParameter]:
+    """Of all modules. In forward they are plain tensors again, and only FSDP2's state knows."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference()
+        # Several groups since torch 2.13, one or none before.
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in groups or [getattr(state, "_fsdp_param_group", None)]:
+            for parameter in () if group is None else group.fsdp_params:
+                info = parameter._module_info
+                owners = (info.module, *info.shared_modules)
+                yield ShardedParameter(owners, parameter.mesh_info)
+
+
+def fsdp_classes() -> dict[type, type]:
+    """The class that `fully_shard` gave modules of a class: it swaps a module's class, and keeps
+    the new ones here.
+    """
+    from torch.distributed.fsdp._fully_shard._fully_shard import get_cls_to_fsdp_cls
+
+    return get_cls_to_fsdp_cls()

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import self_check
-from .layout import Layout, rows_and_columns
+from .layout import Layout, check_numbering, rows_and_columns
 
 # ---- device functions
 
@@ -227,9 +227,9 @@ def row_pieces(
 
 
 @triton.jit
-def document_of(token, cu_seqlens, samples):
-    """The document whose bounds hold the token, by bisection; -1 or `samples` outside of all."""
-    high = (samples + 1).to(tl.int32)
+def document_of(token, cu_seqlens, num_samples):
+    """The document whose bounds hold the token, by bisection; outside of all -1 or num_samples."""
+    high = (num_samples + 1).to(tl.int32)
     low = high * 0
     while low < high:
         middle = (low + high) >> 1
@@ -240,13 +240,53 @@ def document_of(token, cu_seqlens, samples):
     return (low - 1).to(tl.int64)
 
 
+@triton.jit
+def documents_before(numbering, unit):
+    """How many documents the rows before this one hold."""
+    documents = unit * 0
+    for start in range(0, unit, 128):
+        earlier = start + tl.arange(0, 128)
+        held = tl.load(numbering + earlier * 4, mask=earlier < unit, other=0)
+        documents += tl.sum(tl.where(earlier < unit, tl.maximum(held, 1), 0))
+    return documents
+
+
+@triton.jit
+def numbered_token(token, row, column, numbering, rows, columns, pieces, piece_columns):
+    """(sample, position, length, real) by the tables of layout.number_documents, all int64 but
+    real. A document that the unit does not hold is padding.
+    """
+    piece = column // piece_columns
+    unit = row * pieces + piece
+    documents = tl.load(numbering + unit * 4).to(tl.int64)
+    first = tl.load(numbering + unit * 4 + 1).to(tl.int64)
+    count = tl.load(numbering + unit * 4 + 2).to(tl.int64)
+    sample = tl.load(numbering + unit * 4 + 3).to(tl.int64)
+    if sample < 0:
+        sample = documents_before(numbering, unit)
+    real = (column >= first) & (column < first + count)
+    if documents > 0:
+        num_tokens = rows * columns
+        table = numbering + rows * pieces * 4
+        start = row * columns + piece * piece_columns
+        document = tl.load(table + num_tokens * 2 + token).to(tl.int64)
+        real = (document >= 0) & (document < documents) & (start + document < num_tokens)
+        entry = table + (start + document) * 2
+        first = tl.load(entry, mask=real, other=0).to(tl.int64)
+        count = tl.load(entry + 1, mask=real, other=0).to(tl.int64)
+        sample += document
+    return sample, column - first, count, real & (count > 0)
+
+
 # ---- kernels
 
 NOISY_ROWS_INTEGERS = (
     "num_embeddings",
     "rows",
     "columns",
-    "samples",
+    "num_samples",
+    "pieces",
+    "piece_columns",
     "ids_row",
     "ids_column",
     "source_row",
@@ -268,6 +308,7 @@ NOISY_ROWS_INTEGERS = (
         "position",
         "lengths",
         "cu_seqlens",
+        "numbering",
     ],
 )
 def noisy_rows(
@@ -277,20 +318,23 @@ def noisy_rows(
     seed,  # [] int64
     document,  # [rows · columns] int32 or int64, or None
     position,  # [rows · columns] int32 or int64, or None
-    lengths,  # [samples] int32 or int64, or None
-    cu_seqlens,  # [samples + 1] int32 or int64, or None
+    lengths,  # [num_samples] int32 or int64, or None
+    cu_seqlens,  # [num_samples + 1] int32 or int64, or None
+    numbering,  # [4 · rows · pieces + 3 · rows · columns] int32, or None
     num_embeddings: tl.int64,  # 0 without input_ids
     rows: tl.int32,
     columns: tl.int64,  # tokens of a row
-    samples: tl.int64,  # that lengths or cu_seqlens hold
+    num_samples: tl.int64,  # that lengths or cu_seqlens hold
+    pieces: tl.int64,  # units of a row of numbering
+    piece_columns: tl.int64,  # tokens of a unit
     ids_row: tl.int64,  # strides of input_ids, in elements
     ids_column: tl.int64,
     source_row: tl.int64,  # strides of source, in elements
     source_column: tl.int64,
     lengths_stride: tl.int64,
-    step: tl.float32,  # noise_step of `columns` real tokens; read without lengths and cu_seqlens
+    step: tl.float32,  # noise_step of `columns` real tokens; read where alpha_bits is not
     scale: tl.float32,  # embed_scale; read where SCALED
-    alpha_bits: tl.int64,  # the float64 noise_alpha's; read with lengths or cu_seqlens
+    alpha_bits: tl.int64,  # the float64 noise_alpha's; read where the layout tells lengths
     replica: tl.int64,  # mod 2**32, as the two offsets
     sample_offset: tl.int64,
     position_offset: tl.int64,
@@ -305,7 +349,7 @@ def noisy_rows(
     """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to
     65535, the rest of the rows).
 
-    input_ids None: source holds the embeddings themselves. The four layout pointers are those of
+    input_ids None: source holds the embeddings themselves. The five layout pointers are those of
     layout.Layout, None where not given; with none of them the launcher knows the one length and
     gives `step`. ROW_STRIDE 0: it is source_row.
     """
@@ -314,8 +358,8 @@ def noisy_rows(
     if row < rows:
         token = row.to(tl.int64) * columns + column
         if cu_seqlens is not None:
-            sample = document_of(token, cu_seqlens, samples)
-            real = (sample >= 0) & (sample < samples)
+            sample = document_of(token, cu_seqlens, num_samples)
+            real = (sample >= 0) & (sample < num_samples)
             start = tl.load(cu_seqlens + sample, mask=real, other=0).to(tl.int64)
             length = tl.load(cu_seqlens + sample + 1, mask=real, other=0).to(tl.int64) - start
             place = (token - start + position_offset).to(tl.uint32)
@@ -324,6 +368,18 @@ def noisy_rows(
                 tl.device_assert(
                     real, "cu_seqlens must run from 0 to the number of tokens and not decrease"
                 )
+        elif numbering is not None:
+            sample, place, length, real = numbered_token(
+                token,
+                row.to(tl.int64),
+                column.to(tl.int64),
+                numbering,
+                rows.to(tl.int64),
+                columns,
+                pieces,
+                piece_columns,
+            )
+            place = (place + position_offset).to(tl.uint32)
         else:
             place = column.to(tl.int64)
             if position is not None:
@@ -332,7 +388,7 @@ def noisy_rows(
             sample = row.to(tl.int64)
             if document is not None:
                 sample = tl.load(document + token).to(tl.int64)
-                real = (sample >= 0) & (sample < samples)
+                real = (sample >= 0) & (sample < num_samples)
                 length = tl.load(lengths + sample * lengths_stride, mask=real, other=0).to(tl.int64)
                 real = real & (length > 0)
             elif lengths is not None:
@@ -340,7 +396,7 @@ def noisy_rows(
                 real = place.to(tl.int64) < length
                 if DEBUG:
                     tl.device_assert(length >= 0, "lengths must not be negative")
-        if lengths is not None or cu_seqlens is not None:
+        if lengths is not None or cu_seqlens is not None or numbering is not None:
             step = 0.0
             if real:
                 step = noise_step(length, alpha_bits.to(tl.float64, bitcast=True), D)
@@ -839,6 +895,7 @@ def noisy_embedding_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    numbering: Tensor | None = None,
     replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
@@ -862,7 +919,7 @@ def noisy_embedding_out(
     else:
         rows, columns = rows_and_columns(shape)
         input_ids, ids_row, ids_column = rows_view(input_ids, rows, columns)
-    num_embeddings, embedding_dim = weight.shape
+    num_embeddings = weight.shape[0]
     # Then every id is out of range and there is no row to read.
     if num_embeddings == 0 and rows * columns > 0:
         out.fill_(float("nan"))
@@ -871,18 +928,11 @@ def noisy_embedding_out(
         out,
         weight,
         input_ids,
-        (rows, columns, num_embeddings, embedding_dim, ids_row, ids_column),
-        weight.stride(),
+        (rows, columns, num_embeddings, ids_row, ids_column),
+        (document, position, lengths, cu_seqlens, numbering),
         seed,
-        alpha,
-        document,
-        position,
-        lengths,
-        cu_seqlens,
-        replica,
-        sample_offset,
-        position_offset,
-        embed_scale,
+        (replica, sample_offset, position_offset),
+        (alpha, embed_scale),
     )
 
 
@@ -894,6 +944,7 @@ def add_noise_out(
     position: Tensor | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    numbering: Tensor | None = None,
     replica: int = 0,
     sample_offset: int = 0,
     position_offset: int = 0,
@@ -912,18 +963,11 @@ def add_noise_out(
         out,
         embeddings,
         None,
-        (rows, columns, 0, embeddings.shape[1], 0, 0),
-        embeddings.stride(),
+        (rows, columns, 0, 0, 0),
+        (document, position, lengths, cu_seqlens, numbering),
         seed,
-        alpha,
-        document,
-        position,
-        lengths,
-        cu_seqlens,
-        replica,
-        sample_offset,
-        position_offset,
-        1.0,
+        (replica, sample_offset, position_offset),
+        (alpha, 1.0),
     )
 
 
@@ -931,31 +975,31 @@ def _launch_rows(
     out: Tensor,
     source: Tensor,
     input_ids: Tensor | None,
-    sizes: tuple[int, int, int, int, int, int],
-    source_strides: tuple[int, ...],
+    sizes: tuple[int, int, int, int, int],
+    layout: tuple[Tensor | None, ...],
     seed: Tensor,
-    alpha: float,
-    document: Tensor | None,
-    position: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    replica: int,
-    sample_offset: int,
-    position_offset: int,
-    embed_scale: float,
+    offsets: tuple[int, int, int],
+    scalars: tuple[float, float],
 ) -> Any:
-    rows, columns, num_embeddings, embedding_dim, ids_row, ids_column = sizes
+    """sizes: rows, columns, num_embeddings and the strides of input_ids; scalars: alpha and
+    embed_scale. Plain tuples, for host time.
+    """
+    rows, columns, num_embeddings, ids_row, ids_column = sizes
+    embedding_dim = out.shape[-1]
     if rows == 0 or columns == 0 or embedding_dim == 0:
         return None
-    step, samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
+    document, position, lengths, cu_seqlens, numbering = layout
+    alpha, embed_scale = scalars
+    source_strides = source.stride()
+    step, num_samples, lengths_stride, alpha_bits, pieces = 0.0, rows, 0, 0, 1
     if lengths is not None:
-        samples, (lengths_stride,), alpha_bits = (
-            lengths.numel(),
-            lengths.stride(),
-            float_bits(alpha),
-        )
+        num_samples, (lengths_stride,) = lengths.numel(), lengths.stride()
+        alpha_bits = float_bits(alpha)
     elif cu_seqlens is not None:
-        samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha)
+        num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha)
+    elif numbering is not None:
+        pieces = check_numbering(numbering, rows, rows * columns) // rows
+        alpha_bits = float_bits(alpha)
     else:
         step = host_step(alpha, columns, embedding_dim)
     dtype, device_index = source.dtype, out.get_device()
@@ -972,6 +1016,7 @@ def _launch_rows(
         None if position is None else position.dtype,
         None if lengths is None else lengths.dtype,
         None if cu_seqlens is None else cu_seqlens.dtype,
+        numbering is None,
     )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
@@ -997,10 +1042,13 @@ def _launch_rows(
         position,
         lengths,
         cu_seqlens,
+        numbering,
         num_embeddings,
         rows,
         columns,
-        samples,
+        num_samples,
+        pieces,
+        -(-columns // pieces),
         ids_row,
         ids_column,
         source_row,
@@ -1009,21 +1057,17 @@ def _launch_rows(
         step,
         embed_scale,
         alpha_bits,
-        replica,
-        sample_offset,
-        position_offset,
+        *offsets,
         *constexprs,
     )
     expected = None
     if found is None and launch_rows.to_be_checked(key, out.device):
-        layout = Layout(document, position, lengths, cu_seqlens)
-        offsets = (replica, sample_offset, position_offset)
         expected = self_check.expected_rows(
             source,
             torch.Size((rows, columns)),
             seed,
             alpha,
-            layout,
+            Layout(*layout),
             offsets,
             input_ids,
             embed_scale,

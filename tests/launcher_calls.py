@@ -131,6 +131,12 @@ def cu_seqlens_layout(shape, second, dtype=torch.int64):
     return {"cu_seqlens": filled((9 if second else 4,), dtype)}
 
 
+def numbering_layout(shape, second):
+    rows, tokens = shape[0], shape[0] * shape[1]
+    pieces = 4 if second else 1
+    return {"numbering": filled((4 * rows * pieces + 3 * tokens,), torch.int32)}
+
+
 def documents_layout(shape, second):
     tokens = shape[0] * shape[1]
     return {
@@ -274,6 +280,7 @@ def calls():
             layout=lambda *given: cu_seqlens_layout(*given, torch.int32), scales=(0.5, -3.0)
         ),
         "documents": embeds(layout=documents_layout),
+        "numbering": embeds(layout=numbering_layout),
         "positions int32 beside lengths": embeds(
             layout=lambda *given: positions_layout(*given, torch.int32)
         ),

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from neftune_kernels import NEFTuneEmbedding, add_noise, backends, noisy_embedding
+from neftune_kernels.layout import Layout
 
 OPS = torch.ops.neftune_kernels
 ALPHA = torch.tensor(5.0, dtype=torch.float64)
@@ -34,14 +35,15 @@ def batch(dtype=torch.float32):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("layout", ["nothing", "lengths", "cu_seqlens", "mask"])
+@pytest.mark.parametrize("layout", ["nothing", "lengths", "cu_seqlens", "mask", "numbering"])
 def test_opcheck(family, requires_grad, layout):
     ids, weight, mask = batch()
     fields = {
-        "nothing": (None, None, None, None),
-        "lengths": (None, None, torch.tensor([4, 0, 6]), None),
-        "cu_seqlens": (None, None, None, torch.tensor([0, 5, 5, 18])),
-        "mask": (*OPS.mask_layout(mask, None), None),
+        "nothing": Layout(),
+        "lengths": Layout(lengths=torch.tensor([4, 0, 6])),
+        "cu_seqlens": Layout(cu_seqlens=torch.tensor([0, 5, 5, 18])),
+        "mask": Layout(*OPS.mask_layout(mask, None)),
+        "numbering": Layout(numbering=OPS.number_documents(mask, None)),
     }[layout]
     weight.requires_grad_(requires_grad)
     args = (ids, weight, SEED, ALPHA, *fields, 3, 2**32 - 1, 7, 5, 2.5)
@@ -64,6 +66,9 @@ def test_opcheck_of_layout_and_seed():
     torch.library.opcheck(
         OPS.mask_layout.default, (None, torch.arange(6).expand(3, 6).contiguous())
     )
+    torch.library.opcheck(OPS.number_documents.default, (mask, None))
+    torch.library.opcheck(OPS.number_documents.default, (None, torch.arange(6).expand(3, 6)))
+    torch.library.opcheck(OPS.number_padding.default, (mask, 0))
     torch.library.opcheck(OPS.draw_seed.default, (torch.empty((), dtype=torch.int64),))
     assert torch.Tag.nondeterministic_seeded in OPS.draw_seed.default.tags
 

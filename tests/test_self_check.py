@@ -33,7 +33,7 @@ def arguments(kind="numbered", width=24, dtype=torch.bfloat16):
     weight = torch.randn(11, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     seed, alpha = torch.tensor(7), torch.tensor(5.0, dtype=torch.float64)
     layout = OPS.mask_layout(batch.attention_mask, None)
-    return batch.input_ids, weight, seed, alpha, *layout, None, 3, 4, 5, -1, 1.5
+    return batch.input_ids, weight, seed, alpha, *layout, None, None, 3, 4, 5, -1, 1.5
 
 
 def with_a_wrong_bit(*args, out):

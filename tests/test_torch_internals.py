@@ -1,6 +1,8 @@
 """The private names of torch that neftune_kernels rests on are there and mean what they did."""
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neftune_kernels import torch_internals
@@ -73,3 +75,36 @@ def test_functions_are_asked_outside_the_graph():
     assert compiled(torch.zeros(())).item() >= expected
     unmarked = torch.compiler.assume_constant_result(lambda: 1)
     assert unmarked._dynamo_marked_constant and ask._dynamo_marked_constant
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_groups_are_listed(one_process):
+    assert torch_internals.ranks_of_groups() == [[0]]
+    dist.new_group([0])
+    assert torch_internals.ranks_of_groups() == [[0], [0]]
+
+
+def test_a_slice_knows_its_root(one_process):
+    mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    assert torch_internals.root_mesh(mesh["tp"]) == mesh
+    assert torch_internals.root_mesh(mesh) == mesh
+
+
+def test_fsdp_tells_its_parameters_and_classes(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (1,))
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False))
+    model[1].weight = model[0].weight
+    fully_shard(model, mesh=mesh)
+    (shared,) = torch_internals.sharded_parameters()
+    assert set(shared.owners) == {model[0], model[1]}
+    assert shared.mesh_info.mesh == mesh
+    classes = torch_internals.fsdp_classes()
+    assert classes[torch.nn.Sequential] is type(model) is not torch.nn.Sequential

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FLOAT_DTYPES, MASK_KINDS, make_batch, same_bits
+from numbering_forms import forms
 
 from neftune_kernels import (
     NEFTuneEmbedding,
@@ -137,7 +138,7 @@ def triton_layout(
         for value in (attention_mask, lengths, cu_seqlens, position_ids, padded_ids)
     )
     if padded_ids is not None:
-        return (*kernels().padding_layout(padded_ids, padding_idx), None)
+        return kernels().padding_layout(padded_ids, padding_idx)
     if cu_seqlens is not None:
         return (None, None, None, cu_seqlens)
     if position_ids is not None:
@@ -147,11 +148,10 @@ def triton_layout(
             None,
             None if position_ids is None else position_ids.reshape(-1),
             lengths.reshape(-1),
-            None,
         )
     if attention_mask is None and position_ids is None:
-        return (None, None, None, None)
-    return (*kernels().mask_layout(attention_mask, position_ids), None)
+        return ()
+    return kernels().mask_layout(attention_mask, position_ids)
 
 
 def by_kernel(
@@ -473,6 +473,32 @@ def test_noise_masks_and_signs(device, sign):
     ):
         agree(device, batch.input_ids, weight, **layout, **given)
         agree(device, batch.input_ids, weight, **layout, sign=sign)
+
+
+@pytest.mark.parametrize("form", range(5))
+def test_numbering_of_any_form(device, form):
+    """Rows and pieces of rows, runs and records, documents counted by the writer or the reader."""
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 2, 0, 2], [0, 0, 0, 0, 0], [0, 3, 0, 3, 1]])
+    positions = torch.tensor([0, 1, 0, 1, 2]).expand(4, 5)
+    weight, ids = make_weight(16, torch.bfloat16), torch.arange(20).view(4, 5) % 11
+
+    def noisy(layout):
+        out = torch.full((4, 5, 16), float("nan"), dtype=weight.dtype, device=device)
+        kernels().noisy_embedding_out(
+            cuda(ids, device),
+            cuda(weight, device),
+            torch.tensor(9, device=device),
+            torch.tensor(5.0, dtype=torch.float64),
+            *(cuda(tensor, device) for tensor in layout),
+            *(3, 2**32 - 2, 7),
+            out=out,
+        )
+        return out.cpu()
+
+    for told in ((mask, None), (mask, positions)):
+        expected = noisy(layouts.Layout(*layouts.mask_layout(*told)))
+        numbering = list(forms(*told))[form]
+        assert same_bits(noisy(layouts.Layout(numbering=numbering)), expected)
 
 
 @pytest.mark.parametrize("distribution", ("normal", "rademacher"))

@@ -121,21 +121,78 @@ struct Place {
   int64_t length;  // ≤ 0: padding
 };
 
+// (4 · units + 3 · tokens,) int32 of layout.number_documents; units are rows or equal pieces of
+// them.
+class Units {
+ public:
+  Units(const Tensor& numbering, int64_t rows, int64_t columns) : columns_(columns) {
+    check_cpu(numbering, "numbering");
+    const int64_t tokens = rows * columns, units = units_of(numbering, rows, tokens);
+    numbering_ = numbering_at(numbering.const_data_ptr(), units, tokens);
+    pieces_ = rows == 0 ? 1 : units / rows;
+    piece_columns_ = (columns + pieces_ - 1) / pieces_;
+  }
+
+  // Tokens one after another, from `token` on.
+  class Walk {
+   public:
+    Walk(const Units& units, int64_t token) : units_(units), token_(token) {
+      row_ = token / units.columns_;
+      column_ = token - row_ * units.columns_;
+      enter(row_ * units.pieces_ + column_ / units.piece_columns_);
+    }
+
+    NumberedToken next() {
+      if (column_ == units_.columns_) {
+        column_ = 0;
+        enter(++row_ * units_.pieces_);
+      } else if (column_ == end_) {
+        enter(unit_ + 1);
+      }
+      return token_of(units_.numbering_, units_.numbering_.units[unit_], before_, start_, token_++,
+                      column_++);
+    }
+
+   private:
+    void enter(int64_t unit) {
+      const Unit* units = units_.numbering_.units;
+      const int64_t first_column = unit % units_.pieces_ * units_.piece_columns_;
+      start_ = row_ * units_.columns_ + first_column;
+      end_ = first_column + units_.piece_columns_;
+      if (units[unit].before >= 0) {
+        before_ = units[unit].before;
+      } else {  // counted from where the last unit left off
+        for (; counted_ < unit; ++counted_) documents_ += documents_of(units[counted_]);
+        before_ = documents_;
+      }
+      unit_ = unit;
+    }
+
+    const Units& units_;
+    int64_t token_, row_, column_, unit_ = 0, start_ = 0, end_ = 0, before_ = 0;
+    int64_t counted_ = 0, documents_ = 0;
+  };
+
+ private:
+  Numbering numbering_;
+  int64_t columns_, pieces_, piece_columns_;
+};
+
 // Which sample, position and length each token has: layout.per_token in C++.
 class Layout {
  public:
-  Layout(int64_t rows, int64_t columns, const std::optional<Tensor>& document,
-         const std::optional<Tensor>& position, const std::optional<Tensor>& lengths,
-         const std::optional<Tensor>& cu_seqlens, int64_t sample_offset, int64_t position_offset)
+  Layout(int64_t rows, int64_t columns, const Noise& noise)
       : rows_(rows),
         columns_(columns),
-        document_(optional_integers(document, "document", rows * columns)),
-        position_(optional_integers(position, "position", rows * columns)),
-        lengths_(optional_integers(lengths, "lengths", document ? -1 : rows)),
-        cu_seqlens_(optional_integers(cu_seqlens, "cu_seqlens", -1)),
-        sample_offset_(static_cast<uint32_t>(sample_offset)),
-        position_offset_(static_cast<uint32_t>(position_offset)) {
-    if (cu_seqlens_) {
+        document_(optional_integers(noise.document, "document", rows * columns)),
+        position_(optional_integers(noise.position, "position", rows * columns)),
+        lengths_(optional_integers(noise.lengths, "lengths", noise.document ? -1 : rows)),
+        cu_seqlens_(optional_integers(noise.cu_seqlens, "cu_seqlens", -1)),
+        sample_offset_(static_cast<uint32_t>(noise.sample_offset)),
+        position_offset_(static_cast<uint32_t>(noise.position_offset)) {
+    if (noise.numbering) {
+      units_.emplace(*noise.numbering, rows, columns);
+    } else if (cu_seqlens_) {
       check_cu_seqlens();
     } else if (lengths_ && !document_) {
       check_lengths();
@@ -146,7 +203,9 @@ class Layout {
   class Walk {
    public:
     Walk(const Layout& layout, int64_t token) : layout_(layout), token_(token) {
-      if (layout.cu_seqlens_) {
+      if (layout.units_) {
+        units_.emplace(*layout.units_, token);
+      } else if (layout.cu_seqlens_) {
         document_ = layout.document_of(token);
         begin_ = (*layout.cu_seqlens_)[document_];
         end_ = (*layout.cu_seqlens_)[document_ + 1];
@@ -158,6 +217,13 @@ class Layout {
     }
 
     Place next() {
+      const NumberedToken token = units_ ? units_->next() : next_told();
+      return {static_cast<uint32_t>(token.document) + layout_.sample_offset_,
+              static_cast<uint32_t>(token.position) + layout_.position_offset_, token.length};
+    }
+
+   private:
+    NumberedToken next_told() {
       while (token_ >= end_) {  // more than one turn only past empty documents; cu_seqlens ends at
                                 // the number of tokens
         ++document_;
@@ -177,13 +243,12 @@ class Layout {
           if (static_cast<uint32_t>(position + layout_.position_offset_) >= length) length = 0;
         }
       }
-      return {static_cast<uint32_t>(document) + layout_.sample_offset_,
-              static_cast<uint32_t>(position) + layout_.position_offset_, length};
+      return {document, position, length};
     }
 
-   private:
     const Layout& layout_;
-    int64_t token_, document_, begin_, end_;
+    std::optional<Units::Walk> units_;
+    int64_t token_, document_ = 0, begin_ = 0, end_ = 0;
   };
 
  private:
@@ -228,6 +293,7 @@ class Layout {
 
   int64_t rows_, columns_;
   std::optional<StridedIntegers> document_, position_, lengths_, cu_seqlens_;
+  std::optional<Units> units_;
   uint32_t sample_offset_, position_offset_;
 };
 
@@ -283,8 +349,7 @@ void add_noise_to_rows(const Source& source,  // rows of embedding_dim elements
       static_cast<uint64_t>(read_scalar<int64_t>(noise.seed, ScalarType::Long, "seed"));
   const double noise_alpha =
       read_scalar<double>(noise.noise_alpha, ScalarType::Double, "noise_alpha");
-  const Layout layout(rows, columns, noise.document, noise.position, noise.lengths,
-                      noise.cu_seqlens, noise.sample_offset, noise.position_offset);
+  const Layout layout(rows, columns, noise);
   const int64_t tokens = rows * columns, embedding_dim = source.embedding_dim(),
                 row_bytes = source.bytes();
   if (tokens == 0) return;
@@ -464,114 +529,232 @@ std::string printed(double value) {
 template <class Mask>
 constexpr bool kSignedMask = !std::is_integral_v<Mask> || std::is_signed_v<Mask>;
 
-struct Numbering {
+// What numbers documents, and the three tables to be written; see numbering.h.
+struct NumberingJob {
   const Tensor* mask;          // (rows, columns) bool, integer or floating; nullptr: not given
   const Tensor* position_ids;  // (rows, columns) integer; nullptr: not given
+  int64_t padding_idx;         // with padded: mask holds ids, padding where they equal it
+  bool padded;
   int64_t rows;
   int64_t columns;
-  int64_t* document;  // (rows · columns,) out
-  int64_t* position;  // (rows · columns,) out
-  int64_t* lengths;   // (rows · columns,) out
+  Unit* units;      // (rows,) out
+  Entry* table;     // (rows · columns,) out, of rows that are no single run
+  int32_t* record;  // (rows · columns,) out, of the same
 };
 
-template <class Mask, class Id>
-void number_documents(const Numbering& numbering) {
-  const auto [mask, position_ids, rows, columns, document, position, lengths] = numbering;
-  const Tensor& shaped = mask ? *mask : *position_ids;
-  const ElementOffsets mask_offset(shaped, shaped.dim()),
-      id_offset(position_ids ? *position_ids : shaped, shaped.dim());
-  const Mask* masks = mask ? static_cast<const Mask*>(mask->const_data_ptr()) : nullptr;
-  const Id* ids = position_ids ? static_cast<const Id*>(position_ids->const_data_ptr()) : nullptr;
-  using Value = decltype(mask_value(Mask{}));
-  int64_t current = -1;
-  for (int64_t row = 0; row < rows; ++row) {
-    lengths[++current] = 0;
-    int64_t previous = -1, first = -1, previous_id = 0;
-    Value previous_value{};
-    for (int64_t column = 0; column < columns; ++column) {
-      const int64_t token = row * columns + column;
-      Value value{1};
-      if (masks) {
-        value = mask_value(masks[mask_offset(token)]);
-        if (kSignedMask<Mask> && !(value >= Value{0})) {
-          fail<std::invalid_argument>("attention_mask has negative or NaN values, such as ",
-                                      printed(static_cast<double>(value)),
-                                      ": a token is real where it is not 0, padding where it is 0");
-        }
-      }
-      const bool real = value != Value{0};
-      if (real) {
-        const int64_t id = ids ? static_cast<int64_t>(ids[id_offset(token)]) : 0;
-        if (previous < 0) {
-          first = column;
-        } else {
-          const int64_t jump =
-              static_cast<int64_t>(static_cast<uint64_t>(id) - static_cast<uint64_t>(previous_id));
-          if (value != previous_value || (ids && jump != 1 && jump != column - previous)) {
-            lengths[++current] = 0;
-            first = column;
-          }
-        }
-        ++lengths[current];
-        previous = column;
-        previous_id = id;
-        previous_value = value;
-      }
-      document[token] = real ? current : -1;
-      position[token] = column - first;
-    }
+// Same bits, so same values but for NaN. Without a branch in the inner loop, which the compiler
+// turns into vectors.
+template <class Bits>
+bool all_equal(const Bits* values, int64_t count, Bits value) {
+  Bits different = 0;
+  for (int64_t i = 0; i < count; ++i) different |= static_cast<Bits>(values[i] ^ value);
+  return different == 0;
+}
+
+// How many values at the start have these bits.
+template <class Bits>
+int64_t equal_at_start(const Bits* values, int64_t count, Bits value) {
+  constexpr int64_t kBlock = 64;
+  int64_t same = 0;
+  while (same + kBlock <= count && all_equal(values + same, kBlock, value)) same += kBlock;
+  while (same < count && values[same] == value) ++same;
+  return same;
+}
+
+template <class Id>
+bool counts_on(const Id* ids, int64_t count) {
+  uint64_t different = 0;
+  for (int64_t i = 0; i < count; ++i)
+    different |=
+        static_cast<uint64_t>(ids[i]) - static_cast<uint64_t>(ids[0]) - static_cast<uint64_t>(i);
+  return different == 0;
+}
+
+template <class T>
+using BitsOf =
+    std::conditional_t<sizeof(T) == 1, uint8_t,
+                       std::conditional_t<sizeof(T) == 2, uint16_t,
+                                          std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>>;
+
+template <class Mask>
+void check_mask_value(decltype(mask_value(Mask{})) value) {
+  if constexpr (kSignedMask<Mask>) {
+    if (value >= 0) return;
+    fail<std::invalid_argument>("attention_mask has negative or NaN values, such as ",
+                                printed(static_cast<double>(value)),
+                                ": a token is real where it is not 0, padding where it is 0");
   }
-  for (int64_t unused = current + 1; unused < rows * columns; ++unused) lengths[unused] = 0;
+}
+
+struct Span {
+  int64_t first, end;
+};
+
+// The tokens of a row between its padding at both ends, if no others are padding.
+template <class Id>
+std::optional<Span> span_of_ids(const Id* ids, int64_t columns, Id padding) {
+  using Bits = BitsOf<Id>;
+  const Bits* bits = reinterpret_cast<const Bits*>(ids);
+  Span span{equal_at_start(bits, columns, static_cast<Bits>(padding)), columns};
+  while (span.end > span.first && ids[span.end - 1] == padding) --span.end;
+  bool inside = false;
+  for (int64_t i = span.first; i < span.end; ++i) inside |= ids[i] == padding;
+  if (inside) return std::nullopt;
+  return span;
+}
+
+// The same of mask values, if the others are equal; none where one is to be complained of.
+template <class Mask>
+std::optional<Span> span_of_mask(const Mask* mask, int64_t columns) {
+  using Bits = BitsOf<Mask>;
+  const Bits* bits = reinterpret_cast<const Bits*>(mask);
+  const int64_t first = equal_at_start<Bits>(bits, columns, 0);
+  if (first == columns) return Span{0, 0};
+  if (!(mask_value(mask[first]) > 0)) return std::nullopt;
+  const int64_t end = first + equal_at_start(bits + first, columns - first, bits[first]);
+  if (!all_equal<Bits>(bits + end, columns - end, 0)) return std::nullopt;
+  return Span{first, end};
+}
+
+// A row of consecutive values that is one run of real tokens: false where it is none.
+template <class Mask, class Id>
+bool single_run(const NumberingJob& job, const Mask* mask, const Id* ids, Unit& unit) {
+  std::optional<Span> span = Span{0, job.columns};
+  if (job.padded) {
+    if constexpr (std::is_integral_v<Mask>) {
+      const Mask padding = static_cast<Mask>(job.padding_idx);
+      if (static_cast<int64_t>(padding) != job.padding_idx) return false;
+      span = span_of_ids(mask, job.columns, padding);
+    }
+  } else if (mask) {
+    span = span_of_mask(mask, job.columns);
+  }
+  if (!span || (ids && !counts_on(ids + span->first, span->end - span->first))) return false;
+  const int64_t count = span->end - span->first;
+  unit = {0, static_cast<int32_t>(count ? span->first : 0), static_cast<int32_t>(count), 0};
+  return true;
+}
+
+// Any row, token by token.
+template <class Mask, class Id>
+void number_row(const NumberingJob& job, int64_t row, const Mask* masks, int64_t mask_stride,
+                const Id* ids, int64_t id_stride) {
+  Entry* table = job.table + row * job.columns;
+  int32_t* record = job.record + row * job.columns;
+  decltype(mask_value(Mask{})) previous_value{};
+  int64_t previous = -1, previous_id = 0;
+  int32_t document = 0;
+  table[0] = {0, 0};
+  for (int64_t column = 0; column < job.columns; ++column) {
+    auto value = previous_value;
+    bool real = true;
+    if (masks) {
+      value = mask_value(masks[column * mask_stride]);
+      if (job.padded) {
+        real = static_cast<int64_t>(value) != job.padding_idx;
+        value = {};
+      } else {
+        check_mask_value<Mask>(value);
+        real = value != 0;
+      }
+    }
+    record[column] = -1;
+    if (!real) continue;
+    const int64_t id = ids ? static_cast<int64_t>(ids[column * id_stride]) : 0;
+    if (previous < 0) {
+      table[0].first = static_cast<int32_t>(column);
+    } else {
+      const int64_t jump =
+          static_cast<int64_t>(static_cast<uint64_t>(id) - static_cast<uint64_t>(previous_id));
+      if (value != previous_value || (ids && jump != 1 && jump != column - previous))
+        table[++document] = {static_cast<int32_t>(column), 0};
+    }
+    ++table[document].count;
+    record[column] = document;
+    previous = column;
+    previous_id = id;
+    previous_value = value;
+  }
+  const auto [first, count] = table[0];
+  const bool run = document == 0 && (count == 0 || previous - first + 1 == count);
+  job.units[row] = {run ? 0 : document + 1, first, count, 0};
+}
+
+template <class Mask, class Id>
+void number_rows(const NumberingJob& job) {
+  const Tensor& given = job.mask ? *job.mask : *job.position_ids;
+  const Tensor& with_ids = job.position_ids ? *job.position_ids : given;
+  const int64_t axes = given.dim(), columns = job.columns;
+  const int64_t mask_stride = axes == 0 ? 1 : given.stride(axes - 1),
+                id_stride = axes == 0 ? 1 : with_ids.stride(axes - 1);
+  const ElementOffsets mask_row(given, axes - 1), id_row(with_ids, axes - 1);
+  const Mask* masks = job.mask ? static_cast<const Mask*>(given.const_data_ptr()) : nullptr;
+  const Id* ids =
+      job.position_ids ? static_cast<const Id*>(job.position_ids->const_data_ptr()) : nullptr;
+  const bool consecutive =
+      (columns == 1 || !masks || mask_stride == 1) && (columns == 1 || !ids || id_stride == 1);
+  int64_t before = 0;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const Mask* mask = masks ? masks + mask_row(row) : nullptr;
+    const Id* row_ids = ids ? ids + id_row(row) : nullptr;
+    Unit& unit = job.units[row];
+    if (!consecutive || !single_run(job, mask, row_ids, unit))
+      number_row(job, row, mask, mask_stride, row_ids, id_stride);
+    unit.before = static_cast<int32_t>(before);
+    before += documents_of(unit);
+  }
 }
 
 template <class Mask>
-void number_documents_by_id(const Numbering& numbering) {
-  const ScalarType dtype =
-      numbering.position_ids ? numbering.position_ids->scalar_type() : ScalarType::Long;
+void number_rows_by_id(const NumberingJob& job) {
+  const ScalarType dtype = job.position_ids ? job.position_ids->scalar_type() : ScalarType::Long;
   switch (dtype) {
     case ScalarType::Long:
-      return number_documents<Mask, int64_t>(numbering);
+      return number_rows<Mask, int64_t>(job);
     case ScalarType::Int:
-      return number_documents<Mask, int32_t>(numbering);
+      return number_rows<Mask, int32_t>(job);
     case ScalarType::Short:
-      return number_documents<Mask, int16_t>(numbering);
+      return number_rows<Mask, int16_t>(job);
     case ScalarType::Char:
-      return number_documents<Mask, int8_t>(numbering);
+      return number_rows<Mask, int8_t>(job);
     case ScalarType::Byte:
-      return number_documents<Mask, uint8_t>(numbering);
+      return number_rows<Mask, uint8_t>(job);
     default:
       fail<std::runtime_error>("position_ids must be an integer tensor, got ",
                                torch::headeronly::toString(dtype));
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask,
-                                               std::optional<Tensor> position_ids) {
-  if (!attention_mask && !position_ids)
-    fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
-  const Tensor* mask = attention_mask ? &*attention_mask : nullptr;
-  const Tensor* ids = position_ids ? &*position_ids : nullptr;
-  const Tensor& given = mask ? *mask : *ids;
-  if (mask) check_cpu(*mask, "attention_mask");
-  if (ids) check_cpu(*ids, "position_ids");
-  const std::vector<int64_t> shape = shape_of(given);
-  if (ids && shape_of(*ids) != shape)
-    fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
-  const int64_t columns = shape.empty() ? 1 : shape.back(),
-                rows = shape.empty() ? 1 : product(shape, shape.size() - 1);
-  const std::vector<int64_t> tokens{rows * columns};
-  Tensor document = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
-  Tensor position = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
-  Tensor lengths = torch::stable::new_empty(given, {tokens.data(), 1}, ScalarType::Long);
-  if (rows * columns == 0) return {document, position, lengths};
-  const Numbering numbering{mask,
-                            ids,
-                            rows,
-                            columns,
-                            static_cast<int64_t*>(document.mutable_data_ptr()),
-                            static_cast<int64_t*>(position.mutable_data_ptr()),
-                            static_cast<int64_t*>(lengths.mutable_data_ptr())};
-  const auto number = [&](auto value) { number_documents_by_id<decltype(value)>(numbering); };
+// Shape (..., T) as rows of T.
+std::pair<int64_t, int64_t> rows_and_columns(const Tensor& tensor) {
+  const std::vector<int64_t> shape = shape_of(tensor);
+  if (shape.empty()) return {1, 1};
+  return {product(shape, shape.size() - 1), shape.back()};
+}
+
+Tensor numbering_of(const Tensor* mask, const Tensor* position_ids,
+                    std::optional<int64_t> padding_idx) {
+  const Tensor& given = mask ? *mask : *position_ids;
+  const auto [rows, columns] = rows_and_columns(given);
+  if (columns > std::numeric_limits<int32_t>::max())
+    fail<std::invalid_argument>("rows must have fewer than 2**31 tokens, got ", columns);
+  const int64_t tokens = rows * columns, words = kUnitWords * rows + 3 * tokens;
+  if (padding_idx && given.scalar_type() != ScalarType::Long &&
+      given.scalar_type() != ScalarType::Int) {
+    fail<std::runtime_error>("input_ids must be int32 or int64, got ",
+                             torch::headeronly::toString(given.scalar_type()));
+  }
+  Tensor numbering = torch::stable::new_empty(given, {&words, 1}, ScalarType::Int);
+  Unit* units = static_cast<Unit*>(numbering.mutable_data_ptr());
+  if (tokens == 0) {
+    std::fill(units, units + rows, Unit{0, 0, 0, 0});
+    return numbering;
+  }
+  int32_t* rest = reinterpret_cast<int32_t*>(units + rows);
+  const NumberingJob job{
+      mask,    position_ids, padding_idx.value_or(0),        padding_idx.has_value(), rows,
+      columns, units,        reinterpret_cast<Entry*>(rest), rest + 2 * tokens};
+  const auto number = [&](auto value) { number_rows_by_id<decltype(value)>(job); };
   const ScalarType dtype = mask ? mask->scalar_type() : ScalarType::Bool;
   switch (dtype) {
     case ScalarType::Bool:
@@ -617,7 +800,57 @@ std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_m
       fail<std::runtime_error>("attention_mask must be bool, integer or float, got ",
                                torch::headeronly::toString(dtype));
   }
-  return {document, position, lengths};
+  return numbering;
+}
+
+Tensor number_documents(std::optional<Tensor> attention_mask, std::optional<Tensor> position_ids) {
+  if (!attention_mask && !position_ids)
+    fail<std::invalid_argument>("attention_mask or position_ids must be given");
+  if (attention_mask) check_cpu(*attention_mask, "attention_mask");
+  if (position_ids) check_cpu(*position_ids, "position_ids");
+  if (attention_mask && position_ids && shape_of(*attention_mask) != shape_of(*position_ids))
+    fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
+  return numbering_of(attention_mask ? &*attention_mask : nullptr,
+                      position_ids ? &*position_ids : nullptr, std::nullopt);
+}
+
+Tensor number_padding(Tensor input_ids, int64_t padding_idx) {
+  check_cpu(input_ids, "input_ids");
+  return numbering_of(&input_ids, nullptr, padding_idx);
+}
+
+// The same documents token by token: document, position, lengths of layout.mask_layout.
+std::tuple<Tensor, Tensor, Tensor> per_token(const Tensor& given, const Tensor& numbering) {
+  const auto [rows, columns] = rows_and_columns(given);
+  const int64_t tokens = rows * columns;
+  Tensor outs[] = {torch::stable::new_empty(given, {&tokens, 1}, ScalarType::Long),
+                   torch::stable::new_empty(given, {&tokens, 1}, ScalarType::Long),
+                   torch::stable::new_empty(given, {&tokens, 1}, ScalarType::Long)};
+  int64_t* document = static_cast<int64_t*>(outs[0].mutable_data_ptr());
+  int64_t* position = static_cast<int64_t*>(outs[1].mutable_data_ptr());
+  int64_t* lengths = static_cast<int64_t*>(outs[2].mutable_data_ptr());
+  std::fill(lengths, lengths + tokens, 0);
+  if (tokens > 0) {
+    const Units units(numbering, rows, columns);
+    Units::Walk walk(units, 0);
+    for (int64_t i = 0; i < tokens; ++i) {
+      const NumberedToken token = walk.next();
+      document[i] = token.length > 0 ? token.document : -1;
+      position[i] = token.position;
+      if (token.length > 0) lengths[token.document] = token.length;
+    }
+  }
+  return {outs[0], outs[1], outs[2]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask,
+                                               std::optional<Tensor> position_ids) {
+  const Tensor numbering = number_documents(attention_mask, position_ids);
+  return per_token(attention_mask ? *attention_mask : *position_ids, numbering);
+}
+
+std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padding_idx) {
+  return per_token(input_ids, number_padding(input_ids, padding_idx));
 }
 
 }  // namespace
@@ -630,4 +863,7 @@ STABLE_TORCH_LIBRARY_IMPL(neftune_kernels, CPU, m) {
   m.impl("add_noise", TORCH_BOX(kEmbedsOperator<&add_noise>));
   m.impl("add_noise.out", TORCH_BOX(kEmbedsOperator<&add_noise_out>));
   m.impl("mask_layout", TORCH_BOX(&mask_layout));
+  m.impl("padding_layout", TORCH_BOX(&padding_layout));
+  m.impl("number_documents", TORCH_BOX(&number_documents));
+  m.impl("number_padding", TORCH_BOX(&number_padding));
 }

@@ -14,7 +14,7 @@
 namespace neftune_kernels {
 namespace {
 
-// Two steps' words side by side: interleaving two chains of rounds hides the latency that one
+// Two groups' words side by side: interleaving two chains of rounds hides the latency that one
 // leaves open.
 template <class Word>
 struct Twin {
@@ -67,10 +67,10 @@ NEFTUNE_INLINE auto second_of(PhiloxPairs<Twin<Pair01>, Twin<Pair23>> pairs) {
   return PhiloxPairs<Pair01, Pair23>{pairs.words01.b, pairs.words23.b};
 }
 
-// The last columns of a row go through the same vector step, in a buffer of one step.
+// The last columns of a row go through the same vectors, in a buffer of one group.
 template <class Element>
 struct Tail {
-  alignas(64) typename Element::Storage values[kStepColumns];
+  alignas(64) typename Element::Storage values[kGroupColumns];
 
   NEFTUNE_MEMBER Tail(const typename Element::Storage* source, int64_t count) {
     __builtin_memset(values, 0, sizeof(values));
@@ -89,18 +89,18 @@ NEFTUNE_INLINE void prefetch(const typename Element::Storage* next) {
     __builtin_prefetch(next + column, 0, 2);
 }
 
-// One to a step.
-using StepProducts = BlockProducts<Word>;
-static_assert(alignof(StepProducts) <= kProductsAlignment);
+// One to a group.
+using GroupProducts = BlockProducts<Word>;
+static_assert(alignof(GroupProducts) <= kProductsAlignment);
 
 int64_t products_bytes(int64_t columns) {
-  return (columns + kStepColumns - 1) / kStepColumns * int64_t{sizeof(StepProducts)};
+  return (columns + kGroupColumns - 1) / kGroupColumns * int64_t{sizeof(GroupProducts)};
 }
 
 void fill_products(const RowSettings& settings, void* memory) {
-  StepProducts* products = static_cast<StepProducts*>(memory);
+  GroupProducts* products = static_cast<GroupProducts*>(memory);
   BlockIndex block = first_blocks();
-  for (int64_t column = 0; column < settings.columns; column += kStepColumns) {
+  for (int64_t column = 0; column < settings.columns; column += kGroupColumns) {
     *products++ = block_products<Word>(block, settings.replica, settings.key);
     block = next_blocks(block);
   }
@@ -116,13 +116,13 @@ void noisy_row(const RowSettings& settings, const Row& row) {
   const PhiloxKey key = settings.key;
   const uint32_t position = row.position, sample = row.sample;
   const float step = row.step, scale = settings.scale;
-  const StepProducts* products = static_cast<const StepProducts*>(settings.products);
+  const GroupProducts* products = static_cast<const GroupProducts*>(settings.products);
   int64_t column = 0;
-  if constexpr (kTwinSteps) {
-    for (; column + 2 * kStepColumns <= columns; column += 2 * kStepColumns) {
-      prefetch<Element, 2 * kStepColumns>(next + column);
+  if constexpr (kTwinGroups) {
+    for (; column + 2 * kGroupColumns <= columns; column += 2 * kGroupColumns) {
+      prefetch<Element, 2 * kGroupColumns>(next + column);
       const auto pairs = noise_words(twin(products[0], products[1]), position, sample, key);
-      const int64_t column_b = column + kStepColumns;
+      const int64_t column_b = column + kGroupColumns;
       Element::template add_noise<scaled>(first_of(pairs), step, scale, source + column,
                                           out + column);
       Element::template add_noise<scaled>(second_of(pairs), step, scale, source + column_b,
@@ -130,8 +130,8 @@ void noisy_row(const RowSettings& settings, const Row& row) {
       products += 2;
     }
   }
-  for (; column + kStepColumns <= columns; column += kStepColumns) {
-    prefetch<Element, kStepColumns>(next + column);
+  for (; column + kGroupColumns <= columns; column += kGroupColumns) {
+    prefetch<Element, kGroupColumns>(next + column);
     Element::template add_noise<scaled>(noise_words(*products++, position, sample, key), step,
                                         scale, source + column, out + column);
   }
@@ -150,7 +150,7 @@ void scaled_row(const RowSettings& settings, const Row& row) {
   Storage* out = static_cast<Storage*>(row.out);
   const int64_t columns = settings.columns;
   int64_t column = 0;
-  for (; column + kStepColumns <= columns; column += kStepColumns)
+  for (; column + kGroupColumns <= columns; column += kGroupColumns)
     Element::multiply_by(settings.scale, source + column, out + column);
   if (column < columns) {
     Tail<Element> tail(source + column, columns - column);
@@ -161,11 +161,11 @@ void scaled_row(const RowSettings& settings, const Row& row) {
 
 template <int rounds>
 bool philox_lanes(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
-  uint32_t words[kStepColumns / 2];
+  uint32_t words[kGroupColumns / 2];
   const PhiloxCounter<BlockIndex, uint32_t, uint32_t, uint32_t> in{
       broadcast_block(counter[0]), counter[1], counter[2], counter[3]};
   store_words(philox4x32<rounds>(in, PhiloxKey{key[0], key[1]}), words);
-  for (int i = 0; i < kStepColumns / 2; ++i) {
+  for (int i = 0; i < kGroupColumns / 2; ++i) {
     if (words[i] != words[i % 4]) return false;
   }
   for (int i = 0; i < 4; ++i) out[i] = words[i];

@@ -1,10 +1,10 @@
 // The vector words of one instruction set. Each gives philox.h its arithmetic on words (see there)
 // and rows.h
-//     kStepColumns                         columns per step, 8 per block
-//     kTwinSteps                           whether two steps at once are faster
-//     Word                                 a step's words; also high and low of a product
+//     kGroupColumns                         columns per group, 8 per block
+//     kTwinGroups                           whether two groups at once are faster
+//     Word                                 a group's words; also high and low of a product
 //     BlockIndex, first_blocks, next_blocks, broadcast_block     the first counter word: indices 0,
-//     1, ...; of the next step; all equal store_words(pairs, uint32_t*)        four words per
+//     1, ...; of the next group; all equal store_words(pairs, uint32_t*)        four words per
 //     block, blocks in column order Float32, BFloat16, Float16           add_noise<scaled>(pairs,
 //     step, scale, source, out) and multiply_by(scale, source, out)
 //
@@ -31,8 +31,8 @@ namespace {
 
 #if defined(NEFTUNE_AVX512)
 
-constexpr int kStepColumns = 64;
-constexpr bool kTwinSteps = true;
+constexpr int kGroupColumns = 64;
+constexpr bool kTwinGroups = true;
 
 // Eight words in the low halves of 64-bit lanes. What lies in the high halves is never read, so the
 // low word of a product is the product.
@@ -63,7 +63,7 @@ NEFTUNE_INLINE Word swapped_xor(Word product, Word word, uint32_t key) {
                                          0x96)};  // low halves only
 }
 
-// Block indices grow by a constant, so their products do too: an addition per step in place of the
+// Block indices grow by a constant, so their products do too: an addition per group in place of the
 // first round's multiplication.
 struct BlockIndex {
   __m512i product0;  // index · kPhiloxMultiplier0
@@ -137,7 +137,7 @@ NEFTUNE_INLINE void add_noise64(Pairs pairs, float step, float scale,
 template <class Element>
 NEFTUNE_INLINE void multiply64_by(float scale, const typename Element::Storage* source,
                                   typename Element::Storage* out) {
-  for (int i = 0; i < kStepColumns; i += 16)
+  for (int i = 0; i < kGroupColumns; i += 16)
     Element::store(out + i, _mm512_mul_ps(Element::load(source + i), _mm512_set1_ps(scale)));
 }
 
@@ -234,15 +234,15 @@ struct BFloat16 {
   }
 
   static NEFTUNE_MEMBER void multiply_by(float scale, const uint16_t* source, uint16_t* out) {
-    for (int i = 0; i < kStepColumns; i += 32)
+    for (int i = 0; i < kGroupColumns; i += 32)
       _mm512_storeu_si512(out + i, scale_by(_mm512_loadu_si512(source + i), scale));
   }
 };
 
 #elif defined(NEFTUNE_AVX2)
 
-constexpr int kStepColumns = 32;
-constexpr bool kTwinSteps = true;
+constexpr int kGroupColumns = 32;
+constexpr bool kTwinGroups = true;
 
 // Four words in the low halves of 64-bit lanes, of blocks 0, 2, 1, 3: then unpacking within 128
 // bits gives consecutive blocks.
@@ -270,7 +270,7 @@ NEFTUNE_INLINE Word swapped_xor(Word product, Word word, uint32_t key) {
       _mm256_blend_epi32(xor3(Word{swapped}, word, key).lanes, swapped, 0xAA)};  // low halves only
 }
 
-// Block indices grow by a constant, so their products do too: an addition per step in place of the
+// Block indices grow by a constant, so their products do too: an addition per group in place of the
 // first round's multiplication.
 struct BlockIndex {
   __m256i product0;  // index · kPhiloxMultiplier0
@@ -333,7 +333,7 @@ NEFTUNE_INLINE void add_noise32(Pairs pairs, float step, float scale,
 template <class Element>
 NEFTUNE_INLINE void multiply32_by(float scale, const typename Element::Storage* source,
                                   typename Element::Storage* out) {
-  for (int i = 0; i < kStepColumns; i += 8)
+  for (int i = 0; i < kGroupColumns; i += 8)
     Element::store(out + i, _mm256_mul_ps(Element::load(source + i), _mm256_set1_ps(scale)));
 }
 
@@ -434,14 +434,15 @@ struct BFloat16 {
   }
 
   static NEFTUNE_MEMBER void multiply_by(float scale, const uint16_t* source, uint16_t* out) {
-    for (int i = 0; i < kStepColumns; i += 16) store(out + i, scale_pairs(load(source + i), scale));
+    for (int i = 0; i < kGroupColumns; i += 16)
+      store(out + i, scale_pairs(load(source + i), scale));
   }
 };
 
 #elif defined(NEFTUNE_NEON)
 
-constexpr int kStepColumns = 32;
-constexpr bool kTwinSteps = true;
+constexpr int kGroupColumns = 32;
+constexpr bool kTwinGroups = true;
 
 // Words of four blocks. NEON multiplies two words at a time and unzips four products' halves at
 // once.
@@ -535,7 +536,7 @@ NEFTUNE_INLINE void add_noise32(Pairs pairs, float step, float scale,
 template <class Element>
 NEFTUNE_INLINE void multiply32_by(float scale, const typename Element::Storage* source,
                                   typename Element::Storage* out) {
-  for (int i = 0; i < kStepColumns; i += 4)
+  for (int i = 0; i < kGroupColumns; i += 4)
     Element::store(out + i, vmulq_n_f32(Element::load(source + i), scale));
 }
 
@@ -606,8 +607,8 @@ struct Float16 {
 
 #else  // scalar
 
-constexpr int kStepColumns = kColumnsPerBlock;
-constexpr bool kTwinSteps = false;
+constexpr int kGroupColumns = kColumnsPerBlock;
+constexpr bool kTwinGroups = false;
 
 using Word = uint32_t;
 using BlockIndex = Word;
@@ -699,7 +700,7 @@ struct OneBlock : Scalar {
     return Scalar::narrow(e + noise);
   }
   static NEFTUNE_MEMBER void multiply_by(float scale, const Storage* source, Storage* out) {
-    for (int i = 0; i < kStepColumns; ++i)
+    for (int i = 0; i < kGroupColumns; ++i)
       out[i] = Scalar::narrow(Scalar::widen(source[i]) * scale);
   }
 };

@@ -110,7 +110,7 @@ using Float16 = Sixteen<Float16Pair>;
 
 // ---- where a token is
 
-struct Place {
+struct TokenNoise {
   uint32_t sample, position;
   float step;  // 0: no noise
 };
@@ -125,10 +125,10 @@ NEFTUNE_DEVICE float step_of(const RowArguments& a, int64_t length) {
                     std::sqrt(static_cast<double>(length) * static_cast<double>(a.embedding_dim)));
 }
 
-// The last document that starts at or before the token, by bisection; -1 or `samples` outside all
-// of them.
+// The last document that starts at or before the token, by bisection; -1 or `num_samples` outside
+// all of them.
 NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
-  int32_t low = 0, high = static_cast<int32_t>(a.samples + 1);
+  int32_t low = 0, high = static_cast<int32_t>(a.num_samples + 1);
   while (low < high) {
     const int32_t middle = low + ((high - low) >> 1);
     if (value_at(a.cu_seqlens, middle) <= token) {
@@ -140,33 +140,51 @@ NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   return low - 1;
 }
 
-// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; any
-// of these.
-enum LayoutKind { kNoLayout, kPerToken, kBounds, kAnyLayout };
+// The number of the unit's document 0.
+NEFTUNE_DEVICE int64_t documents_before(const RowArguments& a, int64_t unit) {
+  int64_t documents = a.numbering.units[unit].before;
+  if (documents >= 0) return documents;
+  documents = 0;
+  for (int64_t earlier = 0; earlier < unit; ++earlier)
+    documents += documents_of(a.numbering.units[earlier]);
+  return documents;
+}
+
+// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; a
+// numbering; any of these.
+enum LayoutKind { kNoLayout, kPerToken, kBounds, kNumbered, kAnyLayout };
 
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do
 // not hold are padding.
 template <LayoutKind kind, class Index>
-NEFTUNE_DEVICE Place place_of(const RowArguments& a, int64_t token, Index row, Index column) {
+NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index row, Index column) {
   int64_t sample = row, position = column, length = 0;
   if (kind == kNoLayout) {
     return {static_cast<uint32_t>(row) + a.sample_offset,
             static_cast<uint32_t>(column) + a.position_offset, a.step};
   } else if (kind == kBounds || (kind == kAnyLayout && a.cu_seqlens.data)) {
     sample = document_of(a, token);
-    if (sample >= 0 && sample < a.samples) {
+    if (sample >= 0 && sample < a.num_samples) {
       const uint64_t start =
           value_at(a.cu_seqlens,
                    sample);  // differences of bad bounds may overflow, as those of unsigned numbers
       position = static_cast<int64_t>(token - start);
       length = static_cast<int64_t>(value_at(a.cu_seqlens, sample + 1) - start);
     }
+  } else if (kind == kNumbered || (kind == kAnyLayout && a.numbering.units)) {
+    const int64_t piece = a.pieces == 1 ? 0 : column / a.piece_columns,
+                  unit = row * a.pieces + piece, start = row * a.columns + piece * a.piece_columns;
+    const NumberedToken found = token_of(a.numbering, a.numbering.units[unit],
+                                         documents_before(a, unit), start, token, column);
+    sample = found.document;
+    position = found.position;
+    length = found.length;
   } else {
     if (a.position.data) position = value_at(a.position, token);
     if (a.document.data) sample = value_at(a.document, token);
     if (!a.lengths.data) {
       length = a.columns;
-    } else if (sample >= 0 && sample < a.samples) {
+    } else if (sample >= 0 && sample < a.num_samples) {
       length = value_at(a.lengths, sample);
       if (!a.document.data && static_cast<uint32_t>(position) + a.position_offset >= length)
         length = 0;
@@ -313,7 +331,7 @@ NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of,
 
 // ---- kernels over rows: block (32 lanes, tokens of a row)
 
-NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const Place& place) {
+NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const TokenNoise& place) {
   return {place.sample, place.position, a.replica, noise_key(static_cast<uint64_t>(*a.seed)),
           place.step};
 }
@@ -333,7 +351,7 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiproces
   const int64_t offset = offset_of(a, row, column);
   const Storage* source = static_cast<const Storage*>(a.source);
   Storage* out = static_cast<Storage*>(a.out) + token * embedding_dim;
-  const Place place = place_of<kind>(a, token, row, column);
+  const TokenNoise place = place_of<kind>(a, token, row, column);
   if (offset >= 0 && place.step != 0) {
     noisy_vectors<Element, kScaled>(noise_of_place(a, place), vectors(source + offset),
                                     vectors(out), blocks, a.scale);
@@ -558,6 +576,8 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   if (a.scaled) return launch(noisy_vector_rows<Element, kAnyLayout, true>, grid, block, stream, a);
   if (a.cu_seqlens.data)
     return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
+  if (a.numbering.units)
+    return launch(noisy_vector_rows<Element, kNumbered, false>, grid, block, stream, a);
   if (a.document.data || a.position.data || a.lengths.data)
     return launch(noisy_vector_rows<Element, kPerToken, false>, grid, block, stream, a);
   return launch(noisy_vector_rows<Element, kNoLayout, false>, grid, block, stream, a);

@@ -6,6 +6,7 @@
 
 #include "../element_type.h"
 #include "../noise.h"
+#include "../numbering.h"
 
 namespace neftune_kernels {
 
@@ -15,7 +16,7 @@ struct Integers {
   bool wide;         // int64
 };
 
-// out[token] = cast(e + noise), token = row·columns + column. The layout's four are those of
+// out[token] = cast(e + noise), token = row·columns + column. The layout's five are those of
 // layout.Layout; out is contiguous.
 struct RowArguments {
   void* out;               // (rows, columns, embedding_dim) of the ElementType
@@ -32,12 +33,15 @@ struct RowArguments {
   int64_t columns;         // tokens of a row
   int64_t embedding_dim;   // elements of a token
   int64_t num_embeddings;  // 0 without input_ids
-  int64_t samples;         // documents or rows that lengths or cu_seqlens hold
+  int64_t num_samples;     // documents or rows that lengths or cu_seqlens hold
   const int64_t* seed;     // () on the device
   Integers document;       // (rows · columns,)
   Integers position;       // (rows · columns,)
-  Integers lengths;        // (samples,)
-  Integers cu_seqlens;     // (samples + 1,)
+  Integers lengths;        // (num_samples,)
+  Integers cu_seqlens;     // (num_samples + 1,)
+  Numbering numbering;     // units nullptr: not given
+  int64_t pieces;          // of a row, one unit each
+  int64_t piece_columns;
   double noise_alpha;
   float step;   // noise_step of `columns` real tokens, read where no layout is given
   float scale;  // embed_scale

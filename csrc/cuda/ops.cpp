@@ -109,15 +109,23 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
     fail<std::invalid_argument>("cu_seqlens must have shape (documents + 1,), got ", bounds.size(),
                                 " elements");
   }
+  const std::optional<Tensor>& numbering = noise.numbering;
+  const int64_t units = numbering ? units_of(*numbering, arguments.rows, tokens) : 0;
+  if (numbering) device.check(*numbering, "numbering");
   if (tokens == 0 || arguments.embedding_dim == 0) return;
 
+  if (numbering) {
+    arguments.numbering = numbering_at(numbering->const_data_ptr(), units, tokens);
+    arguments.pieces = units / arguments.rows;
+    arguments.piece_columns = (arguments.columns + arguments.pieces - 1) / arguments.pieces;
+  }
   arguments.out = out;
   arguments.seed = static_cast<const int64_t*>(noise.seed.const_data_ptr());
   arguments.document = document.values();
   arguments.position = position.values();
   arguments.lengths = lengths.values();
   arguments.cu_seqlens = bounds.values();
-  arguments.samples = noise.cu_seqlens ? bounds.size() - 1 : noise.lengths ? lengths.size() : 0;
+  arguments.num_samples = noise.cu_seqlens ? bounds.size() - 1 : noise.lengths ? lengths.size() : 0;
   arguments.noise_alpha = *static_cast<const double*>(alpha.const_data_ptr());
   const double elements =
       static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
