@@ -162,7 +162,7 @@ def test_no_code_of_inductor_holds_it():
 def of_the_reference(seed):
     token = torch.arange(12)
     length = torch.full((12,), 6)
-    return reference.neftune_noise(token // 6, token % 6, length, WIDTH, 5.0, seed)
+    return reference.neftune_noise((token // 6, token % 6, length), WIDTH, 5.0, seed)
 
 
 MESSAGE = "neftune_kernels.reference is not for compilers: call neftune_kernels.neftune_noise"
