@@ -88,6 +88,7 @@ def simd_level() -> str:
     return str(native.handle.neftune_kernels_simd_level().decode())
 
 
+@asked_outside_the_graph
 def _no_simd_level() -> str:
     """Why the loaded library serves no call: NEFTUNE_SIMD named what is not there; else ""."""
     if native.handle is None or simd_level() != "none":

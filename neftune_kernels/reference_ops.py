@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import layout as layouts
 from . import reference
+from .noise import check_variant
 
 REFERENCE_CHUNK = 1 << 20  # elements the reference computes at once: bounds its int64 scratch
 
@@ -22,6 +23,36 @@ class Drawn(NamedTuple):
     offsets: tuple[int, int, int]  # replica, sample_offset, position_offset
     distribution: str = "uniform"
     equal_variance: bool = True
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes a tensor reaches: [first, second)."""
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def check_out(out: Tensor, drawn: Drawn, **sources: Tensor) -> None:
+    """Refuse an output in the memory of an argument, which would be written while it is read; but
+    for inputs_embeds itself.
+    """
+    begin, end = extent(out)
+    arguments = {
+        **sources,
+        "seed": drawn.seed,
+        "noise_alpha": drawn.noise_alpha,
+        **drawn.layout._asdict(),
+    }
+    for name, tensor in arguments.items():
+        if tensor is None or tensor.device != out.device:
+            continue
+        first, last = extent(tensor)
+        in_place = name == "inputs_embeds" and first == begin and tensor.is_contiguous()
+        if first < end and begin < last and not in_place:
+            unless = " unless it is the same tensor" if name == "inputs_embeds" else ""
+            raise RuntimeError(f"out must not overlap {name}{unless}")
 
 
 def rows_out(rows: Callable[[slice], Tensor], shape: torch.Size, drawn: Drawn, out: Tensor) -> None:
@@ -71,6 +102,13 @@ def noisy_embedding_out(
     *,
     out: Tensor,
 ) -> None:
+    drawn = Drawn(
+        seed,
+        noise_alpha,
+        layouts.Layout(document, position, lengths, cu_seqlens, numbering),
+        (replica, sample_offset, position_offset),
+    )
+    check_out(out, drawn, input_ids=input_ids, weight=weight)
     ids = input_ids.reshape(-1).long()
     outside = (ids < 0) | (ids >= weight.shape[0])
     if ids.device.type == "cpu" and bool(outside.any()):
@@ -90,12 +128,6 @@ def noisy_embedding_out(
             return embedded
         return torch.where(outside[chunk, None], float("nan"), embedded)
 
-    drawn = Drawn(
-        seed,
-        noise_alpha,
-        layouts.Layout(document, position, lengths, cu_seqlens, numbering),
-        (replica, sample_offset, position_offset),
-    )
     rows_out(rows, input_ids.shape, drawn, out)
 
 
@@ -122,6 +154,7 @@ def add_noise_out(
         layouts.Layout(document, position, lengths, cu_seqlens, numbering),
         (replica, sample_offset, position_offset),
     )
+    check_out(out, drawn, inputs_embeds=inputs_embeds)
     rows_out(lambda chunk: embeddings[chunk], inputs_embeds.shape[:-1], drawn, out)
 
 
@@ -145,6 +178,7 @@ def add_variant_noise(
     """reference.py; or the same with the draws of the add_noise operator `uniform`, which are its
     noise of step 1 on zeros.
     """
+    check_variant(distribution, equal_variance, 1)
     device, shape, embedding_dim = (
         inputs_embeds.device,
         inputs_embeds.shape[:-1],
