@@ -181,10 +181,7 @@ def decide(mutant: Mutant) -> Outcome:
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
         if is_compiled(mutant.file):
-            try:
-                compile_library(mutant.file)
-            except subprocess.CalledProcessError:
-                raise SystemExit(f"{mutant.name!r} does not compile") from None
+            compile_library(mutant.file)
         return run_tests(mutant)
     finally:
         path.write_text(original)
@@ -253,6 +250,7 @@ def main() -> int:
             shutil.copy2(TREE / LIBRARY, WORK / "unchanged.so")
             outcomes["objects"] = stamp
         shutil.copy2(WORK / "unchanged.so", TREE / LIBRARY)
+    wrong = []
     start = time.monotonic()
     for mutant in mutants:
         if time.monotonic() - start > 60 * arguments.minutes:
@@ -262,20 +260,27 @@ def main() -> int:
         suite = key_of_suite(mutant)
         if not known(suite):
             print(f"unchanged: {mutant.suite}", flush=True)
-        unchanged = known(suite) or decided(suite, run_tests(mutant))
+        unchanged = known(suite) or run_tests(mutant)
         if unchanged.killed:
-            raise SystemExit(f"without a mutant {unchanged.by} fails: {mutant.suite}")
-        outcome = decided(key_of(mutant), decide(mutant))
+            wrong.append(f"without a mutant {unchanged.by} fails: {mutant.suite}")
+            continue
+        decided(suite, unchanged)
+        try:
+            outcome = decided(key_of(mutant), decide(mutant))
+        except subprocess.CalledProcessError:
+            wrong.append(f"it does not compile: {mutant.name}")
+            continue
+        write_result(mutants, outcomes)
         said = f"killed by {outcome.by}" if outcome.killed else "SURVIVED"
         print(f"{mutant.name}: {said}, {outcome.seconds} s", flush=True)
     write_result(mutants, outcomes)
-    wrong = [
-        mutant.name
+    wrong += [
+        f"not as it should be: {mutant.name}"
         for mutant in mutants
         if (found := known(key_of(mutant))) and found.killed == bool(mutant.equivalent)
     ]
-    for name in wrong:
-        print(f"not as it should be: {name}")
+    for line in wrong:
+        print(line)
     return bool(wrong)
 
 
