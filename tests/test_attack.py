@@ -357,3 +357,13 @@ def test_negative_zero_is_padding(family):
     embeds = F.embedding(torch.zeros(1, 3).long(), torch.ones(1, WIDTH))
     out = add_noise(embeds, 5.0, attention_mask=mask, seed=3, backend=backend)
     assert torch.equal(out[0, 1], embeds[0, 1]) and not torch.equal(out[0, 0], embeds[0, 0])
+
+
+def test_position_ids_do_not_wrap(family):
+    """The largest and the smallest int64 do not go on, though their difference does modulo 2⁶⁴."""
+    backend = "reference" if family else "cpp"
+    ids = torch.tensor([[2**63 - 1, -(2**63)]])
+    noise = neftune_noise((1, 2), WIDTH, 5.0, position_ids=ids, seed=3, backend=backend)
+    numbers = torch.tensor([[1, 2]])
+    expected = neftune_noise((1, 2), WIDTH, 5.0, attention_mask=numbers, seed=3, backend=backend)
+    assert same_bits(noise, expected)
