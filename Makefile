@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix compatibility lint bench gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix compatibility lint bench fuzz mutants gpu clean
 
 setup: $(READY)
 
@@ -66,6 +66,14 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench.compare
+
+# 200 000 drawn calls against the oracle; goes on where it stopped. Writes bench/results/fuzz.md.
+fuzz: setup
+	$(BIN)/python -m bench.fuzz $(ARGS)
+
+# Wrong code that the tests must see; goes on where it stopped. Writes bench/results/mutants.md.
+mutants: setup
+	NEFTUNE_REQUIRE_CPP=1 $(BIN)/python -m bench.mutants $(ARGS)
 
 # On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
 gpu:

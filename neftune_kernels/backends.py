@@ -88,6 +88,15 @@ def simd_level() -> str:
     return str(native.handle.neftune_kernels_simd_level().decode())
 
 
+@asked_outside_the_graph
+def _no_simd_level() -> str:
+    """Why the loaded library serves no call: NEFTUNE_SIMD named what is not there; else ""."""
+    if native.handle is None or simd_level() != "none":
+        return ""
+    name = os.environ.get("NEFTUNE_SIMD")
+    return f"NEFTUNE_SIMD={name} is not an instruction set of this CPU and build"
+
+
 # ---- an accelerator's first call
 
 
@@ -186,17 +195,11 @@ def load_triton() -> ModuleType | str:
         return f"triton failed to load: {type(error).__name__}: {error}"
 
 
-def tensors_read(launcher: str, args: tuple[Any, ...], out: Tensor) -> dict[str, Tensor]:
-    """What that launcher reads, by its operator's names: without embeddings in place."""
+def tensors_read(launcher: str, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """What that launcher reads, by its operator's names."""
     first = ("input_ids", "weight") if launcher == "noisy_embedding_out" else ("inputs_embeds",)
-    names = (*first, "seed", "noise_alpha", *layouts.Layout._fields)
-    read = {
-        name: value for name, value in zip(names, args, strict=False) if isinstance(value, Tensor)
-    }
-    embeds = read.get("inputs_embeds")
-    if embeds is not None and embeds.is_contiguous() and embeds.data_ptr() == out.data_ptr():
-        del read["inputs_embeds"]
-    return read
+    named = zip((*first, "seed", "noise_alpha", *layouts.Layout._fields), args, strict=False)
+    return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 def on_gpu(
@@ -222,7 +225,7 @@ def on_gpu(
         if out is not None and out.dtype not in CPP_DTYPES:
             return otherwise(*args, **kwargs)
         if out is not None:
-            reference_ops.check_apart(out, **tensors_read(name, args, out))
+            reference_ops.check_apart(out, **tensors_read(name, args))
         if out is None or out.is_contiguous():
             return serve(*args, **kwargs)
         rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -278,13 +281,15 @@ def _triton_reason(device_type: str | None) -> str:
 
 def past_the_dispatcher(name: str) -> Callable[..., None]:
     """The Triton launcher itself, which spares the dispatcher's way into Python; the operator where
-    a mode or subclass must see it.
+    a mode or subclass must see it, or where memory holds the negated values: the launcher takes
+    addresses. The source is the first argument or the second; no integer tensor is such a view.
     """
     operator, by_reference = ops.OUT[name], ops.OUT[f"reference_{name}"]
 
     def call(first: Tensor, *args: Any, out: Tensor) -> None:
         kernels = load_triton()
-        if isinstance(kernels, str) or type(first) is not Tensor or dispatch_modes():
+        lazy = first.is_neg() or args[0].is_neg()
+        if isinstance(kernels, str) or type(first) is not Tensor or dispatch_modes() or lazy:
             operator(first, *args, out=out)
         elif getattr(kernels, f"{name}_out")(first, *args, out=out) is NotImplemented:
             by_reference(first, *args, out=out)
@@ -385,7 +390,7 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
             device_type = torch.device(device_type).type
         except RuntimeError as error:
             raise ValueError(f"device_type: {error}") from None
-    cpp = native.reason or "available"
+    cpp = native.reason or _no_simd_level() or "available"
     if cpp == "available" and device_type not in (None, "cpu"):
         cpp = f"wrong device: runs on cpu, not on {device_type}"
     gpu = {

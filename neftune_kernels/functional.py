@@ -280,6 +280,10 @@ def neftune_noise(
     embedding_dim = check_integer("embedding_dim", embedding_dim)
     if not 0 <= embedding_dim < 2**31:
         raise ValueError(f"embedding_dim must lie in [0, 2**31), got {embedding_dim}")
+    if not isinstance(input_shape, (tuple, list)):
+        raise TypeError(
+            f"input_shape must be the tokens' shape, a tuple of integers, got {input_shape!r}"
+        )
     if any(check_integer("input_shape", size) < 0 for size in input_shape):
         raise ValueError(f"input_shape must not be negative, got {tuple(input_shape)}")
     given: list[Any] = [attention_mask, lengths, cu_seqlens, position_ids, noise_mask, seed]

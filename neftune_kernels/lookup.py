@@ -168,8 +168,10 @@ def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
     """F.embedding, its IndexError with the value and the rule."""
     try:
         return torch.embedding(weight, input_ids, padding_idx)
-    except IndexError:
+    except (IndexError, RuntimeError):  # a table without rows is a RuntimeError to torch
         bad = input_ids[(input_ids < 0) | (input_ids >= weight.shape[0])]
+        if bad.numel() == 0:
+            raise
         raise IndexError(
             f"input_ids must lie in [0, num_embeddings = {weight.shape[0]}), got {int(bad[0])}"
         ) from None

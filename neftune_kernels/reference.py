@@ -45,6 +45,10 @@ UINT32 = 0xFFFFFFFF
 SMALLEST_MAGNITUDE = 2.0**-90  # below it noise could be subnormal, so there is none
 DISTRIBUTIONS = ("uniform", "normal", "rademacher")
 UNIFORM_DEVIATION = 0.5773502691896257645  # 1/√3 to the nearest float64
+NOT_FOR_COMPILERS = (
+    "neftune_kernels.reference is not for compilers: call neftune_kernels.neftune_noise, whose "
+    'operators stay whole, with backend="reference" if need be'
+)
 
 
 def philox4x32(
@@ -52,7 +56,13 @@ def philox4x32(
 ) -> tuple[Tensor, ...]:
     """Philox-4x32: four uint32 counter words and two uint32 key words to four uint32 words, all
     held in int64 and broadcast together.
+
+    Raises:
+        RuntimeError: a compiler traces it. Products that wrap are signed overflow in the C++ that
+            Inductor would make of them, and wrong for many seeds.
     """
+    if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        raise RuntimeError(NOT_FOR_COMPILERS)
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):

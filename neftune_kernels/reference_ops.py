@@ -9,30 +9,33 @@ from torch import Tensor
 
 from . import layout as layouts
 from . import reference
+from .noise import check_variant
 
 REFERENCE_CHUNK = 1 << 20  # elements the reference computes at once: bounds its int64 scratch
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """The bytes a tensor reaches."""
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    begin = tensor.data_ptr()
-    return begin, begin + (last + 1) * tensor.element_size()
+    """The bytes a tensor reaches: [first, second)."""
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def check_apart(out: Tensor, **read: Tensor | None) -> None:
-    """What is read for one row must not have been written with another."""
-    if out.numel() == 0:
-        return
+    """Refuse an output in the memory of an argument, which would be written while it is read; but
+    for inputs_embeds itself.
+    """
     begin, end = extent(out)
     for name, tensor in read.items():
-        if tensor is None or tensor.numel() == 0 or tensor.device != out.device:
+        if tensor is None or tensor.device != out.device:
             continue
         first, last = extent(tensor)
-        if begin < last and first < end:
-            raise RuntimeError(f"out must not overlap {name}")
+        in_place = name == "inputs_embeds" and first == begin and tensor.is_contiguous()
+        if first < end and begin < last and not in_place:
+            unless = " unless it is the same tensor" if name == "inputs_embeds" else ""
+            raise RuntimeError(f"out must not overlap {name}{unless}")
 
 
 class Drawn(NamedTuple):
@@ -148,8 +151,7 @@ def add_noise_out(
         layouts.Layout(document, position, lengths, cu_seqlens, numbering),
         (replica, sample_offset, position_offset),
     )
-    in_place = out.data_ptr() == inputs_embeds.data_ptr() and inputs_embeds.is_contiguous()
-    check_apart(out, inputs_embeds=None if in_place else inputs_embeds, **drawn.tensors())
+    check_apart(out, inputs_embeds=inputs_embeds, **drawn.tensors())
     rows_out(lambda chunk: embeddings[chunk], inputs_embeds.shape[:-1], drawn, out)
 
 
@@ -173,11 +175,7 @@ def add_variant_noise(
     """reference.py; or the same with the draws of the add_noise operator `uniform`, which are its
     noise of step 1 on zeros.
     """
-    if distribution not in reference.DISTRIBUTIONS:
-        raise ValueError(
-            f"distribution must be one of {', '.join(map(repr, reference.DISTRIBUTIONS))}, got "
-            f"{distribution!r}"
-        )
+    check_variant(distribution, equal_variance, 1)
     if distribution == "uniform":
         layout = layouts.Layout(document, position, lengths, cu_seqlens, numbering)
         offsets = (replica, sample_offset, position_offset)

@@ -22,6 +22,7 @@ its sign, normal float32(Φ⁻¹((int16(half) + 32768½)/65536)); noise = float3
 """
 
 import decimal
+import functools
 import math
 import statistics
 
@@ -104,16 +105,13 @@ def variant_row(
 def noise_row(seed, replica, sample, position, length, embedding_dim, alpha):
     """(d,) float32: one token's noise."""
     row = np.zeros(embedding_dim, dtype=np.float32)
-    if (
-        length == 0
-        or embedding_dim == 0
-        or alpha / math.sqrt(float(length) * float(embedding_dim)) < 2.0**-90
-    ):
+    if length == 0 or embedding_dim == 0:
         return row
     with np.errstate(over="ignore"):
-        step = np.float32(alpha / math.sqrt(float(length) * float(embedding_dim))) * np.float32(
-            2.0**-31
-        )
+        magnitude = np.float32(alpha / math.sqrt(float(length) * float(embedding_dim)))
+    if magnitude < 2.0**-90:
+        return row
+    step = magnitude * np.float32(2.0**-31)
     for column, signed in enumerate(halves_row(seed, replica, sample, position, embedding_dim)):
         with np.errstate(over="ignore"):
             row[column] = np.float32((signed + 0.5) * 65536) * step
@@ -167,7 +165,7 @@ def places(
                 if before is not None:
                     other_number = attention_mask[token] != attention_mask[before]
                     jump = 1 if position_ids is None else position_ids[token] - position_ids[before]
-                    if other_number or jump not in (1, token - before):
+                    if other_number or jump % 2**64 not in (1, token - before):
                         document += 1
                         members[document] = []
                 members[document].append(token)
@@ -205,6 +203,74 @@ def noise(
     return np.stack(rows) if rows else np.zeros((0, embedding_dim), dtype=np.float32)
 
 
+def halves_of_tokens(seed, replica, samples, positions, embedding_dim):
+    """halves_row of many tokens at once, (N, d): 32-bit words in uint64, whose products are exact.
+    For cases by the hundred thousand; the loops above are what it is held against.
+    """
+    seed %= 2**64
+    low, shift = np.uint64(WORD - 1), np.uint64(32)
+    blocks = -(-embedding_dim // 8)
+    c0 = np.broadcast_to(np.arange(blocks, dtype=np.uint64), (len(samples), blocks))
+    c1 = np.array([position % WORD for position in positions], dtype=np.uint64)[:, None]
+    c2 = np.array([sample % WORD for sample in samples], dtype=np.uint64)[:, None]
+    c3 = np.uint64(replica)
+    k0, k1 = seed % WORD, seed // WORD
+    for _ in range(7):
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            product1 >> shift ^ c1 ^ np.uint64(k0),
+            product1 & low,
+            product0 >> shift ^ c3 ^ np.uint64(k1),
+            product0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) % WORD, (k1 + 0xBB67AE85) % WORD
+    words = np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1)
+    pairs = np.stack((words & np.uint64(0xFFFF), words >> np.uint64(16)), axis=-1)
+    return (
+        pairs.reshape(len(samples), 8 * blocks)[:, :embedding_dim].astype(np.uint16).view(np.int16)
+    )
+
+
+@functools.cache
+def all_draws(distribution):
+    """(65536,) float32: z of every signed half, by its 16 bits."""
+    signed = [half - 65536 if half >= 32768 else half for half in range(65536)]
+    return np.array([draw(half, distribution) for half in signed])
+
+
+def noise_of_tokens(
+    token_places,
+    embedding_dim,
+    alpha,
+    seed,
+    replica=0,
+    sign=1,
+    distribution="uniform",
+    equal_variance=True,
+):
+    """What :func:`noise` gives, all tokens at once."""
+    real = [place or (0, 0, 0) for place in token_places]
+    out = np.zeros((len(real), embedding_dim), dtype=np.float32)
+    if out.size == 0:
+        return out
+    factor = 1.0 if distribution == "uniform" else DEVIATIONS[equal_variance]
+    with np.errstate(over="ignore"):
+        magnitudes = np.array(
+            [
+                alpha * factor / math.sqrt(float(length) * float(embedding_dim)) if length else 0.0
+                for _, _, length in real
+            ]
+        ).astype(np.float32)[:, None]
+        samples, positions = [place[0] for place in real], [place[1] for place in real]
+        signed = halves_of_tokens(seed, replica, samples, positions, embedding_dim)
+        if distribution == "uniform":
+            lattice = ((signed.astype(np.float64) + 0.5) * 65536).astype(np.float32)
+            drawn = lattice * (magnitudes * np.float32(2.0**-31))
+        else:
+            drawn = all_draws(distribution)[signed.view(np.uint16)] * magnitudes
+    return np.where(magnitudes >= 2.0**-90, sign * drawn, np.float32(0))
+
+
 def cast(values, dtype):
     """Round to the dtype's values, nearest-even, and give them back in `values`' own type."""
     if dtype == "bfloat16":
@@ -214,6 +280,17 @@ def cast(values, dtype):
         return rounded.astype(np.uint32).view(np.float32)
     with np.errstate(over="ignore"):
         return values.astype(dtype).astype(values.dtype)
+
+
+def embedded_with_noise(rows, noise_rows, dtype, embed_scale=1.0):
+    """(N, d) in W: rows given in W whose values all belong to `dtype`, and their float32 noise;
+    where that is 0 the bits stay.
+    """
+    wide = rows.dtype.type
+    with np.errstate(over="ignore", invalid="ignore"):
+        if embed_scale != 1:
+            rows = cast(rows * wide(embed_scale), dtype)
+        return np.where(noise_rows != 0, cast(rows + noise_rows.astype(wide), dtype), rows)
 
 
 def noisy_embedding(

@@ -35,6 +35,38 @@ def test_weight_gradient_is_that_of_embedding(backend, dtype, shape, scale, padd
     assert torch.equal(weight.grad, expected.grad)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("by", ["compile", "grad", "vmap of grad", "double backward"])
+def test_scale_in_traced_gradients(by, backend):
+    """Where embedding_weight_grad is traced it scales in one product: still the gradient of
+    F.embedding(...) * embed_scale.
+    """
+    torch._dynamo.reset()
+    ids, values, scale = torch.randint(0, 50, SMALL), torch.randn(50, 300), 11.3125
+    weights = torch.stack((values, values + 1))
+    factor = torch.randn(*SMALL, 300)
+
+    def noisy(weight):
+        return noisy_embedding(ids, weight, 5.0, seed=1, embed_scale=scale, backend=backend)
+
+    def gradient(embed):
+        def loss(weight):
+            return (embed(weight) * factor).sum()
+
+        if by == "grad":
+            return torch.func.grad(loss)(values)
+        if by == "vmap of grad":
+            return torch.func.vmap(torch.func.grad(loss))(weights)
+        weight = values.clone().requires_grad_()
+        if by == "compile":
+            torch.compile(loss, backend="aot_eager", fullgraph=True)(weight).backward()
+            return weight.grad
+        return torch.autograd.grad(loss(weight), weight, create_graph=True)[0].detach()
+
+    expected = gradient(lambda weight: plain(ids, weight, None, scale))
+    assert torch.equal(gradient(noisy), expected) and expected.abs().max() > 0
+
+
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
 def test_forward_bits_do_not_depend_on_requires_grad(shape):
     ids, weight = torch.randint(0, 50, shape), torch.randn(50, 300)

@@ -848,6 +848,30 @@ def test_add_noise_in_place(backend, embedding_dim):
     )
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("operator", ["noisy_embedding", "add_noise"])
+def test_out_beside_its_source(kernel, operator, dtype):
+    """Three rows of 8 right before and right behind their source are free; one element nearer is
+    refused, and nothing is written.
+    """
+    call = getattr(backends.BACKENDS[kernel], f"{operator}_out")
+    name = "weight" if operator == "noisy_embedding" else "inputs_embeds"
+    for begin in (16, 17, 39, 41, 63, 64):
+        buffer = torch.arange(104).to(dtype)
+        source, out = buffer[40:64].view(3, 8), buffer[begin : begin + 24].view(3, 8)
+        ids = [torch.tensor([2, 0, 1])] if operator == "noisy_embedding" else []
+        arguments = (*ids, source, torch.tensor(3), torch.tensor(5.0, dtype=torch.float64))
+        before = buffer.clone()
+        if begin in (16, 64):
+            rows = source[ids[0]] if ids else source.clone()
+            call(*arguments, out=out)
+            assert same_bits(out, add_noise(rows, 5.0, seed=3, backend="reference"))
+            continue
+        with pytest.raises(RuntimeError, match=f"out must not overlap {name}"):
+            call(*arguments, out=out)
+        assert same_bits(buffer, before)
+
+
 BAD_IDS = {
     torch.int64: (-1, 11, 12, 2**31, -(2**31), 2**32, 2**32 + 1, 2**63 - 1, -(2**63), 2**61),
     torch.int32: (-1, 11, 12, 2**31 - 1, -(2**31)),

@@ -220,6 +220,19 @@ def test_every_float16_value():
             found((1, 4), attention_mask=mask)
 
 
+@pytest.mark.parametrize("far", [2**32, -(2**32), 2**33, 2**62, -(2**62)])
+def test_jumps_are_not_counted_in_words(far):
+    """Position ids that go on modulo 2³² do not go on."""
+    two_tokens = torch.tensor([[5, 5 + far + 1]])
+    assert found((1, 2), position_ids=two_tokens) == [(0, 0, 1), (1, 0, 1)]
+    mask = torch.tensor([[1, 0, 0, 1]])
+    for jump in (1, 3):  # the next token, and their column distance
+        ids = torch.tensor([[5, 0, 0, 5 + far + jump]])
+        assert found((1, 4), attention_mask=mask, position_ids=ids)[3] == (1, 0, 1)
+        ids[0, 3] -= far
+        assert found((1, 4), attention_mask=mask, position_ids=ids)[3] == (0, 3, 2)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
 )

@@ -17,6 +17,7 @@ from neftune_kernels import (
     backends,
     distributed,
     lookup,
+    modules,
     neftune_noise,
     noisy_embedding,
 )
@@ -135,6 +136,32 @@ def test_training_noise_is_the_functional_one():
             ids, module.weight, 7.0, position_ids=positions, embed_scale=3.0, replica=2, seed=1
         ),
     )
+
+
+@pytest.mark.parametrize("own", [None, 0, 3])
+@pytest.mark.parametrize("said", [None, 0, 5])
+def test_every_offset_of_a_call_counts(own, said):
+    """Whatever the module's replica is, 0 and none included; a call's 0 is before the module's."""
+    ids, _ = with_mask()
+    module = NEFTuneEmbedding(10, 24, replica=own)
+    replica = (own or 0) if said is None else said
+    for sample_offset, position_offset in ((0, 0), (1, 0), (0, 1), (2**32 - 1, 2**32 - 1)):
+        offsets = {"sample_offset": sample_offset, "position_offset": position_offset}
+        expected = noisy_embedding(ids, module.weight, 5.0, replica=replica, seed=11, **offsets)
+        assert torch.equal(module(ids, replica=said, seed=11, **offsets), expected)
+        torch.manual_seed(4)  # without a seed the module has its noise ready
+        unseeded = noisy_embedding(ids, module.weight, 5.0, replica=replica, **offsets)
+        torch.manual_seed(4)
+        assert torch.equal(module(ids, replica=said, **offsets), unseeded)
+
+
+def test_replica_0_of_a_call_is_before_the_rank(monkeypatch):
+    monkeypatch.setattr(modules, "module_replica", lambda module: 3)
+    ids, _ = with_mask()
+    module = NEFTuneEmbedding(10, 24)
+    for said, replica in ((None, 3), (0, 0), (2, 2)):
+        expected = noisy_embedding(ids, module.weight, 5.0, replica=replica, seed=11)
+        assert torch.equal(module(ids, replica=said, seed=11), expected)
 
 
 def test_padding_idx_marks_padding_when_nothing_else_does():

@@ -3,6 +3,7 @@ oracle.
 """
 
 import ctypes
+import fractions
 import math
 
 import numpy as np
@@ -264,6 +265,27 @@ def test_magnitude_is_rounded_once(backend, length, embedding_dim, noise_alpha):
         2.0**-31
     )
     assert noise == np.float32(lattice) * step
+
+
+def test_equal_variance_is_the_nearest_float64():
+    """1/√3 to half an ulp, and magnitudes that its neighbours would round to another float32."""
+    factor = reference.UNIFORM_DEVIATION
+    exact, third = fractions.Fraction(factor), fractions.Fraction(1, 3)
+    half = fractions.Fraction(math.ulp(factor)) / 2
+    assert (exact - half) ** 2 < third < (exact + half) ** 2
+    one = torch.ones(1, dtype=torch.int64)
+    for neighbour in (math.nextafter(factor, 0), math.nextafter(factor, 1)):
+        told_apart = 0
+        for bits in range(0x3F800000, 0x3F800000 + 2000):
+            boundary = float(np.uint32(bits).view(np.float32)) + 2.0**-24
+            alpha = boundary / factor  # alpha·c lies at the middle of two float32
+            truth = np.float32(alpha * factor)
+            told_apart += truth != np.float32(alpha * neighbour)
+            assert float(reference.noise_magnitude(one, 1, alpha, factor)) == truth
+        assert told_apart > 500
+    assert reference.scaled_draws(
+        torch.ones(1, 1), one, 1, 3**0.5, "rademacher", True
+    ).item() == np.float32(3**0.5 * oracle.DEVIATIONS[True])
 
 
 def test_tensor_alpha_is_not_rounded_to_float32():

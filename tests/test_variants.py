@@ -221,6 +221,41 @@ def test_masked_shard_of_longer_samples(backend, variant):
         assert same_bits(part, whole[:, begin:end].contiguous())
 
 
+@EACH_VARIANT
+@pytest.mark.parametrize("embed_scale", [1.0, 4.5])
+def test_offset_decides_which_tokens_lengths_hold(backend, embed_scale, variant):
+    """Of lengths 9 and 4 a shard at position 6 sees three tokens and none, with a noise_mask or
+    without: by every function and the module.
+    """
+    lengths, mask = torch.tensor([9, 4]), torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    found = oracle.places((2, 5), lengths=[9, 4], position_offset=6)
+    assert found[3:] == [None] * 7
+    ids, weight = torch.arange(10).view(2, 5), weight_of(torch.float32)
+    given = {"lengths": lengths, "position_offset": 6, "seed": 3}
+    for noise_mask in (None, mask):
+        kept = [
+            place if noise_mask is None or noisy else None
+            for place, noisy in zip(found, mask.flatten().tolist(), strict=True)
+        ]
+        truth = oracle.noisy_embedding(
+            kept, range(10), weight.numpy(), "float32", 5.0, 3, 0, embed_scale, **variant
+        )
+        call = {**given, "noise_mask": noise_mask, **variant, "backend": backend}
+        assert equals_oracle(
+            noisy_embedding(ids, weight, 5.0, embed_scale=embed_scale, **call), truth
+        )
+        assert equals_oracle(add_noise(weight[ids] * embed_scale, 5.0, **call), truth)
+        assert equals_oracle(
+            neftune_noise((2, 5), WIDTH, 5.0, **call), oracle.noise(kept, WIDTH, 5.0, 3, **variant)
+        )
+        kind = {name: value for name, value in variant.items() if name != "sign"}
+        module = NEFTuneEmbedding.from_pretrained(
+            weight, embed_scale=embed_scale, backend=backend, **kind
+        )
+        sign = variant.get("sign", 1)
+        assert equals_oracle(module(ids, **given, noise_mask=noise_mask, sign=sign), truth)
+
+
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
 def test_every_noise_mask_dtype(backend, dtype):
     """Any value but 0 means noise; unlike an attention mask's, values do not number documents."""

@@ -1,0 +1,109 @@
+"""Hundreds of thousands of drawn calls against the oracle: `make fuzz`.
+
+    python -m bench.fuzz --cases 200000     goes on where it stopped; writes bench/results/fuzz.md
+
+The properties are those of tests/test_properties.py, in chunks, each with a seed of its own; which
+chunks passed on these sources is kept in build/fuzz.json. A chunk that fails stops the run with
+hypothesis's own report and is tried first the next time.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from typing import Any
+
+import hypothesis
+import numpy
+import torch
+
+from neftune_kernels import backends
+
+from .machine import cpu_model
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import test_properties as properties  # noqa: E402  (the tests are no package)
+from hypothesis import given, seed, settings  # noqa: E402
+from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
+
+RESULT = pathlib.Path(__file__).parent / "results" / "fuzz.md"
+DONE = ROOT / "build" / "fuzz.json"
+CHUNK = 1000  # calls
+HISTORIES = 40  # of the state machine, beside each chunk
+STEPS = 10  # rules of a history, each followed by all invariants
+
+
+def fingerprint() -> str:
+    """Of what is tested and of what tests it."""
+    names = ["neftune_kernels", "csrc", "tests/oracle.py", "tests/drawn_calls.py"]
+    names.append("tests/test_properties.py")
+    digest = hashlib.sha256()
+    for name in names:
+        path = ROOT / name
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        for file in files:
+            if file.suffix in (".py", ".h", ".cpp", ".cu"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def run_chunk(number: int) -> None:
+    """Raises where a property does not hold."""
+    options = settings(properties.QUICK, max_examples=CHUNK, print_blob=True)
+    seed(number)(options(given(properties.cases())(properties.check_call)))()
+    machine: Any = type("Algebra", (properties.Algebra,), {})  # its seed is its own
+    options = settings(properties.QUICK, max_examples=HISTORIES, stateful_step_count=STEPS)
+    run_state_machine_as_test(seed(number)(machine), settings=options)
+
+
+def write_result(sources: str, chunks: int, seconds: float) -> None:
+    levels = ", ".join(properties.KERNELS)
+    text = [
+        "# Drawn calls against the oracle",
+        "",
+        f"{chunks * CHUNK} calls, each by neftune_noise, add_noise, noisy_embedding and the",
+        f"module, half of them with the weight's gradient; and {chunks * HISTORIES} histories of",
+        f"{STEPS} steps in which samples are padded, packed, split, merged, sharded, muted,",
+        "negated and doubled. No bit differed.",
+        "",
+        f"Backends: reference, {levels}. Chunks 0 to {chunks - 1}, sources {sources}.",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes of one process, torch "
+        f"{torch.__version__}, numpy {numpy.__version__},",
+        f"hypothesis {hypothesis.__version__}, Python {platform.python_version()}, {cpu_model()},",
+        f"native library at {backends.simd_level()}; written by `python -m bench.fuzz`.",
+    ]
+    RESULT.write_text("\n".join(text) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--cases", type=int, default=200_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no chunk after")
+    arguments = parser.parse_args()
+    sources = fingerprint()
+    done = json.loads(DONE.read_text()) if DONE.exists() else {}
+    chunks, spent = done.get(sources, (0, 0.0))
+    start = time.monotonic()
+    while chunks * CHUNK < arguments.cases:
+        begun = time.monotonic()
+        if begun - start > 60 * arguments.minutes:
+            break
+        run_chunk(chunks)
+        chunks, spent = chunks + 1, spent + time.monotonic() - begun
+        DONE.parent.mkdir(exist_ok=True)
+        DONE.write_text(json.dumps({sources: (chunks, spent)}))
+        print(f"{chunks * CHUNK} calls", flush=True)
+        write_result(sources, chunks, spent)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("NEFTUNE_SELF_CHECK", "0")
+    sys.exit(main())
