@@ -349,6 +349,16 @@ def check_numbering(numbering: Tensor, rows: int, num_tokens: int) -> int:
     return words // UNIT_WORDS
 
 
+def check_counts(layout: Layout, rows: int, num_tokens: int) -> None:
+    wanted = {"document": num_tokens, "position": num_tokens}
+    if layout.document is None:
+        wanted["lengths"] = rows
+    for name, count in wanted.items():
+        tensor = getattr(layout, name)
+        if tensor is not None and tensor.numel() != count:
+            raise ValueError(f"{name} must have {count} elements, got {tensor.numel()}")
+
+
 def per_token(
     layout: Layout,
     shape: torch.Size | tuple[int, ...],
@@ -361,6 +371,7 @@ def per_token(
     Offsets wrap mod 2³².
     """
     rows, columns = rows_and_columns(shape)
+    check_counts(layout, rows, rows * columns)
     token = torch.arange(rows * columns, device=device)
     if layout.cu_seqlens is not None:
         check_cu_seqlens_values(layout.cu_seqlens, token.numel())

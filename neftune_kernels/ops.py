@@ -50,45 +50,47 @@ PER_TOKEN = "(Tensor, Tensor, Tensor)"  # document, position, lengths: layout.ma
 # ---- fakes
 
 
-def check_devices(first: Tensor, *others: Any) -> None:
+READ = ("seed", "noise_alpha", *layouts.Layout._fields)  # beside the first arguments
+
+
+def check_devices(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
     """One device for all tensors but noise_alpha, which is the host's.
 
     Where one is on the meta device torch asks this fake alone, and nothing would be computed.
     """
-    for other in others:
-        if isinstance(other, Tensor) and other.device != first.device:
+    device: torch.device | None = None
+    for name, tensor in zip(names, tensors, strict=False):
+        if not isinstance(tensor, Tensor):
+            continue
+        if name == "noise_alpha":
+            if tensor.device.type != "cpu":
+                raise ValueError(f"noise_alpha must be on the CPU, got {tensor.device}")
+        elif device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
             raise ValueError(
-                f"all tensors must be on one device, got {first.device} and {other.device}"
+                f"{first} is on {device}, {name} on {tensor.device}: they must be on one device"
             )
 
 
-def fake_embedding(
-    input_ids: Tensor, weight: Tensor, seed: Tensor, noise_alpha: Tensor, *args: Any
-) -> Tensor:
-    check_devices(input_ids, weight, seed, *args)
+def fake_embedding(*args: Any) -> Tensor:
+    input_ids, weight, *_ = args
+    check_devices(("input_ids", "weight", *READ), args)
     return weight.new_empty((*input_ids.shape, weight.shape[1]))
 
 
-def fake_add(inputs_embeds: Tensor, seed: Tensor, noise_alpha: Tensor, *args: Any) -> Tensor:
-    check_devices(inputs_embeds, seed, *args)
+def fake_add(*args: Any) -> Tensor:
+    inputs_embeds, *_ = args
+    check_devices(("inputs_embeds", *READ), args)
     return inputs_embeds.new_empty(inputs_embeds.shape)
 
 
-def fake_embedding_out(
-    input_ids: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    noise_alpha: Tensor,
-    *args: Any,
-    out: Tensor,
-) -> None:
-    check_devices(input_ids, weight, seed, *args, out)
+def fake_embedding_out(*args: Any, out: Tensor) -> None:
+    check_devices(("out", "input_ids", "weight", *READ), (out, *args))
 
 
-def fake_add_out(
-    inputs_embeds: Tensor, seed: Tensor, noise_alpha: Tensor, *args: Any, out: Tensor
-) -> None:
-    check_devices(inputs_embeds, seed, *args, out)
+def fake_add_out(*args: Any, out: Tensor) -> None:
+    check_devices(("out", "inputs_embeds", *READ), (out, *args))
 
 
 def fake_mask_layout(
@@ -96,6 +98,7 @@ def fake_mask_layout(
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
+    check_devices(("attention_mask", "position_ids"), (attention_mask, position_ids))
     document, position, lengths = (
         given.new_empty((given.numel(),), dtype=torch.int64) for _ in range(3)
     )
@@ -109,6 +112,7 @@ def fake_padding_layout(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, Te
 def fake_number_documents(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
+    check_devices(("attention_mask", "position_ids"), (attention_mask, position_ids))
     rows, _ = layouts.rows_and_columns(given.shape)
     return given.new_empty((layouts.UNIT_WORDS * rows + 3 * given.numel(),), dtype=torch.int32)
 
