@@ -8,7 +8,8 @@ from torch import nn
 
 from ..noise import check_alpha, refuse_unknown
 from ..schedules import Schedule
-from .models import NEFTuneHandle, applied_handle, apply_neftune
+from .apply import applied_handle, apply_neftune
+from .handle import NEFTuneHandle
 
 LOG_PREFIX = "neftune/"
 LOGGED = (
