@@ -1,25 +1,22 @@
 """apply_neftune: noise in the input embeddings of a model that somebody else wrote, with the
 samples its own forward is told.
 
-The embedding keeps its object, Parameter, hooks and ties: only its class is swapped for a subclass
-of its own class, and undo swaps it back. Pre-hooks on the models around it take the attention mask,
-position ids or cumulative lengths as they arrive. Nothing here imports transformers.
+The embedding keeps its object, Parameter, hooks and ties: its class is swapped for a subclass of
+its own class (fused) or a hook adds noise to its output (behind), and undo takes that back. Hooks
+on the models around it hear the attention mask, position ids or cumulative lengths as they arrive.
+Nothing here imports transformers.
 """
 
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from ..backends import choose_backend
-from ..lookup import PLAIN_WEIGHTS
 from ..noise import check_alpha, check_variant, check_word, refuse_unknown
 from .factors import check_surroundings
-from .find import Found, find_embeddings, open_wrapper, path_of, unwrapped
-from .handle import NEFTuneHandle
-from .noisy import NoisyEmbedding
-from .running import NEFTuneState
+from .find import Found, chains, find_embeddings, path_of
+from .handle import NEFTuneHandle, check_backend, check_fused, check_samples
+from .running import Settings, State
 
 
 def apply_neftune(
@@ -33,6 +30,7 @@ def apply_neftune(
     distribution: str = "uniform",
     equal_variance: bool = True,
     backend: str | None = None,
+    fused: bool | None = None,
     **unknown: NoReturn,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
@@ -62,12 +60,19 @@ def apply_neftune(
             `distributed.data_parallel_index` finds, at each call.
         noise_without_grad: noise also where grad is disabled.
         distribution, equal_variance, backend: as in :func:`noisy_embedding`.
+        fused: None chooses for each embedding: lookup and noise in one pass, by a swap of its
+            class, where its forward is nn.Embedding's, else a forward hook behind it. False: always
+            the hook, for tools that look at the exact class (Opacus, quantize_dynamic,
+            torch.jit.script, FSDP policies by class). True: refuse where it cannot be one pass. The
+            noise is the same, bit for bit.
 
     Returns:
-        A handle with noise_alpha, sign, stats() and remove(); also a context manager.
+        A handle with the settings, stats() and remove(); also a context manager, which takes the
+        noise off on exit, or puts back what was in force before this call.
 
     Raises:
-        ValueError: no nn.Embedding can be found or noised; bad alpha, replica or backend.
+        ValueError: no embedding can be found or noised, or not as `fused` says; bad alpha, replica
+            or backend.
 
     Example:
         >>> class Model(torch.nn.Module):
@@ -87,50 +92,44 @@ def apply_neftune(
     """
     if unknown:
         refuse_unknown("apply_neftune", unknown)
-    alpha = check_alpha(noise_alpha)
-    if replica is not None:
-        check_word("replica", replica)
-    variant = check_variant(distribution, equal_variance, 1)
-    if samples is not None and not callable(samples):
-        raise TypeError(f"samples must be callable with the forward's arguments, got {samples!r}")
-    path = path_of(model, embedding)
-    found = find_embeddings(model, path)
-    for one in found:
-        weight = open_wrapper(one.noisy).weight
-        quantised = type(weight) not in PLAIN_WEIGHTS  # its forward decides the dtype
-        choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
-    handle = _live_handle(found)
-    state = None if handle is None else handle._state
-    if state is None or state.handle is None:
-        check_surroundings(model, found)
-        state = NEFTuneState()
-        state.handle = NEFTuneHandle(state)
-    state.read = samples
-    state.handle.add_root(model, path)
-    state.set_alpha(alpha)
-    state.replica, state.noise_without_grad, state.backend, state.variant = (
-        replica,
-        noise_without_grad,
-        backend,
-        variant,
+    settings = Settings(
+        noise_alpha=check_alpha(noise_alpha),
+        replica=None if replica is None else check_word("replica", replica),
+        noise_without_grad=noise_without_grad,
+        backend=backend,
+        variant=check_variant(distribution, equal_variance, 1),
+        samples=check_samples(samples),
+        fused=check_fused(fused),
     )
-    if not any(one.noisy._neftune.hooked for one in found if isinstance(one.noisy, NoisyEmbedding)):
-        state.warn_once(
+    path = path_of(model, embedding)
+    found = find_embeddings(model, path, fused)
+    for one in found:
+        check_backend(backend, one.embedding)
+    handle = _live_handle(found)
+    if handle is None:
+        check_surroundings(model, found)
+        state = State()
+        handle = state.handle = NEFTuneHandle(state)
+    handle._apply(model, path, settings)
+    if not any(one.site._neftune.hooked for one in found):  # type: ignore[union-attr]
+        handle._live_state().warn_once(
             "no forward around the embedding takes an attention_mask, so every token but "
             "padding_idx counts as real: tell NEFTune the "
             "samples with apply_neftune(..., samples=...)"
         )
-    return state.handle
+    return handle
 
 
 def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
-    states = [
-        inner._neftune.state
+    """Of the sites that are in the places now, or are wrapped there (PEFT after apply_neftune)."""
+    sites = [
+        site
         for one in found
-        for inner in unwrapped(one.noisy)
-        if isinstance(inner, NoisyEmbedding)
+        for chain in chains(one.site)
+        for module in (*one.wrappers, *chain)
+        if (site := module.__dict__.get("_neftune")) is not None
     ]
-    return next((state.handle for state in states if state.handle is not None), None)
+    return next((site.state.handle for site in sites if site.state.handle is not None), None)
 
 
 def applied_handle(

@@ -6,6 +6,7 @@ All of it is to be replaced by a table and by values; nothing is to be added her
 import dis
 import inspect
 import re
+import threading
 import warnings
 from typing import Any
 
@@ -53,6 +54,54 @@ def factor_of_embeddings(model: nn.Module) -> str | None:
     return match[1]
 
 
+_LENDING = threading.Lock()
+TWO_THREADS = (
+    "{name} multiplies embeddings by its {factor}, which NEFTune takes over while it runs, and it "
+    "is running in another thread without noise: give every thread a model of its own"
+)
+
+
+class Lent:
+    """A model's factor: 1 on the model while the site has taken it over, for all its threads."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.name = name
+        self.value = float(getattr(model, name))
+        self.taken = self.plain = 0  # running forwards
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "taken": 0, "plain": 0}
+
+    def enter(self, model: nn.Module, noisy: bool, has_embeds: bool) -> float:
+        """The factor that the site is to apply in this forward."""
+        with _LENDING:
+            if not self.taken and getattr(model, self.name) != 1:
+                self.value = float(getattr(model, self.name))
+            if (noisy and self.plain) or (self.taken and has_embeds):
+                raise RuntimeError(TWO_THREADS.format(name=type(model).__name__, factor=self.name))
+            if not noisy and not self.taken:
+                self.plain += 1
+                setattr(model, self.name, self.value)
+                return 1.0
+            self.taken += 1
+            setattr(model, self.name, 1.0)
+            return self.value
+
+    def leave(self, model: nn.Module, scale: float) -> None:
+        with _LENDING:
+            if scale == 1:
+                self.plain = max(0, self.plain - 1)
+            else:
+                self.taken = max(0, self.taken - 1)
+            if not self.taken:
+                setattr(model, self.name, self.value)
+
+    def restore(self, model: nn.Module) -> None:
+        """Whatever was running is over."""
+        self.taken = self.plain = 0
+        setattr(model, self.name, self.value)
+
+
 def may_call_embedding(model: nn.Module) -> bool:
     package = type(model).__module__.split(".")[0]
     if package == "transformers":
@@ -84,7 +133,7 @@ def check_surroundings(model: nn.Module, found: list[Found]) -> None:
     """Models that multiply embeddings afterwards by something we cannot take over, or that look
     tokens up time first.
     """
-    targets = {one.noisy for one in found}
+    targets = {one.site for one in found}
     for name, module in model.named_modules():
         if module in targets:
             for parent, _ in ancestors_of(model, name):

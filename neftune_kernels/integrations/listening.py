@@ -1,142 +1,160 @@
-"""Hooks on the models around an embedding: what their forwards are told of the samples."""
+"""Listener: the two hooks of a model around sites, which hear what its forward is told."""
 
-import inspect
-from collections import Counter
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
-from .arguments import from_arguments, from_callable, parameter_names, tells_samples
-from .factors import may_call_embedding
-from .running import NEFTuneState, Running, Site, has_moved
+from .arguments import parameter_names, tells_samples
+from .factors import Lent, factor_of_embeddings, may_call_embedding
+from .noisy import drop_hooks
+from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
+
+MOVED = (
+    "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
+    "wrappers, another module), and the model "
+    "is about to be traced without its noise: call apply_neftune again before compiling"
+)
+EMBEDS = (
+    "the model was given inputs_embeds, so its embedding and its NEFTune noise "
+    "did not run: pass them through "
+    "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) "
+    "first"
+)
+NOT_RUN = (
+    "a training forward of the model ended without NEFTune noise: its noisy embedding "
+    "was not called. Was it bypassed, called by its forward() (which runs no hooks) or "
+    "wrapped after apply_neftune? Call apply_neftune again, or name the embedding "
+    "that runs with embedding="
+)
 
 
-class TakeSamples:
-    """Forward pre-hook of a model around embeddings: what it is told of its samples."""
+class Listener:
+    """Hooks of one model for one apply_neftune; `sites` is who it tells.
 
-    def __init__(self, state: NEFTuneState, names: tuple[str, ...]) -> None:
-        self.state, self.names = state, names
+    It stays the same object while it is reconciled with a model that has changed, so that a call
+    under way ends where it began.
+    """
+
+    def __init__(self, state: State, model: nn.Module) -> None:
+        self.state = state
+        self.model: Any = weakref.ref(model)
+        self.names = tuple(parameter_names(model))
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.pad_token_id: int | None = None
-        self.factor: str | None = (
-            None  # name of the number that this model multiplies embeddings by
-        )
-        self.true_factor = 1.0
+        self.lent: Lent | None = None  # the number that this model multiplies embeddings by
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": _no_model}
+
+    def hears(self, module: nn.Module) -> bool:
+        """Whether a forward that begins would have noise."""
+        return module.training and self.state.skip_reason(module) is None
+
+    # ---- the hooks
+
+    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
-        if state.running and not torch.compiler.is_compiling():
-            _forget_interrupted(state, module)
-        steered = (
-            not state.running and state.handle is not None and not torch.compiler.is_compiling()
-        )
-        # our hooks are new ones then
-        if steered and state.handle.refresh():  # type: ignore[union-attr]
-            fresh = (
-                hook
-                for hook in module._forward_pre_hooks.values()
-                if isinstance(hook, TakeSamples) and hook.state is state
-            )
-            return next(fresh)(module, args, kwargs)
-        if torch.compiler.is_compiling() and not state.running and has_moved(state.handle_number):
-            raise RuntimeError(
-                "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
-                "wrappers, another module), and the model "
-                "is about to be traced without its noise: call apply_neftune again before compiling"
-            )
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        has_embeds = (
-            given.get("inputs_embeds") is not None or given.get("decoder_inputs_embeds") is not None
-        )
-        if not state.running:
-            if has_embeds and module.training and state.has_noise and torch.is_grad_enabled():
-                state.warn_once(
-                    "the model was given inputs_embeds, so its embedding and its NEFTune noise "
-                    "did not run: pass them through "
-                    "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) "
-                    "first"
-                )
-            if not torch.compiler.is_compiling():
-                state.calls_before = -1 if has_embeds else state.calls
-        read = state.read
-        samples = (
-            from_arguments(given, self.pad_token_id, state.warn_once)
-            if read is None
-            else from_callable(read, given)
-        )
-        running = Running(module, samples, self.decoder, self.pad_token_id)
-        state.running.append(running)
-        for site in self.sites:
-            site.running.append(running)
-        if self.factor is None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            forget_interrupted(module)
+            if self.model() is not module:  # a copy's listener
+                self.model = weakref.ref(module)
+        outermost = not any(forward.state is state for forward in RUNNING.forwards)
+        if outermost and compiling:
+            if module.training and torch.is_grad_enabled() and has_moved(state.handle_number):
+                raise RuntimeError(MOVED)
+        elif outermost and state.handle is not None:
+            self._follow_the_model(module)
+        forward = Forward(self, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        if outermost and forward.has_embeds and self.hears(module) and torch.is_grad_enabled():
+            state.warn_once(EMBEDS)
+        if self.lent is not None:
+            has_embeds = forward.has_embeds
+            noisy = not has_embeds and self.hears(module)
+            forward.scale = self.lent.enter(module, noisy, has_embeds)
+        RUNNING.forwards.append(forward)
+
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Called even when the forward raised."""
+        forward = self._leave(module)
+        if torch.compiler.is_compiling() or forward is None or output is None or forward.ran:
             return
-        if getattr(module, self.factor) != 1:
-            self.true_factor = float(getattr(module, self.factor))
-        noisy = not has_embeds and module.training and state.skip_reason(module) is None
-        if noisy:
-            running.scale = self.true_factor
-        setattr(module, self.factor, 1.0 if noisy else self.true_factor)
+        outermost = not any(one.state is self.state for one in RUNNING.forwards)
+        heard = self.hears(module) and torch.is_grad_enabled()
+        if outermost and heard and not forward.has_embeds and forward.has_ids:
+            self.state.warn_once(NOT_RUN)
 
-    def end(self, module: nn.Module) -> None:
-        """The forward is over: its samples are forgotten, and it multiplies embeddings by its own
-        factor again.
-        """
-        for entered in (self.state.running, *(site.running for site in self.sites)):
-            if entered and entered[-1].model is module:
-                entered.pop()
-        if self.factor is not None:
-            setattr(module, self.factor, self.true_factor)
-
-
-def _forget_interrupted(state: NEFTuneState, module: nn.Module) -> None:
-    """KeyboardInterrupt runs no hook: what is entered as running, but lies on no call's path, is
-    over. `module` is about to run.
-    """
-    calls: Counter[int] = Counter({id(module): -1})
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            calls[id(frame.f_locals["self"])] += 1
-        frame = frame.f_back
-    while (
-        state.running
-        and sum(running.model is state.running[-1].model for running in state.running)
-        > calls[id(state.running[-1].model)]
-    ):
-        interrupted = state.running[-1].model
-        for hook in interrupted._forward_pre_hooks.values():
-            if isinstance(hook, TakeSamples) and hook.state is state:
-                hook.end(interrupted)
-                break
-        else:  # no hook of ours is left on it
-            state.running.pop()
-
-
-class ForgetSamples:
-    """Forward hook, called even when the forward raised."""
-
-    def __init__(self, taken: TakeSamples) -> None:
-        self.taken = taken
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        state = self.taken.state
-        self.taken.end(module)
-        if (
-            torch.compiler.is_compiling()
-            or result is None
-            or not (module.training and state.has_noise and torch.is_grad_enabled())
-        ):
+    def _follow_the_model(self, module: nn.Module) -> None:
+        """Attach anew where the model has changed; a forward that has no noise never raises."""
+        if self.hears(module):
+            self.state.handle.refresh()
             return
-        if state.calls == state.calls_before and not state.running and state.skipped_last is None:
-            state.warn_once(
-                "a training forward of the model ended without NEFTune noise: its noisy embedding "
-                "was not called. Was it bypassed or "
-                "wrapped after apply_neftune? Call apply_neftune again, or name the embedding "
-                "that runs with embedding="
-            )
+        try:
+            self.state.handle.refresh()
+        except (ValueError, RuntimeError):
+            return  # the next noisy forward says so
+
+    def _leave(self, module: nn.Module) -> Forward | None:
+        """Take this call's forward off the stack, and what an interrupt inside it left above."""
+        forwards = RUNNING.forwards
+        if not any(forward.listener is self for forward in forwards):
+            return None  # attached while the model ran
+        forward = forwards.pop()
+        while forward.listener is not self:
+            forward.listener.over(forward)
+            forward = forwards.pop()
+        self.over(forward)
+        return forward
+
+    def over(self, forward: Forward) -> None:
+        model = self.model()
+        if self.lent is not None and model is not None:
+            self.lent.leave(model, forward.scale)
+
+    # ---- putting them on a model and taking them off; each can be repeated after an interrupt
+
+    def attach(self, model: nn.Module) -> bool:
+        """Whether hooks were put on: they were not there, or not whole."""
+        if self._is_whole(model):
+            return False
+        drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
+        factor = factor_of_embeddings(model)
+        if self.lent is None and factor is not None:
+            self.lent = Lent(model, factor)
+        model.register_forward_pre_hook(self.pre_forward, with_kwargs=True)
+        model.register_forward_hook(self.post_forward, always_call=True)
+        return True
+
+    def detach(self, model: nn.Module) -> bool:
+        """Whether hooks were taken off; the model multiplies by its own factor again."""
+        if self.lent is not None:
+            self.lent.restore(model)
+        return drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
+
+    def _is_whole(self, model: nn.Module) -> bool:
+        before = [key for key, hook in model._forward_pre_hooks.items() if hook == self.pre_forward]
+        after = [key for key, hook in model._forward_hooks.items() if hook == self.post_forward]
+        return (
+            len(before) == len(after) == 1
+            and before[0] in model._forward_pre_hooks_with_kwargs
+            and after[0] in model._forward_hooks_always_called
+        )
+
+
+def _no_model() -> None:
+    """In place of a reference to the model, in copies."""
+
+
+def listeners_of(model: nn.Module) -> list[Listener]:
+    found: dict[int, Listener] = {}
+    for hook in (*model._forward_pre_hooks.values(), *model._forward_hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Listener):
+            found[id(owner)] = owner
+    return list(found.values())
 
 
 def speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
@@ -152,18 +170,3 @@ def speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
         masked or telling
     )  # BertEmbeddings is told of positions alone, the model around it of masks
     return [model for model in telling if model is telling[-1] or may_call_embedding(model)]
-
-
-def forget_hooks(model: nn.Module) -> None:
-    hooks: Callable[..., Any]
-    for registered, extras in (
-        (model._forward_pre_hooks, (model._forward_pre_hooks_with_kwargs,)),
-        (
-            model._forward_hooks,
-            (model._forward_hooks_with_kwargs, model._forward_hooks_always_called),
-        ),
-    ):
-        for key, hooks in list(registered.items()):
-            if isinstance(hooks, (TakeSamples, ForgetSamples)):
-                for where in (registered, *extras):
-                    where.pop(key, None)  # type: ignore[attr-defined]
