@@ -10,6 +10,7 @@ import threading
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from .find import Found, ancestors_of
@@ -74,6 +75,11 @@ class Lent:
 
     def enter(self, model: nn.Module, noisy: bool, has_embeds: bool) -> float:
         """The factor that the site is to apply in this forward."""
+        if torch.compiler.is_compiling():  # one thread traces, and a count would be a guard
+            if getattr(model, self.name) != 1:
+                self.value = float(getattr(model, self.name))
+            setattr(model, self.name, 1.0 if noisy else self.value)
+            return self.value if noisy else 1.0
         with _LENDING:
             if not self.taken and getattr(model, self.name) != 1:
                 self.value = float(getattr(model, self.name))
@@ -88,6 +94,9 @@ class Lent:
             return self.value
 
     def leave(self, model: nn.Module, scale: float) -> None:
+        if torch.compiler.is_compiling():
+            setattr(model, self.name, self.value)
+            return
         with _LENDING:
             if scale == 1:
                 self.plain = max(0, self.plain - 1)

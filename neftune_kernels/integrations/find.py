@@ -135,7 +135,9 @@ def _found(chain: list[nn.Module], fused: bool | None) -> Found:
             "module.to_embedding()"
         )
     kind = base_class(embedding)
-    if not isinstance(embedding, nn.Embedding) and kind.__module__.startswith("torch.nn."):
+    if not isinstance(embedding, nn.Embedding) and kind.__module__.startswith(
+        ("torch.nn.", "torch.ao.")
+    ):
         raise ValueError(
             f"the input embedding must be an nn.Embedding, got "
             f"{kind.__module__}.{kind.__qualname__}: name the "
