@@ -135,9 +135,8 @@ def _found(chain: list[nn.Module], fused: bool | None) -> Found:
             "module.to_embedding()"
         )
     kind = base_class(embedding)
-    if not isinstance(embedding, nn.Embedding) and kind.__module__.startswith(
-        ("torch.nn.", "torch.ao.")
-    ):
+    package = ".".join(kind.__module__.split(".")[:2])
+    if not isinstance(embedding, nn.Embedding) and package in ("torch.nn", "torch.ao"):
         raise ValueError(
             f"the input embedding must be an nn.Embedding, got "
             f"{kind.__module__}.{kind.__qualname__}: name the "

@@ -17,7 +17,7 @@ from ..samples import make_layout
 from .find import Found, ancestors_of, decoder_of, find_embeddings, pad_token_id_of, snapshot
 from .listening import Listener, listeners_of, speakers
 from .noisy import class_to_restore, make_noisy, make_plain
-from .running import NoisyCall, Settings, Site, State, handles, numbers
+from .running import NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
 
 Root = tuple[weakref.ref[nn.Module], str | None]  # weak: a handle keeps no model alive
 
@@ -127,6 +127,7 @@ class NEFTuneHandle:
         """Reconcile the models with what is to be: the sites that are found in them now, and the
         listeners around those. What is right already is not touched.
         """
+        forget_interrupted()
         state = self._live_state()
         roots = self._live_roots()
         found: dict[nn.Module, Found] = {}
@@ -358,6 +359,7 @@ class NEFTuneHandle:
         """
         if self._state is None:
             return
+        forget_interrupted()
         modules = self._modules()
         # with the copies that PEFT made of one (modules_to_save, a further adapter)
         noisy = [
