@@ -6,7 +6,6 @@ All of it is to be replaced by a table and by values; nothing is to be added her
 import dis
 import inspect
 import re
-import threading
 import warnings
 from typing import Any
 
@@ -55,7 +54,6 @@ def factor_of_embeddings(model: nn.Module) -> str | None:
     return match[1]
 
 
-_LENDING = threading.Lock()
 TWO_THREADS = (
     "{name} multiplies embeddings by its {factor}, which NEFTune takes over while it runs, and it "
     "is running in another thread without noise: give every thread a model of its own"
@@ -63,7 +61,10 @@ TWO_THREADS = (
 
 
 class Lent:
-    """A model's factor: 1 on the model while the site has taken it over, for all its threads."""
+    """A model's factor: 1 on the model while the site has taken it over, for all its threads.
+
+    No lock: an interrupt could leave it held.
+    """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
@@ -80,30 +81,28 @@ class Lent:
                 self.value = float(getattr(model, self.name))
             setattr(model, self.name, 1.0 if noisy else self.value)
             return self.value if noisy else 1.0
-        with _LENDING:
-            if not self.taken and getattr(model, self.name) != 1:
-                self.value = float(getattr(model, self.name))
-            if (noisy and self.plain) or (self.taken and has_embeds):
-                raise RuntimeError(TWO_THREADS.format(name=type(model).__name__, factor=self.name))
-            if not noisy and not self.taken:
-                self.plain += 1
-                setattr(model, self.name, self.value)
-                return 1.0
-            self.taken += 1
-            setattr(model, self.name, 1.0)
-            return self.value
+        if not self.taken and getattr(model, self.name) != 1:
+            self.value = float(getattr(model, self.name))
+        if (noisy and self.plain) or (self.taken and has_embeds):
+            raise RuntimeError(TWO_THREADS.format(name=type(model).__name__, factor=self.name))
+        if not noisy and not self.taken:
+            self.plain += 1
+            setattr(model, self.name, self.value)
+            return 1.0
+        self.taken += 1
+        setattr(model, self.name, 1.0)
+        return self.value
 
     def leave(self, model: nn.Module, scale: float) -> None:
         if torch.compiler.is_compiling():
             setattr(model, self.name, self.value)
             return
-        with _LENDING:
-            if scale == 1:
-                self.plain = max(0, self.plain - 1)
-            else:
-                self.taken = max(0, self.taken - 1)
-            if not self.taken:
-                setattr(model, self.name, self.value)
+        if scale == 1:
+            self.plain = max(0, self.plain - 1)
+        else:
+            self.taken = max(0, self.taken - 1)
+        if not self.taken:
+            setattr(model, self.name, self.value)
 
     def restore(self, model: nn.Module) -> None:
         """Whatever was running is over."""

@@ -59,9 +59,9 @@ class Listener:
         state = self.state
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            forget_interrupted(module)
             if self.model() is not module:  # a copy's listener
                 self.model = weakref.ref(module)
+            forget_interrupted(self)
         outermost = not any(forward.state is state for forward in RUNNING.forwards)
         if outermost and compiling:
             if module.training and torch.is_grad_enabled() and has_moved(state.handle_number):

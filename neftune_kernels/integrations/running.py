@@ -176,32 +176,32 @@ class _Running(threading.local):
 RUNNING = _Running()  # this thread's forwards of heard models, one inside the other
 
 
-def forget_interrupted(entering: nn.Module | None = None) -> None:
+def forget_interrupted(entering: Any = None) -> None:
     """KeyboardInterrupt runs no hook: what is entered as running, but lies on no call's path, is
-    over. `entering` is about to run and has no frame that counts yet.
+    over, and with it all that is above it. `entering` is a listener whose model's call is there
+    already, but has not been entered.
     """
     forwards = RUNNING.forwards
     if not forwards:
         return
     calls: Counter[int] = Counter()
-    if entering is not None:
-        calls[id(entering)] = -1
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
             calls[id(frame.f_locals["self"])] += 1
         frame = frame.f_back
-    while forwards and not _lies_on_path(forwards, calls):
+    entered: Counter[int] = Counter()
+    kept = 0
+    for forward in forwards:
+        listener = forward.listener
+        entered[id(listener)] += 1  # a model that calls itself is there as often as it runs
+        there = calls[id(listener.model())] - (listener is entering)
+        if entered[id(listener)] > there:
+            break
+        kept += 1
+    while len(forwards) > kept:
         forward = forwards.pop()
         forward.listener.over(forward)
-
-
-def _lies_on_path(forwards: list[Forward], calls: Counter[int]) -> bool:
-    """Of the last; a model that calls itself is there as often as it runs."""
-    listener = forwards[-1].listener
-    model = listener.model()
-    entered = sum(forward.listener is listener for forward in forwards)
-    return model is not None and entered <= calls[id(model)]
 
 
 def _runs_here(model: nn.Module | None) -> bool:
