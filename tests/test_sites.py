@@ -347,6 +347,19 @@ def test_hooks_taken_off_while_the_noise_is_on():
     assert model.embed.__dict__["forward"].__func__ is nn.Embedding.forward
 
 
+def test_what_was_fused_inside_hooks_and_is_to_be_behind_has_one_noise():
+    """accelerate's hook goes on calling the method that it found."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    expected = exact(model, F.embedding(IDS, model.embed.weight))
+    for fused in (False, None, False):
+        handle.fused = fused
+        assert torch.equal(arrived(model), expected)
+    assert handle.stats()["calls"] == 3
+
+
 def test_an_own_bound_method_on_the_instance_is_fused():
     model = build()
     model.embed.forward = model.embed.forward

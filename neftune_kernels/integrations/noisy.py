@@ -139,7 +139,7 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
 def noisy_forward(self: Any, input: Tensor) -> Tensor:
     """nn.Embedding's forward with noise in the same pass."""
     site: Site | None = self.__dict__.get("_neftune")
-    if site is None:  # a bound method that somebody kept
+    if site is None or not site.fused:  # a bound method that somebody kept
         return nn.Embedding.forward(self, input)
     forwards = site.forwards()
     given = _given(site, self, forwards, input, self.weight.device, None)
