@@ -114,13 +114,10 @@ def why_not_fused(module: nn.Module) -> str:
     if base_class(module).forward is not nn.Embedding.forward:
         return f"{name} has a forward of its own"
     # accelerate's hooks that came after the swap are around the noise
+    swapped = base_class(module) is not type(module)
     inside = getattr(module.__dict__.get("_old_forward"), "__func__", None)
-    noised_inside = inside is not None and inside is type(module).forward
-    if (
-        forward is not None
-        and not is_own_method(forward, module)
-        and not (noised_inside and "_neftune" in module.__dict__)
-    ):
+    noised_inside = swapped and inside is type(module).forward
+    if forward is not None and not is_own_method(forward, module) and not noised_inside:
         return "a forward of its own is on the instance"
     if "parametrizations" in module._modules and "_neftune" not in module.__dict__:
         return f"{name} is parametrised"
