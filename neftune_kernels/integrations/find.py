@@ -119,7 +119,7 @@ def why_not_fused(module: nn.Module) -> str:
     noised_inside = swapped and inside is type(module).forward
     if forward is not None and not is_own_method(forward, module) and not noised_inside:
         return "a forward of its own is on the instance"
-    if "parametrizations" in module._modules and "_neftune" not in module.__dict__:
+    if "parametrizations" in module._modules and not swapped:
         return f"{name} is parametrised"
     return ""
 
