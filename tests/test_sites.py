@@ -360,6 +360,17 @@ def test_what_was_fused_inside_hooks_and_is_to_be_behind_has_one_noise():
     assert handle.stats()["calls"] == 3
 
 
+def test_a_method_that_somebody_kept_has_no_second_noise():
+    """transformers' tensor-parallel plan keeps the forward that it found."""
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    kept = model.embed.forward
+    handle.fused = False
+    assert torch.equal(kept(IDS), F.embedding(IDS, model.embed.weight))
+    handle.remove()
+    assert torch.equal(kept(IDS), F.embedding(IDS, model.embed.weight))
+
+
 def test_an_own_bound_method_on_the_instance_is_fused():
     model = build()
     model.embed.forward = model.embed.forward
