@@ -191,7 +191,7 @@ def test_what_was_applied_before_goes_on_after_the_callback():
     trainer(NEFTuneCallback(5.0), max_steps=2).fit(module, data())
     assert (
         handle.noise_alpha == 3.0
-        and handle.settings()["replica"] == 7
+        and handle.settings["replica"] == 7
         and handle.stats()["calls"] == 2
     )
     handle.remove()
