@@ -189,11 +189,7 @@ def test_what_was_applied_before_goes_on_after_the_callback():
     module = Module()
     handle = apply_neftune(module.model, 3.0, replica=7)
     trainer(NEFTuneCallback(5.0), max_steps=2).fit(module, data())
-    assert (
-        handle.noise_alpha == 3.0
-        and handle.settings["replica"] == 7
-        and handle.stats()["calls"] == 2
-    )
+    assert handle.noise_alpha == 3.0 and handle.replica == 7 and handle.stats()["calls"] == 2
     handle.remove()
     assert type(module.model.get_input_embeddings()) is nn.Embedding
 
