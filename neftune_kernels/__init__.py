@@ -4,7 +4,8 @@ the paper arXiv 2310.05914.
 
 from .backends import available_backends
 from .functional import add_noise, neftune_noise, noisy_embedding
-from .integrations.models import NEFTuneHandle, apply_neftune
+from .integrations.apply import apply_neftune
+from .integrations.handle import NEFTuneHandle
 from .modules import NEFTuneEmbedding
 from .version import SPEC_VERSION, __version__
 

@@ -83,7 +83,7 @@ def check_noise(noise, mask, alpha):
 def check_clean(model):
     for module in model.modules():
         assert (
-            not type(module).__name__.startswith("Noisy")
+            not hasattr(type(module), "_neftune_base")
             and "_neftune" not in module.__dict__
             and "forward" not in module.__dict__
         )

@@ -135,7 +135,7 @@ def test_report():
         "distributed",
         "functional",
         "integrations.lightning",
-        "integrations.models",
+        "integrations.apply",
         "integrations.transformers",
         "modules",
         "schedules",

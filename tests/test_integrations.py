@@ -336,8 +336,8 @@ def test_what_cannot_be_noised_is_refused():
         apply_neftune(NoGetter(nn.Embedding(5, 4)), embedding=nn.Embedding(5, 4))
     patched = NoGetter(nn.Embedding(5, 4))
     patched.embed.forward = lambda ids: ids
-    with pytest.raises(ValueError, match="a forward of its own as an instance attribute"):
-        apply_neftune(patched, embedding="embed")
+    with pytest.raises(ValueError, match="fused=True.*a forward of its own is on the instance"):
+        apply_neftune(patched, embedding="embed", fused=True)
     for bad, message in (
         ({"noise_alpha": -1.0}, "got -1.0"),
         ({"replica": 2**32}, "got 4294967296"),
@@ -563,26 +563,34 @@ def test_reentrant_checkpoint_of_the_whole_model():
     assert torch.equal(model.model.embed_tokens.weight.grad, expected)
 
 
-def test_checkpoint_inside_the_forward_is_refused_where_the_mask_is_gone():
+def test_checkpoint_inside_the_forward_recomputes_what_its_first_pass_had():
+    """The recomputation runs outside the model's forward, where nobody tells it of the mask."""
+
     class Inner(nn.Module):
         def __init__(self):
             super().__init__()
             self.embed = nn.Embedding(VOCAB, HIDDEN)
 
-        def forward(self, input_ids, attention_mask=None):
-            return torch.utils.checkpoint.checkpoint(
-                lambda: self.embed(input_ids).square(), use_reentrant=False
-            )
+        def forward(self, input_ids, attention_mask=None, **options):
+            def segment():
+                return self.embed(input_ids).square()
+
+            if not options:
+                return segment()
+            return torch.utils.checkpoint.checkpoint(segment, use_reentrant=False, **options)
 
     ids, mask = ragged()
     model = Inner()
     apply_neftune(model, 5.0, embedding="embed")
-    with pytest.raises(
-        RuntimeError,
-        match="outside the forward of the model.*keep the embedding out of the checkpointed "
-        "segment",
-    ):
-        model(ids, mask).sum().backward()
+    gradients = []
+    for options in ({}, {"preserve_rng_state": True}):
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(ids, mask, **options).sum().backward()
+        gradients.append(model.embed.weight.grad)
+    assert torch.equal(*gradients)
+    with pytest.raises(RuntimeError, match="preserve_rng_state=False.*keep the embedding out"):
+        model(ids, mask, preserve_rng_state=False).sum().backward()
 
 
 class Int8Weight(torch.Tensor):

@@ -49,6 +49,21 @@ def test_backward_is_seen():
     assert seen == [True] and not torch_internals.in_backward()
 
 
+def test_hooked_saved_tensors_are_seen():
+    seen = []
+
+    def look(x):
+        seen.append(torch_internals.saved_tensors_hooked())
+        return x.square()
+
+    x = torch.ones(2, requires_grad=True)
+    look(x)
+    torch.utils.checkpoint.checkpoint(look, x, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        look(x)
+    assert seen == [False, True, True] and not torch_internals.saved_tensors_hooked()
+
+
 def test_entry_is_the_operator_one_frame_sooner():
     overload = OPS.draw_seed.default
     entry = torch_internals.entry(overload)

@@ -720,7 +720,7 @@ def test_what_was_applied_before_goes_on_after_the_callback(tmp_path):
     handle = apply_neftune(model, 3.0, replica=7)
     watch = Watch(model)
     plain_trainer(model, tmp_path, [NEFTuneCallback(5.0)]).train()
-    assert len(watch.calls) == 2 and handle.noise_alpha == 3.0 and handle.settings()["replica"] == 7
+    assert len(watch.calls) == 2 and handle.noise_alpha == 3.0 and handle.replica == 7
     handle.remove()
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
 

@@ -8,7 +8,9 @@ from torch import nn
 
 from ..noise import check_alpha, refuse_unknown
 from ..schedules import Schedule
-from .models import NEFTuneHandle, applied_handle, apply_neftune
+from .apply import applied_handle, apply_neftune
+from .handle import NEFTuneHandle
+from .running import Settings
 
 LOG_PREFIX = "neftune/"
 LOGGED = (
@@ -44,14 +46,13 @@ class TrainingNoise:
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
         self.log_stats, self.options = log_stats, options
         self.handle: NEFTuneHandle | None = None
-        self.lent: dict[str, Any] | None = (
-            None  # settings of an apply_neftune that was in force before
-        )
+        # of an apply_neftune that was in force before
+        self.lent: Settings | None = None
 
     def attach(self, model: nn.Module, step: int) -> NEFTuneHandle:
         self.detach()
         lent = applied_handle(model, self.options.get("embedding"))
-        self.lent = None if lent is None else lent.settings()
+        self.lent = None if lent is None else lent.settings
         self.handle = apply_neftune(model, self.alpha_at(step), **self.options)
         return self.handle
 
@@ -65,7 +66,7 @@ class TrainingNoise:
         if self.lent is None:
             handle.remove()
         else:
-            handle.restore(self.lent)
+            handle.settings = self.lent
 
     def alpha_at(self, step: int) -> float:
         if self.schedule is not None:

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..schedules import Schedule
-from .models import NEFTuneHandle, apply_neftune
+from .apply import apply_neftune
+from .handle import NEFTuneHandle
 from .training import LOG_PREFIX, TrainingNoise
 
 

@@ -1,0 +1,139 @@
+"""apply_neftune: noise in the input embeddings of a model that somebody else wrote, with the
+samples its own forward is told.
+
+The embedding keeps its object, Parameter, hooks and ties: its class is swapped for a subclass of
+its own class (fused) or a hook adds noise to its output (behind), and undo takes that back. Hooks
+on the models around it hear the attention mask, position ids or cumulative lengths as they arrive.
+Nothing here imports transformers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..noise import check_alpha, check_variant, check_word, refuse_unknown
+from .factors import check_surroundings
+from .find import Found, chains, find_embeddings, path_of
+from .handle import NEFTuneHandle, check_backend, check_fused, check_samples
+from .running import Settings, State
+
+
+def apply_neftune(
+    model: nn.Module,
+    noise_alpha: float | None = 5.0,
+    *,
+    embedding: str | nn.Module | None = None,
+    samples: Callable[[dict[str, Any]], Any] | None = None,
+    replica: int | None = None,
+    noise_without_grad: bool = False,
+    distribution: str = "uniform",
+    equal_variance: bool = True,
+    backend: str | None = None,
+    fused: bool | None = None,
+    **unknown: NoReturn,
+) -> NEFTuneHandle:
+    """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
+    own forward is told.
+
+    Noise is added in training mode with grad enabled; never in eval mode and never under
+    `torch.no_grad()` (rollouts, reference models) unless `noise_without_grad`. Lengths come from
+    the arguments of the models around the embedding, positional or by keyword, the first of:
+    cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask. Without any, every
+    token but padding_idx is real, in a decoder of an encoder-decoder every token up to the last
+    that is not padding. What cannot be read warns once. Encoder and decoder of an encoder-decoder
+    get noise each with its own mask. What takes the embedding's place later (PEFT's wrappers, a
+    resized embedding) is found at the next forward. Factors that the model applies after its lookup
+    do not multiply the noise.
+
+    Args:
+        model: a transformers PreTrainedModel, a PEFT model, or any module with
+            get_input_embeddings().
+        noise_alpha: the paper's alpha, finite and >= 0; applying twice updates it and returns the
+            same handle.
+        embedding: the embedding's path in the model or the module itself, where
+            get_input_embeddings() does not tell.
+        samples: reads a forward's arguments (a dictionary by name) where their names say nothing;
+            returns an attention_mask, a dictionary with attention_mask, lengths, cu_seqlens,
+            position_ids or noise_mask, or None for "every token is real".
+        replica: number of this data-parallel replica; None: what
+            `distributed.data_parallel_index` finds, at each call.
+        noise_without_grad: noise also where grad is disabled.
+        distribution, equal_variance, backend: as in :func:`noisy_embedding`.
+        fused: None chooses for each embedding: lookup and noise in one pass, by a swap of its
+            class, where its forward is nn.Embedding's, else a forward hook behind it. False: always
+            the hook, for tools that look at the exact class (Opacus, quantize_dynamic,
+            torch.jit.script, FSDP policies by class). True: refuse where it cannot be one pass. The
+            noise is the same, bit for bit.
+
+    Returns:
+        A handle with the settings, stats() and remove(); also a context manager, which takes the
+        noise off on exit, or puts back what was in force before this call.
+
+    Raises:
+        ValueError: no embedding can be found or noised, or not as `fused` says; bad alpha, replica
+            or backend.
+
+    Example:
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = torch.nn.Embedding(10, 4)
+        ...     def forward(self, input_ids, attention_mask=None):
+        ...         return self.embed(input_ids)
+        >>> model = Model()
+        >>> with apply_neftune(model, 5.0, embedding="embed") as handle:
+        ...     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+        ...     _ = model(torch.tensor([[1, 2, 3], [4, 0, 0]]), attention_mask=mask)
+        ...     handle.stats()["length_min"], handle.stats()["length_max"]
+        (1, 3)
+        >>> type(model.embed).__name__
+        'Embedding'
+    """
+    if unknown:
+        refuse_unknown("apply_neftune", unknown)
+    settings = Settings(
+        noise_alpha=check_alpha(noise_alpha),
+        replica=None if replica is None else check_word("replica", replica),
+        noise_without_grad=noise_without_grad,
+        backend=backend,
+        variant=check_variant(distribution, equal_variance, 1),
+        samples=check_samples(samples),
+        fused=check_fused(fused),
+    )
+    path = path_of(model, embedding)
+    found = find_embeddings(model, path, fused)
+    for one in found:
+        check_backend(backend, one.embedding)
+    handle = _live_handle(found)
+    if handle is None:
+        check_surroundings(model, found)
+        state = State()
+        handle = state.handle = NEFTuneHandle(state)
+    handle._apply(model, path, settings)
+    if not any(one.site._neftune.hooked for one in found):  # type: ignore[union-attr]
+        handle._live_state().warn_once(
+            "no forward around the embedding takes an attention_mask, so every token but "
+            "padding_idx counts as real: tell NEFTune the "
+            "samples with apply_neftune(..., samples=...)"
+        )
+    return handle
+
+
+def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
+    """Of the sites that are in the places now, or are wrapped there (PEFT after apply_neftune)."""
+    sites = [
+        site
+        for one in found
+        for chain in chains(one.site)
+        for module in (*one.wrappers, *chain)
+        if (site := module.__dict__.get("_neftune")) is not None
+    ]
+    return next((site.state.handle for site in sites if site.state.handle is not None), None)
+
+
+def applied_handle(
+    model: nn.Module, embedding: str | nn.Module | None = None
+) -> NEFTuneHandle | None:
+    """The handle of an apply_neftune that is in force on the model, if there is one."""
+    return _live_handle(find_embeddings(model, path_of(model, embedding)))

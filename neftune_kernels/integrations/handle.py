@@ -1,0 +1,523 @@
+"""NEFTuneHandle: the settings of an apply_neftune while it is in force, statistics, undo."""
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import layout as layouts
+from ..backends import BACKENDS, choose_backend
+from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
+from ..modules import HUGGING_FACE_MARK, TWO_NOISES
+from ..noise import check_alpha, check_variant, check_word
+from ..samples import make_layout
+from .find import Found, ancestors_of, decoder_of, find_embeddings, pad_token_id_of, snapshot
+from .listening import Listener, listeners_of, speakers
+from .noisy import class_to_restore, make_noisy, make_plain
+from .running import NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
+
+Root = tuple[weakref.ref[nn.Module], str | None]  # weak: a handle keeps no model alive
+
+
+class _Wanted(NamedTuple):
+    """How a model around sites is to be listened to."""
+
+    sites: list[Site]
+    decoder: bool
+    pad_token_id: int | None
+
+
+class _Before(NamedTuple):
+    """What was in force when apply_neftune was called on a model that had noise already."""
+
+    settings: Settings
+    roots: list[Root]
+
+
+class NEFTuneHandle:
+    """What apply_neftune returns: change one setting, read statistics, undo.
+
+    Settings: noise_alpha, sign, replica, noise_without_grad, distribution, equal_variance, backend,
+    samples and fused, as apply_neftune takes them. Any other attribute is refused. Also a context
+    manager: on exit the noise is gone, or is again what it was before this apply_neftune.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_before",
+        "_entered",
+        "_listened",
+        "_noisy",
+        "_places",
+        "_roots",
+        "_state",
+        "_wrappers",
+    )
+
+    def __init__(self, state: State) -> None:
+        state.handle_number = next(numbers)
+        handles[state.handle_number] = self
+        self._state: State | None = state
+        self._before: _Before | None = None
+        self._entered: list[_Before | None] = []
+        self._roots: list[Root] = []
+        self._noisy: list[weakref.ref[nn.Module]] = []
+        # (parent, name, child) when attached
+        self._places: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []
+        # (wrapper of a site, what decided about the noise inside it when attached)
+        self._wrappers: list[tuple[weakref.ref[nn.Module], tuple[int, bool]]] = []
+        self._listened: list[weakref.ref[nn.Module]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__slots__ and not isinstance(
+            getattr(NEFTuneHandle, name, None), property
+        ):
+            settings = (*Settings._fields, "sign", "distribution", "equal_variance")
+            raise AttributeError(
+                f"NEFTuneHandle has no setting {name!r}: it has "
+                f"{', '.join(one for one in settings if one != 'variant')}"
+            )
+        super().__setattr__(name, value)
+
+    def root(self) -> nn.Module | None:
+        """The model applied to last, if it is alive."""
+        return self._roots[-1][0]() if self._roots else None
+
+    # ---- following the model
+
+    def _apply(self, model: nn.Module, path: str | None, settings: Settings) -> None:
+        """What a call of apply_neftune does; it leaves all as it was where it raises."""
+        state = self._live_state()
+        self._before = _Before(state.settings(), self._roots) if self._roots else None
+        try:
+            state.assign(settings)
+            self._roots = [(root, at) for root, at in self._roots if root() not in (None, model)]
+            self._roots.append((weakref.ref(model), path))
+            self._attach()
+        except Exception:
+            if self._before is None:
+                self.remove()
+            else:
+                self._restore(self._before)
+            raise
+
+    def _restore(self, before: _Before) -> None:
+        self._live_state().assign(before.settings)
+        self._roots = before.roots
+        self._attach()
+
+    def _live_roots(self) -> list[tuple[nn.Module, str | None]]:
+        return [(root, at) for reference, at in self._roots if (root := reference()) is not None]
+
+    def _modules(self) -> list[nn.Module]:
+        """All modules that may be sites of ours or have hooks of ours."""
+        known = (reference() for reference in (*self._noisy, *self._listened))
+        modules = [one for root, _ in self._live_roots() for one in root.modules()]
+        return list(dict.fromkeys([*(one for one in known if one is not None), *modules]))
+
+    def _is_ours(self, state: State) -> bool:
+        """Whether a site's or listener's state is ours, or that of a copy which PEFT made."""
+        ours = self._live_state()
+        return state is ours or (state.origin == ours.origin and state.handle is None)
+
+    def _attach(self) -> None:
+        """Reconcile the models with what is to be: the sites that are found in them now, and the
+        listeners around those. What is right already is not touched.
+        """
+        forget_interrupted()
+        state = self._live_state()
+        roots = self._live_roots()
+        found: dict[nn.Module, Found] = {}
+        for root, path in roots:
+            found.update({one.site: one for one in find_embeddings(root, path, state.fused)})
+        # before anything is changed, so that an interrupt leaves what the next call finds again
+        self._noisy = list(dict.fromkeys([*self._noisy, *(weakref.ref(one) for one in found)]))
+        changes = [
+            make_plain(module)
+            for module in self._modules()
+            if module not in found
+            and (site := module.__dict__.get("_neftune")) is not None
+            and self._is_ours(site.state)
+        ]
+        changes += [make_noisy(one, state) for one in found.values()]
+        self._noisy = [weakref.ref(module) for module in found]
+        wrappers = [wrapper for one in found.values() for wrapper in (one.site, *one.wrappers)]
+        self._wrappers = [(weakref.ref(wrapper), snapshot(wrapper)) for wrapper in wrappers]
+        changed = self._listen(self._wanted(roots, found))
+        self._places = _places(roots, found)
+        _forget_compiled([*changes, (False, changed)])
+
+    def _wanted(
+        self, roots: list[tuple[nn.Module, str | None]], found: dict[nn.Module, Found]
+    ) -> dict[nn.Module, _Wanted]:
+        """The models around the sites that are told of samples."""
+        wanted: dict[nn.Module, _Wanted] = {}
+        all_speak = self._live_state().read is not None
+        for root, _ in roots:
+            decoders = {id(module) for module in decoder_of(root)}
+            for name, module in root.named_modules(remove_duplicate=False):
+                if module not in found:
+                    continue
+                around = [parent for parent, _ in ancestors_of(root, name)]
+                # what is around is told the encoder's mask
+                inside = [parent for parent in around if id(parent) in decoders]
+                for parent in speakers(inside or around, all_speak) or inside[:1]:
+                    if parent not in wanted:
+                        pad = pad_token_id_of(root)
+                        wanted[parent] = _Wanted([], id(parent) in decoders, pad)
+                    site: Any = module._neftune
+                    if site not in wanted[parent].sites:
+                        wanted[parent].sites.append(site)
+        return wanted
+
+    def _listen(self, wanted: dict[nn.Module, _Wanted]) -> bool:
+        """Make the listeners those that are wanted; whether hooks came or went."""
+        state = self._live_state()
+        modules = self._modules()
+        sites = [module.__dict__.get("_neftune") for module in modules]
+        states = {id(site.state) for site in sites if site is not None}
+        kept: dict[nn.Module, Listener] = {}
+        changed = False
+        for model in modules:
+            for listener in listeners_of(model):
+                if listener.state is state and model in wanted and model not in kept:
+                    kept[model] = listener
+                elif self._is_ours(listener.state) or (
+                    # of a deepcopied or unpickled model, or of a remove() that was interrupted
+                    listener.state.handle is None and id(listener.state) not in states
+                ):
+                    changed |= listener.detach(model)
+        self._listened = [weakref.ref(model) for model in wanted]
+        for model, how in wanted.items():
+            listener = kept.get(model) or Listener(state, model)
+            listener.sites[:] = how.sites
+            listener.decoder = how.decoder
+            listener.pad_token_id = how.pad_token_id
+            changed |= listener.attach(model)
+            for site in how.sites:
+                site.hooked = True
+                lent = listener.lent
+                site.scaling = None if lent is None else (weakref.ref(model), lent.name)
+        return changed
+
+    def refresh(self) -> bool:
+        """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a
+        resized or another embedding.
+        """
+        if not self.has_moved():
+            return False
+        # Dynamo fails inside inspect
+        attach: Callable[[], None] = self._attach
+        if "torch._dynamo" in sys.modules:
+            attach = torch.compiler.disable(attach)
+        attach()
+        return True
+
+    def has_moved(self) -> bool:
+        moved = any(
+            (module := parent()) is not None and module._modules.get(name) is not child()
+            for parent, name, child in self._places
+        )
+        return moved or any(
+            (wrapper := reference()) is not None and snapshot(wrapper) != before
+            for reference, before in self._wrappers
+        )
+
+    def _live_state(self) -> State:
+        if self._state is None:
+            raise RuntimeError("this NEFTuneHandle was removed: call apply_neftune again")
+        return self._state
+
+    # ---- settings
+
+    @property
+    def settings(self) -> Settings:
+        """All of them as one value; assigning it puts them in force, as who borrows a handle does
+        when he gives it back.
+        """
+        return self._live_state().settings()
+
+    @settings.setter
+    def settings(self, value: Settings) -> None:
+        state = self._live_state()
+        attach = value.fused != state.fused or (value.samples is None) != (state.read is None)
+        state.assign(value)
+        if attach:
+            self._attach()
+
+    def _set(self, **changed: Any) -> None:
+        self.settings = self.settings._replace(**changed)
+
+    @property
+    def noise_alpha(self) -> float:
+        return self._live_state().noise_alpha
+
+    @noise_alpha.setter
+    def noise_alpha(self, value: float | None) -> None:
+        self._set(noise_alpha=check_alpha(value))
+        self.refresh()
+
+    @property
+    def sign(self) -> int:
+        """1 or -1: the noise as it is or negated, for antithetic pairs of forwards from one seed
+        (SymNoise, arXiv 2312.01523).
+        """
+        return self._live_state().variant.sign
+
+    @sign.setter
+    def sign(self, value: int) -> None:
+        distribution, equal_variance, _ = self._live_state().variant
+        self._set(variant=check_variant(distribution, equal_variance, value))
+
+    @property
+    def distribution(self) -> str:
+        return self._live_state().variant.distribution
+
+    @distribution.setter
+    def distribution(self, value: str) -> None:
+        _, equal_variance, sign = self._live_state().variant
+        self._set(variant=check_variant(value, equal_variance, sign))
+
+    @property
+    def equal_variance(self) -> bool:
+        return self._live_state().variant.equal_variance
+
+    @equal_variance.setter
+    def equal_variance(self, value: bool) -> None:
+        distribution, _, sign = self._live_state().variant
+        self._set(variant=check_variant(distribution, value, sign))
+
+    @property
+    def replica(self) -> int | None:
+        return self._live_state().replica
+
+    @replica.setter
+    def replica(self, value: int | None) -> None:
+        self._set(replica=None if value is None else check_word("replica", value))
+
+    @property
+    def noise_without_grad(self) -> bool:
+        return self._live_state().noise_without_grad
+
+    @noise_without_grad.setter
+    def noise_without_grad(self, value: bool) -> None:
+        self._set(noise_without_grad=value)
+
+    @property
+    def backend(self) -> str | None:
+        return self._live_state().backend
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        for module in (reference() for reference in self._noisy):
+            if module is not None:
+                check_backend(value, module)
+        self._set(backend=value)
+
+    @property
+    def samples(self) -> Callable[[dict[str, Any]], Any] | None:
+        return self._live_state().read
+
+    @samples.setter
+    def samples(self, value: Callable[[dict[str, Any]], Any] | None) -> None:
+        self._set(samples=check_samples(value))
+
+    @property
+    def fused(self) -> bool | None:
+        return self._live_state().fused
+
+    @fused.setter
+    def fused(self, value: bool | None) -> None:
+        for root, path in self._live_roots():
+            find_embeddings(root, path, check_fused(value))  # refuses before anything changes
+        self._set(fused=value)
+
+    # ---- undo
+
+    @property
+    def removed(self) -> bool:
+        return self._state is None
+
+    def check_single_noise(self) -> None:
+        """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of
+        ours.
+        """
+        for module in (reference() for reference in self._noisy):
+            site = None if module is None else module.__dict__.get("_neftune")
+            if site is not None and (HUGGING_FACE_MARK in vars(module) or site.marked()):
+                raise RuntimeError(TWO_NOISES)
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was: class, forward, hooks. A second call does nothing.
+
+        Raises:
+            RuntimeError: something put on the embedding since then holds its noisy class; nothing
+                is changed.
+        """
+        if self._state is None:
+            return
+        forget_interrupted()
+        modules = self._modules()
+        # with the copies that PEFT made of one (modules_to_save, a further adapter)
+        noisy = [
+            module
+            for module in modules
+            if (site := module.__dict__.get("_neftune")) is not None and self._is_ours(site.state)
+        ]
+        if any(class_to_restore(module) is None for module in noisy):
+            raise RuntimeError(
+                "the embedding was parametrised or given a forward of its own after apply_neftune: "
+                "take that off first, then call remove()"
+            )
+        self._state.handle = None  # what an interrupt leaves is nobody's, and the next apply's
+        changes = [make_plain(module) for module in noisy]
+        unhooked = [
+            listener.detach(model)
+            for model in modules
+            for listener in listeners_of(model)
+            if self._is_ours(listener.state)
+        ]
+        _forget_compiled([*changes, (False, any(unhooked))])
+        self._state = None
+
+    def __enter__(self) -> "NEFTuneHandle":
+        self._entered.append(self._before)
+        self._before = None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        before = self._entered.pop() if self._entered else None
+        if self.removed:
+            return
+        if before is None:
+            self.remove()
+        else:
+            self._restore(before)
+
+    def stats(self) -> dict[str, Any]:
+        """What the noise was, computed now: nothing is counted or synchronised in forward but two
+        Python integers.
+
+        Returns:
+            calls: noisy forwards of embeddings so far; skipped: those without noise by reason
+                ("eval mode", "no grad", "noise_alpha is 0").
+            Of the last noisy forward (of encoder and decoder together), None before one: samples
+            (with a real token), length_min, length_mean, length_max (real tokens), magnitude_min,
+            magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
+            |noise| over its sample's magnitude, below 1 if uniform) and backend. Forwards inside
+            torch.compile are not counted.
+        """
+        state = self._live_state()
+        names = (
+            "length_min",
+            "length_mean",
+            "length_max",
+            "magnitude_min",
+            "magnitude_mean",
+            "magnitude_max",
+        )
+        stats: dict[str, Any] = {
+            "calls": state.calls,
+            "samples": None,
+            **dict.fromkeys(names),
+            "max_noise_ratio": None,
+            "backend": None,
+        }
+        stats["skipped"] = dict(state.skipped)
+        modules = [module for reference in self._noisy if (module := reference()) is not None]
+        sites = [module.__dict__.get("_neftune") for module in modules]
+        lasts = [site.last for site in sites if site is not None and site.last is not None]
+        if not lasts:
+            return stats
+        measured = [_measure(last) for last in lasts]
+        lengths, magnitudes = (
+            torch.cat([found[0] for found in measured]),
+            torch.cat([found[1] for found in measured]),
+        )
+        stats |= {"samples": lengths.numel(), "backend": lasts[-1].backend.name}
+        if lengths.numel() == 0:
+            return stats
+        values = [
+            float(how(tensor))
+            for tensor in (lengths, magnitudes)
+            for how in (torch.min, torch.mean, torch.max)
+        ]
+        stats |= dict(zip(names, values, strict=True))
+        stats["max_noise_ratio"] = max(found[2] for found in measured)
+        stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
+        return stats
+
+
+def _places(
+    roots: list[tuple[nn.Module, str | None]], found: dict[nn.Module, Found]
+) -> list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]]:
+    """(parent, name, child) of all that leads from a root to an embedding, for has_moved."""
+    targets = {one.embedding for one in found.values()}
+    return [
+        (weakref.ref(parent), child, weakref.ref(parent._modules[child]))  # type: ignore[arg-type]
+        for root, _ in roots
+        for name, module in root.named_modules(remove_duplicate=False)
+        if module in targets
+        for parent, child in ancestors_of(root, name)
+    ]
+
+
+def _forget_compiled(changes: list[tuple[bool, bool]]) -> None:
+    """Dynamo sees a class that changes, but no hook that comes or goes after its first compilation
+    (skip_nnmodule_hook_guards): where hooks changed alone, all is compiled anew.
+    """
+    classes = any(swapped for swapped, _ in changes)
+    hooks = any(hook for _, hook in changes)
+    behind = any(hook for _, hook in changes[:-1])  # the last are the listeners'
+    if (behind or (hooks and not classes)) and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def check_samples(samples: Any) -> Any:
+    if samples is not None and not callable(samples):
+        raise TypeError(f"samples must be callable with the forward's arguments, got {samples!r}")
+    return samples
+
+
+def check_fused(fused: Any) -> bool | None:
+    if fused is not None and not isinstance(fused, bool):
+        raise TypeError(f"fused must be None, True or False, got {fused!r}")
+    return fused
+
+
+def check_backend(backend: str | None, embedding: Any) -> None:
+    """Whether it serves the embedding as it is; an offloaded weight is on meta and says nothing."""
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or weight.device.type == "meta":
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(
+                f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+            )
+        return
+    quantised = type(weight) not in PLAIN_WEIGHTS  # its forward decides the dtype
+    choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
+
+
+def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
+    """float64 lengths and magnitudes of the call's samples with a real token, and the largest
+    |noise| over its magnitude.
+    """
+    assert isinstance(last.noise.seed, Tensor)
+    device = last.noise.seed.device
+    layout = make_layout(last.shape, device, last.samples, last.backend)
+    sample, _, length = layouts.per_token(layout, last.shape, device)
+    real = length > 0
+    # One for each sample with a real token.
+    lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1].double()
+    if lengths.numel() == 0:
+        return lengths.cpu(), lengths.cpu(), 0.0
+    magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
+    zeros = torch.zeros((), dtype=torch.float32, device=device)
+    zeros = zeros.expand(*last.shape, last.embedding_dim)
+    noise = embeds_with_noise(zeros, last.samples, last.noise._replace(backend=last.backend.name))
+    bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
+    largest = noise.view(-1, last.embedding_dim)[real].abs().amax(-1)
+    return lengths.cpu(), magnitudes.cpu(), float((largest / bound).max())

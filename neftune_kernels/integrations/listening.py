@@ -1,0 +1,172 @@
+"""Listener: the two hooks of a model around sites, which hear what its forward is told."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arguments import parameter_names, tells_samples
+from .factors import Lent, factor_of_embeddings, may_call_embedding
+from .noisy import drop_hooks
+from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
+
+MOVED = (
+    "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
+    "wrappers, another module), and the model "
+    "is about to be traced without its noise: call apply_neftune again before compiling"
+)
+EMBEDS = (
+    "the model was given inputs_embeds, so its embedding and its NEFTune noise "
+    "did not run: pass them through "
+    "neftune_kernels.add_noise(inputs_embeds, noise_alpha, attention_mask=...) "
+    "first"
+)
+NOT_RUN = (
+    "a training forward of the model ended without NEFTune noise: its noisy embedding "
+    "was not called. Was it bypassed, called by its forward() (which runs no hooks) or "
+    "wrapped after apply_neftune? Call apply_neftune again, or name the embedding "
+    "that runs with embedding="
+)
+
+
+class Listener:
+    """Hooks of one model for one apply_neftune; `sites` is who it tells.
+
+    It stays the same object while it is reconciled with a model that has changed, so that a call
+    under way ends where it began.
+    """
+
+    def __init__(self, state: State, model: nn.Module) -> None:
+        self.state = state
+        self.model: Any = weakref.ref(model)
+        self.names = tuple(parameter_names(model))
+        self.sites: list[Site] = []
+        self.decoder = False  # of an encoder-decoder
+        self.pad_token_id: int | None = None
+        self.lent: Lent | None = None  # the number that this model multiplies embeddings by
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "model": _no_model}
+
+    def hears(self, module: nn.Module) -> bool:
+        """Whether a forward that begins would have noise."""
+        return module.training and self.state.skip_reason(module) is None
+
+    # ---- the hooks
+
+    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.state
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            if self.model() is not module:  # a copy's listener
+                self.model = weakref.ref(module)
+            forget_interrupted(self)
+        outermost = not any(forward.state is state for forward in RUNNING.forwards)
+        if outermost and compiling:
+            if module.training and torch.is_grad_enabled() and has_moved(state.handle_number):
+                raise RuntimeError(MOVED)
+        elif outermost and state.handle is not None:
+            self._follow_the_model(module)
+        forward = Forward(self, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        if outermost and forward.has_embeds and self.hears(module) and torch.is_grad_enabled():
+            state.warn_once(EMBEDS)
+        if self.lent is not None:
+            has_embeds = forward.has_embeds
+            noisy = not has_embeds and self.hears(module)
+            forward.scale = self.lent.enter(module, noisy, has_embeds)
+        RUNNING.forwards.append(forward)
+
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Called even when the forward raised."""
+        forward = self._leave(module)
+        if torch.compiler.is_compiling() or forward is None or output is None or forward.ran:
+            return
+        outermost = not any(one.state is self.state for one in RUNNING.forwards)
+        heard = self.hears(module) and torch.is_grad_enabled()
+        if outermost and heard and not forward.has_embeds and forward.has_ids:
+            self.state.warn_once(NOT_RUN)
+
+    def _follow_the_model(self, module: nn.Module) -> None:
+        """Attach anew where the model has changed; a forward that has no noise never raises."""
+        if self.hears(module):
+            self.state.handle.refresh()
+            return
+        try:
+            self.state.handle.refresh()
+        except (ValueError, RuntimeError):
+            return  # the next noisy forward says so
+
+    def _leave(self, module: nn.Module) -> Forward | None:
+        """Take this call's forward off the stack, and what an interrupt inside it left above."""
+        forwards = RUNNING.forwards
+        if not any(forward.listener is self for forward in forwards):
+            return None  # attached while the model ran
+        forward = forwards.pop()
+        while forward.listener is not self:
+            forward.listener.over(forward)
+            forward = forwards.pop()
+        self.over(forward)
+        return forward
+
+    def over(self, forward: Forward) -> None:
+        model = self.model()
+        if self.lent is not None and model is not None:
+            self.lent.leave(model, forward.scale)
+
+    # ---- putting them on a model and taking them off; each can be repeated after an interrupt
+
+    def attach(self, model: nn.Module) -> bool:
+        """Whether hooks were put on: they were not there, or not whole."""
+        if self._is_whole(model):
+            return False
+        drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
+        factor = factor_of_embeddings(model)
+        if self.lent is None and factor is not None:
+            self.lent = Lent(model, factor)
+        model.register_forward_pre_hook(self.pre_forward, with_kwargs=True)
+        model.register_forward_hook(self.post_forward, always_call=True)
+        return True
+
+    def detach(self, model: nn.Module) -> bool:
+        """Whether hooks were taken off; the model multiplies by its own factor again."""
+        if self.lent is not None:
+            self.lent.restore(model)
+        return drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
+
+    def _is_whole(self, model: nn.Module) -> bool:
+        before = [key for key, hook in model._forward_pre_hooks.items() if hook == self.pre_forward]
+        after = [key for key, hook in model._forward_hooks.items() if hook == self.post_forward]
+        return (
+            len(before) == len(after) == 1
+            and before[0] in model._forward_pre_hooks_with_kwargs
+            and after[0] in model._forward_hooks_always_called
+        )
+
+
+def _no_model() -> None:
+    """In place of a reference to the model, in copies."""
+
+
+def listeners_of(model: nn.Module) -> list[Listener]:
+    found: dict[int, Listener] = {}
+    for hook in (*model._forward_pre_hooks.values(), *model._forward_hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Listener):
+            found[id(owner)] = owner
+    return list(found.values())
+
+
+def speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
+    """The ancestors to be hooked: the innermost that is told of samples, and those around it that
+    may call the embedding themselves.
+
+    transformers' outer models only pass arguments on, except those that merge images into
+    embeddings; a hook on them would cost torch.compile a second graph.
+    """
+    telling = [model for model in ancestors if all_speak or tells_samples(model)]
+    masked = [model for model in telling if all_speak or "attention_mask" in parameter_names(model)]
+    telling = (
+        masked or telling
+    )  # BertEmbeddings is told of positions alone, the model around it of masks
+    return [model for model in telling if model is telling[-1] or may_call_embedding(model)]

@@ -1,0 +1,363 @@
+"""Noise at a site. Fused: the embedding's class swapped for a subclass of it whose forward looks up
+and adds noise in one pass. Behind: a forward hook adds the noise to the site's output.
+"""
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import choose_backend
+from ..distributed import (
+    class_without_noise,
+    dtensor_with_noise,
+    is_dtensor,
+    is_tensor_parallel_forward,
+    replicated,
+    shared_seed,
+)
+from ..lookup import PLAIN_WEIGHTS, embeds_with_noise, noisy_lookup
+from ..modules import HUGGING_FACE_MARK, TWO_NOISES
+from ..noise import Offsets, make_noise
+from ..samples import Samples, real_tokens
+from ..torch_internals import in_backward, vmapped
+from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
+from .find import Found, base_class, is_compiled, is_own_method
+from .running import Forward, NoisyCall, Site, State, is_ids
+
+DATA_PARALLEL = (
+    "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
+    "use DistributedDataParallel, or NEFTuneEmbedding with another replica= in each"
+)
+PER_SAMPLE = (
+    "the noisy embedding is run again inside backward under torch.func (Opacus does so for classes "
+    "that it does not know): apply_neftune(..., fused=False) leaves the embedding its exact class "
+    "and adds the noise behind it"
+)
+
+
+def _without_noise(site: Site, module: nn.Module, reason: str) -> None:
+    if not torch.compiler.is_compiling():
+        site.state.skipped[reason] += 1
+        site.state.skipped_last = reason
+
+
+def _scale_without_noise(forwards: list[Forward]) -> float:
+    return forwards[-1].scale if forwards else 1.0
+
+
+def _given(
+    site: Site,
+    module: nn.Module,
+    forwards: list[Forward],
+    input: Tensor,
+    device: torch.device,
+    output: Tensor | None,
+) -> Given | None:
+    """The noise of this call and its samples; None: without noise.
+
+    output: the site's, where the noise is added behind it.
+    """
+    state = site.state
+    compiling = torch.compiler.is_compiling()
+    site.has_run()
+    reason = state.skip_reason(module)
+    if reason is not None:
+        again = None if compiling else draw_again(site.firsts, device)
+        if again is None:
+            _without_noise(site, module, reason)
+            return None
+        seed, given = again
+        return given._replace(noise=given.noise._replace(seed=seed))
+    if HUGGING_FACE_MARK in module.__dict__ or site.marked():
+        raise RuntimeError(TWO_NOISES)
+    if getattr(module, "_is_replica", False) and state.replica is None:
+        raise RuntimeError(DATA_PARALLEL)
+    base: Any = module if site.base is None else site.base
+    weight = getattr(base, "weight", None)
+    shared: Any = weight if output is None or is_dtensor(weight) else output
+    recomputing = not compiling and in_backward()
+    if recomputing and vmapped():
+        raise RuntimeError(PER_SAMPLE)
+    keyed = recomputing or (not compiling and may_be_recomputed())
+    seed, key = draw(device, keyed)
+    seed = shared_seed(seed, shared)
+    if recomputing:
+        first = site.firsts.find(key)
+        if first is None:
+            raise RuntimeError(NO_GRAD if state.skipped_last == "no grad" else CHANGED)
+        return first._replace(noise=first.noise._replace(seed=seed))
+    padding = getattr(base, "padding_idx", None)
+    samples, follows = site.samples(forwards, input, -1 if padding is None else padding)
+    scale, divisor = site.outer_scale(forwards)
+    alpha = state.alpha if divisor == 1 else state.alpha / divisor
+    if is_dtensor(shared) or (weight is not None and type(weight) not in PLAIN_WEIGHTS):
+        samples = replicated(samples)
+    samples = _on(device, samples)
+    offsets = Offsets(state.resolve_replica(base))
+    noise = make_noise(alpha, seed, None, offsets, state.variant, state.backend)
+    # Dynamo would compile anew for each value that it reads
+    noise_alpha = 0.0 if compiling else state.noise_alpha / divisor
+    given = Given(samples, noise, noise_alpha, scale, follows)
+    return given._replace(key=key)
+
+
+def _on(device: torch.device, samples: Samples) -> Samples:
+    """Masks follow the embeddings: under accelerate's device maps they arrive elsewhere."""
+    elsewhere: dict[str, Any] = {
+        name: value.to(device)
+        for name, value in samples._asdict().items()
+        if isinstance(value, Tensor) and value.device != device
+    }
+    return samples._replace(**elsewhere) if elsewhere else samples
+
+
+def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Tensor) -> None:
+    """What the call was, for stats() and for a checkpoint that recomputes it."""
+    if torch.compiler.is_compiling():
+        return
+    if given.key and not in_backward():
+        site.firsts.keep(given.key, given, noisy)
+    if given.follows:
+        return
+    state = site.state
+    state.calls += 1
+    state.skipped_last = None
+    # A quantised weight's own dtype says nothing.
+    chosen = choose_backend(state.backend, noisy.device, noisy.dtype)
+    site.last = NoisyCall(
+        input.shape, noisy.shape[-1], given.noise_alpha, given.samples, given.noise, chosen
+    )
+
+
+# ---- fused
+
+
+def noisy_forward(self: Any, input: Tensor) -> Tensor:
+    """nn.Embedding's forward with noise in the same pass."""
+    site: Site | None = self.__dict__.get("_neftune")
+    if site is None or not site.fused:  # a bound method that somebody kept
+        return nn.Embedding.forward(self, input)
+    forwards = site.forwards()
+    given = _given(site, self, forwards, input, self.weight.device, None)
+    if given is None:
+        scale = _scale_without_noise(forwards)
+        plain = nn.Embedding.forward(self, input)
+        return plain if scale == 1 else plain * scale
+    noisy = noisy_lookup(self, input, given.samples, given.noise, given.scale)
+    _note(site, self, input, given, noisy)
+    return noisy
+
+
+class _BeforeInstance:
+    """`forward` of a class whose instance carries a bound method of its own class as `forward`,
+    which accelerate leaves behind and which would hide ours; anybody else's counts.
+    """
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return noisy_forward
+        put = module.__dict__.get("forward")
+        if put is None or is_own_method(put, module):
+            return types.MethodType(noisy_forward, module)
+        return put
+
+    def __set__(self, module: Any, value: Any) -> None:
+        module.__dict__["forward"] = value
+
+    def __delete__(self, module: Any) -> None:
+        if "forward" not in module.__dict__:
+            raise AttributeError("forward")
+        del module.__dict__["forward"]
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Pickle and deepcopy: the class is made at run time, so it cannot be found by name."""
+    kind = type(self)
+    if "_neftune_base" not in kind.__dict__:  # somebody's subclass of it, who copies it himself
+        return object.__reduce_ex__(self, protocol)
+    return _rebuild, (kind._neftune_base, kind._neftune_before), self.__dict__
+
+
+_noisy_classes: dict[tuple[type, bool], Any] = {}
+
+
+def _noisy_class(base: type[nn.Module], before: bool) -> Any:
+    """The class of a fused site: a subclass under the same names, so that who asks for them gets
+    the same answer.
+    """
+    key = (base, before)
+    if key not in _noisy_classes:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        own = {
+            "forward": _BeforeInstance() if before else noisy_forward,
+            "__reduce_ex__": _reduce,
+            "_neftune_base": base,
+            "_neftune_before": before,
+        }
+        _noisy_classes[key] = type(base.__name__, (base,), {**names, **own})
+    return _noisy_classes[key]
+
+
+def _rebuild(base: type[nn.Module], before: bool) -> nn.Module:
+    made: Any = _noisy_class(base, before)
+    rebuilt: nn.Module = made.__new__(made)
+    return rebuilt
+
+
+# ---- behind
+
+
+def add_noise_behind(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Forward hook of a site, before all other hooks: its output with noise, where it looked ids
+    up. None leaves the output as it is.
+    """
+    site: Site | None = module.__dict__.get("_neftune")
+    if site is None or site.fused:
+        return None
+    input = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if input is None or not is_ids(input) or not isinstance(output, Tensor):
+        if input is not None and is_ids(input) and site.state.skip_reason(module) is None:
+            raise TypeError(
+                f"{type(module).__name__} looks ids up, but returns {type(output).__name__} and no "
+                "tensor: name the module inside it that returns the embeddings with embedding="
+            )
+        return None  # the same table as output head, or embeddings handed on
+    forwards = site.forwards()
+    if output.shape[:-1] != input.shape and site.state.skip_reason(module) is None:
+        raise ValueError(
+            f"{type(module).__name__} makes {tuple(output.shape)} of ids {tuple(input.shape)}, not "
+            "one embedding for each id: name another module with embedding="
+        )
+    given = _given(site, module, forwards, input, output.device, output)
+    if given is None:
+        scale = _scale_without_noise(forwards)
+        return None if scale == 1 else output * scale
+    embedded = output if given.scale == 1 else output * given.scale
+    base: Any = module if site.base is None else site.base
+    padding = getattr(base, "padding_idx", None)
+    samples = real_tokens(input, -1 if padding is None else padding, given.samples)
+    if is_dtensor(embedded):
+        noisy = dtensor_with_noise(embeds_with_noise, embedded, samples, given.noise)
+    else:
+        noisy = embeds_with_noise(embedded, samples, given.noise)
+    _note(site, module, input, given, noisy)
+    return noisy
+
+
+# ---- putting it on and taking it off; each step can be repeated after an interrupt
+
+Changed = tuple[bool, bool]  # (a class, hooks)
+HOOKS = (
+    ("_forward_pre_hooks", ("_forward_pre_hooks_with_kwargs",)),
+    ("_forward_hooks", ("_forward_hooks_with_kwargs", "_forward_hooks_always_called")),
+)
+
+
+def drop_hooks(module: nn.Module, ours: Callable[[Any], bool]) -> bool:
+    """Take the hooks that are ours off, whether their registration was finished or not."""
+    found = False
+    for name, marks in HOOKS:
+        hooks = getattr(module, name)
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
+            for mark in marks:  # first, so that an interrupted removal is found again
+                getattr(module, mark).pop(key, None)
+            del hooks[key]
+            found = True
+    return found
+
+
+def _is_behind(hook: Any) -> bool:
+    return hook is add_noise_behind
+
+
+def is_behind(module: nn.Module) -> bool:
+    """Whether the hook is there, once and whole."""
+    keys = [key for key, hook in module._forward_hooks.items() if _is_behind(hook)]
+    return len(keys) == 1 and keys[0] in module._forward_hooks_with_kwargs
+
+
+def make_noisy(one: Found, state: State) -> Changed:
+    """Put a site where it was found, or make it what it is to be now."""
+    module = one.site
+    site: Site | None = module.__dict__.get("_neftune")
+    # a copy that PEFT or deepcopy made of a noisy one comes with a state of its own
+    if site is None or site.state is not state or site.fused != one.fused:
+        site = Site(state)
+        site.fused = one.fused
+    site.base = None if one.embedding is module else one.embedding
+    site.hooked = False
+    # torch.compile's wrapper hands attributes through, and Dynamo knows a module by one name
+    site.wrappers = [weakref.ref(one) for one in one.wrappers if not is_compiled(one)]
+    module.__dict__["_neftune"] = site
+    base = base_class(module)
+    if one.fused:
+        hooks = drop_hooks(module, _is_behind)
+        if "_neftune_base" in vars(type(module)) or base is not type(module):
+            return False, hooks
+        before = "forward" in module.__dict__
+        module.__class__ = _noisy_class(type(module), before)
+        return True, hooks
+    swapped = "_neftune_base" in vars(type(module))
+    if swapped:
+        module.__class__ = base  # type: ignore[assignment]
+        _rebind(module, base)
+    if is_behind(module):
+        return swapped, False
+    drop_hooks(module, _is_behind)
+    module.register_forward_hook(add_noise_behind, with_kwargs=True, prepend=True)
+    return swapped, True
+
+
+def class_to_restore(module: nn.Module) -> type | None:
+    """None where something else has put its hands on the module since."""
+    kind: Any = type(module)
+    base = base_class(module)
+    if base is kind:
+        return base
+    forward = module.__dict__.get("forward")
+    if forward is not None and not (
+        is_tensor_parallel_forward(forward)
+        or is_own_method(forward, module)
+        or _is_ours(module.__dict__.get("_old_forward"))
+    ):
+        return None
+    if "_neftune_base" in vars(kind):
+        return base
+    return class_without_noise(kind, base)
+
+
+def make_plain(module: nn.Module) -> Changed:
+    """Undo make_noisy; a module that is no site stays what it is."""
+    site: Site | None = module.__dict__.get("_neftune")
+    if site is None:
+        return False, False
+    site.firsts.removed = True
+    hooks = drop_hooks(module, _is_behind)
+    base = class_to_restore(module) or base_class(module)
+    swapped = base is not type(module)
+    if swapped:
+        module.__class__ = base  # type: ignore[assignment]
+    _rebind(module, base_class(module))
+    module.__dict__.pop("_neftune", None)
+    return swapped, hooks
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, types.MethodType) and value.__func__ is noisy_forward
+
+
+def _rebind(module: nn.Module, base: type[nn.Module]) -> None:
+    """accelerate keeps a bound method of the class that it met: ours becomes the embedding's."""
+    plain = types.MethodType(base.forward, module)
+    for name in ("forward", "_old_forward"):
+        value: Any = module.__dict__.get(name)
+        if _is_ours(value):
+            module.__dict__[name] = plain
+        elif _is_ours(getattr(value, "__wrapped__", None)):
+            value.__wrapped__ = plain

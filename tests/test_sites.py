@@ -1,0 +1,599 @@
+"""Where the noise goes: fused where lookup and noise can be one pass, behind everywhere else, with
+the same bits; what is around an embedding changes nothing of it.
+"""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import same_bits
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
+
+from neftune_kernels import add_noise, apply_neftune, noisy_embedding
+
+VOCAB, HIDDEN = 64, 32
+IDS = torch.randint(1, VOCAB, (3, 8), generator=torch.Generator().manual_seed(2))
+MASK = torch.tensor([[1] * 5 + [0] * 3, [0] * 6 + [1] * 2, [1] * 8])
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input):
+        return super().forward(input) * 3.0
+
+
+class Own(nn.Module):
+    """Somebody's own module in an embedding's place."""
+
+    def __init__(self, *size):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(*size))
+
+    def forward(self, tokens):
+        return self.table[tokens]
+
+
+class Model(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.embed = embedding
+        self.head = nn.Linear(HIDDEN, 2)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None):
+        self.arrived = self.embed(input_ids)
+        return self.head(self.arrived)
+
+
+def build(kind=nn.Embedding, **options):
+    torch.manual_seed(0)
+    return Model(kind(VOCAB, HIDDEN, **options)).train()
+
+
+def arrived(model, seed=7, **given):
+    torch.manual_seed(seed)
+    model(IDS, **{"attention_mask": MASK, **given})
+    return model.arrived.detach().clone()
+
+
+def everything(model):
+    hooks = [key for key in vars(model) if "hooks" in key]
+    return {
+        name: (
+            type(module),
+            [list(vars(module)[key]) for key in hooks],
+            sorted(set(vars(module)) - {"arrived"}),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def exact(model, embedded):
+    """What is to arrive: the embeddings, plus the noise that the functions would draw."""
+    torch.manual_seed(7)
+    return add_noise(embedded, 5.0, attention_mask=MASK)
+
+
+# ---- fused and behind
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_idx": 3}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}]
+)
+@pytest.mark.parametrize("given", [{"attention_mask": MASK}, {"attention_mask": None}])
+def test_fused_and_behind_give_the_same_bits(options, given):
+    results = []
+    for fused in (True, None, False):
+        model = build(**options)
+        with apply_neftune(model, 5.0, fused=fused):
+            assert (type(model.embed) is nn.Embedding) == (fused is False)
+            out = arrived(model, **given)
+            model.head(model.arrived).sum().backward()
+        results.append((out, model.embed.weight.grad))
+    for out, gradient in results[1:]:
+        assert same_bits(out, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("kind", [Scaled, Own])
+def test_a_forward_of_its_own_gets_its_noise_behind(kind):
+    model = build(kind)
+    before, clean = everything(model), arrived(model)
+    with pytest.raises(ValueError, match=f"fused=True, but.*{kind.__name__}.*fused=None adds"):
+        apply_neftune(model, 5.0, fused=True)
+    assert everything(model) == before
+    handle = apply_neftune(model, 5.0)
+    assert type(model.embed) is kind
+    assert torch.equal(arrived(model), exact(model, clean))
+    assert handle.stats()["calls"] == 1 and handle.stats()["length_min"] == 2
+    with torch.no_grad():
+        assert torch.equal(arrived(model), clean)
+    assert torch.equal(arrived(model.eval()), clean)
+    handle.remove()
+    assert everything(model) == before
+
+
+def test_a_class_swap_keeps_its_names():
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    kind = type(model.embed)
+    assert kind is not nn.Embedding and isinstance(model.embed, nn.Embedding)
+    assert (kind.__name__, kind.__qualname__) == ("Embedding", "Embedding")
+    nn.utils.parametrize.register_parametrization(model.embed, "weight", nn.Identity())
+    assert torch.equal(arrived(model), exact(model, F.embedding(IDS, model.embed.weight)))
+    assert nn.utils.parametrize.type_before_parametrizations(model.embed) is kind
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        torch.save(model, io.BytesIO())
+    nn.utils.parametrize.remove_parametrizations(model.embed, "weight")
+    assert type(model.embed) is kind
+    handle.remove()
+    assert type(model.embed) is nn.Embedding
+
+
+def test_a_parametrised_embedding_gets_its_noise_behind():
+    model = build()
+    nn.utils.parametrize.register_parametrization(model.embed, "weight", nn.Tanh())
+    kind = type(model.embed)
+    with pytest.raises(ValueError, match="is parametrised"):
+        apply_neftune(model, 5.0, fused=True)
+    handle = apply_neftune(model, 5.0)
+    assert torch.equal(arrived(model), exact(model, F.embedding(IDS, model.embed.weight)))
+    nn.utils.parametrize.remove_parametrizations(model.embed, "weight")
+    assert type(model.embed) is nn.Embedding and kind is not nn.Embedding
+    assert torch.equal(arrived(model), exact(model, F.embedding(IDS, model.embed.weight)))
+    handle.remove()
+    assert everything(model) == everything(build())
+
+
+def test_tools_that_look_at_the_exact_class():
+    """With fused=False they find nn.Embedding; with the class swap they do not."""
+    model = build()
+    handle = apply_neftune(model, 5.0, fused=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        config = {nn.Embedding: torch.ao.quantization.float_qparams_weight_only_qconfig}
+        quantised = torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(model).eval(), config, torch.quint8
+        )
+    assert type(quantised.embed) is torch.ao.nn.quantized.Embedding
+    assert type(model.embed) is nn.Embedding
+    handle.fused = None
+    assert type(model.embed) is not nn.Embedding and handle.fused is None
+    assert torch.equal(arrived(model), exact(model, F.embedding(IDS, model.embed.weight)))
+    handle.remove()
+    torch.jit.script(model.embed)
+
+
+def test_per_sample_gradients_by_torch_func_name_the_remedy():
+    """Opacus runs a module whose class it does not know again in backward, under vmap."""
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    embedding = model.embed
+
+    def again(gradient):
+        def loss(weight, ids):
+            return torch.func.functional_call(embedding, {"weight": weight}, ids).sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")
+        per_sample(embedding.weight.detach(), IDS)
+
+    model(IDS, MASK)
+    model.arrived.register_hook(again)
+    with pytest.raises(RuntimeError, match="Opacus.*fused=False"):
+        model.head(model.arrived).sum().backward()
+    handle.remove()
+
+
+# ---- what is around the embedding
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def fsdp1(module, **options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
+
+
+WRAPPERS = {
+    "FSDP1": fsdp1,
+    "FSDP1 of original parameters": lambda module: fsdp1(module, use_orig_params=True),
+    "torch.compile": lambda module: torch.compile(module, backend="eager"),
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "checkpoint in FSDP1": lambda module: fsdp1(checkpoint_wrapper(module)),
+    "checkpoint in torch.compile": lambda module: torch.compile(
+        checkpoint_wrapper(module), backend="eager"
+    ),
+}
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_of_the_declared_list(name, order, fused, process_group):
+    """Before and after apply_neftune: the noise of a plain embedding, its gradient, and exact
+    removal while the wrapper is there.
+    """
+    torch._dynamo.reset()
+    plain = build()
+    weight = plain.embed.weight.detach().clone()
+    with apply_neftune(plain, 5.0):
+        expected = arrived(plain)
+        plain.head(plain.arrived).square().sum().backward()
+    model = build()
+    handle = apply_neftune(model, 5.0, fused=fused) if order == "before" else None
+    model.embed = WRAPPERS[name](model.embed)
+    twin = build()
+    twin.embed = WRAPPERS[name](twin.embed)
+    handle = handle or apply_neftune(model, 5.0, fused=fused)
+    assert torch.equal(arrived(model), expected)
+    model.head(model.arrived).square().sum().backward()
+    (gradient,) = [one.grad for path, one in model.named_parameters() if "embed" in path]
+    assert torch.equal(gradient.reshape(-1), plain.embed.weight.grad.reshape(-1))
+    assert torch.equal(arrived(model.eval()), F.embedding(IDS, weight))
+    handle.remove()
+    assert torch.equal(arrived(model.train()), F.embedding(IDS, weight))
+    for one, other in zip(model.modules(), twin.modules(), strict=True):
+        assert type(one) is type(other) and "_neftune" not in vars(one)
+        for hooks in (key for key in vars(one) if key.startswith("_forward_")):
+            assert len(vars(one)[hooks]) == len(vars(other)[hooks])
+
+
+def test_what_is_not_declared_is_not_climbed():
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids):
+            return self.inner(ids) * 5.0
+
+    model = build()
+    model.embed = Around(model.embed)
+    apply_neftune(model, 5.0)
+    expected = exact(model, F.embedding(IDS, model.embed.inner.weight) * 5.0)
+    assert torch.equal(arrived(model), expected), "the paper's magnitude behind the factor"
+    model = build()
+    model.embed = offload_wrapper(model.embed)
+    apply_neftune(model, 5.0)
+    assert "_neftune" in vars(model.embed), "a wrapper that is not declared is the site itself"
+
+
+def test_a_site_behind_in_a_compiled_embedding_survives_copies():
+    torch._dynamo.reset()
+    model = build(Scaled)
+    model.embed = torch.compile(model.embed, backend="eager")
+    apply_neftune(model, 5.0)
+    clean = F.embedding(IDS, model.embed.weight) * 3.0
+    twin = copy.deepcopy(model)
+    outer = torch.compile(model, backend="eager")
+    for one in (model, twin, outer):
+        assert torch.equal(arrived(one), exact(one, clean))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_site_that_comes_after_the_first_compiled_call(kind, fused):
+    """Dynamo does not see a hook that comes or goes after it has compiled."""
+    torch._dynamo.reset()
+    model = build(kind)
+    compiled = torch.compile(model, backend="eager")
+    clean = arrived(compiled)
+    handle = apply_neftune(model, 5.0, fused=fused)
+    assert torch.equal(arrived(compiled), exact(model, clean))
+    handle.remove()
+    assert torch.equal(arrived(compiled), clean)
+
+
+# ---- accelerate
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("places", [{"": "cpu"}, {"embed": "cpu", "head": "disk"}, "offload"])
+@pytest.mark.parametrize("order", ["before", "after", "after and off again"])
+def test_accelerate_dispatch(order, places, fused, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.hooks import remove_hook_from_module
+
+    model = build()
+    weight = model.embed.weight.detach().clone()
+    handle = apply_neftune(model, 5.0, fused=fused) if order == "before" else None
+    if places == "offload":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.dispatch_model(model, places, offload_dir=tmp_path, force_hooks=True)
+    if order == "after and off again":
+        remove_hook_from_module(model, recurse=True)
+    handle = handle or apply_neftune(model, 5.0, fused=fused)
+    expected = exact(model, F.embedding(IDS, weight))
+    assert torch.equal(arrived(model), expected)
+    assert torch.equal(arrived(model.eval()), F.embedding(IDS, weight))
+    model.train()
+    handle.remove()
+    assert torch.equal(arrived(model), F.embedding(IDS, weight))
+    assert type(model.embed) is nn.Embedding and "_neftune" not in vars(model.embed)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(arrived(model), F.embedding(IDS, weight))
+    put = model.embed.__dict__["forward"]
+    assert put.__func__ is nn.Embedding.forward, "as accelerate leaves it without us"
+
+
+def test_hooks_taken_off_while_the_noise_is_on():
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.hooks import remove_hook_from_module
+
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    remove_hook_from_module(model, recurse=True)
+    expected = exact(model, F.embedding(IDS, model.embed.weight))
+    assert torch.equal(arrived(model), expected)
+    assert apply_neftune(model, 5.0) is handle
+    assert torch.equal(arrived(model), expected)
+    handle.remove()
+    assert model.embed.__dict__["forward"].__func__ is nn.Embedding.forward
+
+
+def test_what_was_fused_inside_hooks_and_is_to_be_behind_has_one_noise():
+    """accelerate's hook goes on calling the method that it found."""
+    accelerate = pytest.importorskip("accelerate")
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    expected = exact(model, F.embedding(IDS, model.embed.weight))
+    for fused in (False, None, False):
+        handle.fused = fused
+        assert torch.equal(arrived(model), expected)
+    assert handle.stats()["calls"] == 3
+
+
+def test_a_method_that_somebody_kept_has_no_second_noise():
+    """transformers' tensor-parallel plan keeps the forward that it found."""
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    kept = model.embed.forward
+    handle.fused = False
+    assert torch.equal(kept(IDS), F.embedding(IDS, model.embed.weight))
+    handle.remove()
+    assert torch.equal(kept(IDS), F.embedding(IDS, model.embed.weight))
+
+
+def test_an_own_bound_method_on_the_instance_is_fused():
+    model = build()
+    model.embed.forward = model.embed.forward
+    put = model.embed.forward
+    handle = apply_neftune(model, 5.0, fused=True)
+    expected = exact(model, F.embedding(IDS, model.embed.weight))
+    assert torch.equal(arrived(model), expected)
+    assert vars(model.embed)["forward"] == put, "nothing of it is set"
+    del model.arrived
+    assert torch.equal(arrived(copy.deepcopy(model)), expected)
+    model.embed.forward = lambda ids: F.embedding(ids, model.embed.weight) * 2
+    assert model.embed.forward(IDS).max() > 0, "anybody else's counts"
+    model.embed.forward = put
+    handle.remove()
+    assert vars(model.embed)["forward"] == put and type(model.embed) is nn.Embedding
+
+
+# ---- PEFT
+
+
+def peft_model(**options):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, **sizes)
+    model = peft.get_peft_model(
+        transformers.LlamaForCausalLM(config), peft.LoraConfig(r=4, **options)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora" in name:  # so that the wrapper does something
+            nn.init.normal_(parameter, std=0.5)
+    return model.train()
+
+
+def outputs(model):
+    seen = []
+    hook = (
+        model.get_base_model()
+        .get_input_embeddings()
+        .register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    )
+    torch.manual_seed(7)
+    model(input_ids=IDS, attention_mask=MASK)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_around_lora_the_noise_is_inside(fused):
+    model = peft_model(target_modules=["embed_tokens"])
+    layer = model.get_base_model().get_input_embeddings()
+    added = outputs(model) - layer.base_layer(IDS)
+    apply_neftune(model, 5.0, fused=fused)
+    base = layer.base_layer.weight.detach()
+    torch.manual_seed(7)
+    inside = noisy_embedding(IDS, base, 5.0, attention_mask=MASK)
+    embedding_a = layer.lora_embedding_A["default"].T
+    low_rank = F.embedding(IDS, embedding_a) @ layer.lora_embedding_B["default"].T
+    assert added.abs().max() > 0.1
+    assert torch.equal(outputs(model), inside + low_rank * layer.scaling["default"])
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "OFT"])
+def test_around_what_multiplies_the_noise_is_behind(kind):
+    peft = pytest.importorskip("peft")
+    if kind == "DoRA":
+        model = peft_model(target_modules=["embed_tokens"], use_dora=True)
+    else:
+        base = peft_model(target_modules=["q_proj"]).merge_and_unload()
+        config = peft.OFTConfig(target_modules=["embed_tokens"], oft_block_size=4, r=0)
+        model = peft.get_peft_model(base, config).train()
+    clean = outputs(model)
+    with pytest.raises(ValueError, match="fused=True, but.*is around it"):
+        apply_neftune(model, 5.0, fused=True)
+    handle = apply_neftune(model, 5.0)
+    assert torch.equal(outputs(model), exact(model, clean))
+    handle.remove()
+    assert torch.equal(outputs(model), clean)
+
+
+def test_an_adapter_that_begins_to_multiply_moves_the_noise_behind_it():
+    peft = pytest.importorskip("peft")
+    model = peft_model(target_modules=["embed_tokens"])
+    apply_neftune(model, 5.0)
+    model.add_adapter("second", peft.LoraConfig(target_modules=["embed_tokens"], use_dora=True))
+    model.set_adapter("second")
+    with torch.no_grad():
+        clean = outputs(model)
+    assert torch.equal(outputs(model.train()), exact(model, clean))
+
+
+def test_a_hook_copied_into_modules_to_save_never_noises_twice():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    handle = apply_neftune(model, 5.0, fused=False)
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = peft.get_peft_model(model, lora).train()
+    clean = F.embedding(IDS, model.get_base_model().get_input_embeddings().weight).detach()
+    assert torch.equal(outputs(model), exact(model, clean))
+    handle.remove()
+    assert torch.equal(outputs(model), clean)
+    assert not any("_neftune" in vars(module) for module in model.modules())
+
+
+# ---- lookups and what is none
+
+
+class Both(nn.Embedding):
+    """A table that is also the output head (MPT)."""
+
+    def forward(self, x, back=False):
+        return F.linear(x, self.weight) if back else super().forward(x)
+
+
+class Tied(Model):
+    def forward(self, input_ids, attention_mask=None):
+        self.arrived = self.embed(input_ids)
+        return self.embed(self.arrived, back=True)
+
+
+def test_only_ids_are_lookups():
+    torch.manual_seed(0)
+    model = Tied(Both(VOCAB, HIDDEN)).train()
+    handle = apply_neftune(model, 5.0)
+    torch.manual_seed(7)
+    logits = model(IDS, MASK)
+    assert torch.equal(logits, F.linear(model.arrived, model.embed.weight))
+    clean = F.embedding(IDS, model.embed.weight)
+    assert torch.equal(model.arrived, exact(model, clean)) and handle.stats()["calls"] == 1
+
+
+def test_a_site_that_makes_no_embeddings_of_its_ids_says_so():
+    class Pairs(nn.Embedding):
+        def forward(self, input):
+            return super().forward(input), None
+
+    class Pooled(nn.Embedding):
+        def forward(self, input):
+            return super().forward(input).sum(-2)
+
+    for kind, error, message in (
+        (Pairs, TypeError, "returns tuple and no tensor"),
+        (Pooled, ValueError, r"makes \(3, 32\) of ids \(3, 8\)"),
+    ):
+        model = build(kind)
+        apply_neftune(model, 5.0)
+        with pytest.raises(error, match=message):
+            model.embed(IDS)
+        model.eval().embed(IDS)  # forwards without noise never raise
+        with torch.no_grad():
+            model.train().embed(IDS)
+
+
+class Direct(Model):
+    """Calls its embedding's forward, which runs no hooks."""
+
+    def forward(self, input_ids=None, attention_mask=None, pixels=None):
+        return pixels if input_ids is None else self.embed.forward(input_ids)
+
+
+def test_a_noisy_forward_whose_site_did_not_run_warns():
+    model = Direct(Scaled(VOCAB, HIDDEN)).train()
+    apply_neftune(model, 5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(IDS, MASK)
+        model.train()(pixels=torch.ones(2))  # no token ids
+        with torch.no_grad():
+            model(IDS, MASK)
+    with pytest.warns(UserWarning, match=r"ended without NEFTune noise.*its forward\(\)"):
+        model(IDS, MASK)
+    model = Direct(nn.Embedding(VOCAB, HIDDEN)).train()
+    apply_neftune(model, 5.0)
+    torch.manual_seed(7)
+    out = model(IDS, MASK)
+    assert torch.equal(out, exact(model, F.embedding(IDS, model.embed.weight))), (
+        "fused: it is there"
+    )
+
+
+def test_a_compiled_embedding_is_seen_to_run():
+    torch._dynamo.reset()
+    for kind in (nn.Embedding, Scaled):
+        model = build(kind)
+        model.embed = torch.compile(model.embed, backend="eager")
+        apply_neftune(model, 5.0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*NEFTune")
+            assert not torch.equal(arrived(model), arrived(model, seed=8))
+
+
+# ---- beside foreign forward hooks
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("fused", [None, False])
+def test_order_beside_enable_input_require_grads(fused, order, prepend):
+    """transformers' hook makes a frozen embedding's output require grad, for reentrant
+    checkpoints.
+    """
+    model = build()
+    model.embed.weight.requires_grad_(False)
+    seen = []
+
+    def require_grads(module, args, output):
+        seen.append(output.detach().clone())
+        output.requires_grad_(True)
+
+    if order == "after":
+        apply_neftune(model, 5.0, fused=fused)
+    hook = model.embed.register_forward_hook(require_grads, prepend=prepend)
+    if order == "before":
+        apply_neftune(model, 5.0, fused=fused)
+    clean = F.embedding(IDS, model.embed.weight)
+    noisy = exact(model, clean)
+    assert torch.equal(arrived(model), noisy) and model.arrived.requires_grad
+    # ours comes first; only a hook that is prepended after it stands before a noise behind
+    earlier = fused is False and order == "after" and prepend
+    assert torch.equal(seen[0], clean if earlier else noisy)
+    hook.remove()
+    assert not model(IDS, MASK).isnan().any()

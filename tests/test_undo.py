@@ -1,0 +1,509 @@
+"""Nothing is lost: the stack of running forwards, several applies, settings through the handle,
+checkpoints, threads.
+"""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from neftune_kernels import add_noise, apply_neftune
+from neftune_kernels.integrations.running import RUNNING
+
+VOCAB, HIDDEN = 32, 16
+IDS = torch.randint(1, VOCAB, (3, 8), generator=torch.Generator().manual_seed(2))
+MASK = torch.tensor([[1] * 5 + [0] * 3, [0] * 6 + [1] * 2, [1] * 8])
+
+
+class Scaled(nn.Embedding):
+    """Its noise is added behind it."""
+
+    def forward(self, input):
+        return super().forward(input) * 1.0
+
+
+KINDS = (nn.Embedding, Scaled)
+
+
+class Model(nn.Module):
+    def __init__(self, kind=nn.Embedding):
+        super().__init__()
+        self.embed = kind(VOCAB, HIDDEN)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.embed(input_ids)
+
+
+def build(kind=nn.Embedding):
+    torch.manual_seed(0)
+    return Model(kind).train()
+
+
+def expected(model, alpha=5.0, mask=MASK, seed=7, **options):
+    clean = F.embedding(IDS, model.embed.weight)
+    if alpha == 0:
+        return clean
+    torch.manual_seed(seed)
+    return add_noise(clean, alpha, attention_mask=mask, **options)
+
+
+def called(model, seed=7, mask=MASK):
+    torch.manual_seed(seed)
+    return model(IDS, mask)
+
+
+def everything(model):
+    hooks = [key for key in vars(model) if "hooks" in key]
+    return {
+        name: (type(module), [len(vars(module)[key]) for key in hooks], sorted(vars(module)))
+        for name, module in model.named_modules()
+    }
+
+
+# ---- the handle
+
+
+def test_one_setting_is_changed_through_the_handle():
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    handle.noise_alpha = 2.0
+    handle.sign = -1
+    handle.replica = 3
+    handle.noise_without_grad = True
+    assert torch.equal(called(model), expected(model, 2.0, sign=-1, replica=3))
+    handle.distribution = "normal"
+    handle.equal_variance = False
+    options = {"distribution": "normal", "equal_variance": False, "sign": -1, "replica": 3}
+    with torch.no_grad():
+        assert torch.equal(called(model), expected(model, 2.0, **options))
+    handle.backend = "reference"
+    handle.samples = lambda given: {"lengths": torch.tensor([5, 2, 8])}
+    called(model)
+    assert handle.stats()["backend"] == "reference" and handle.stats()["length_min"] == 2
+    settings = handle.settings
+    assert settings.noise_alpha == 2.0 and settings.variant.sign == -1
+
+
+@pytest.mark.parametrize(
+    "name", ["noise_alfa", "alpha", "nosie_alpha", "embedding", "state", "handle"]
+)
+def test_typos_are_refused(name):
+    handle = apply_neftune(build(), 5.0)
+    with pytest.raises(AttributeError, match=f"no setting '{name}': it has noise_alpha, replica"):
+        setattr(handle, name, 2.0)
+    assert not hasattr(handle, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("noise_alpha", -1.0, ValueError),
+        ("replica", 2**32, ValueError),
+        ("backend", "tpu", ValueError),
+        ("distribution", "cauchy", ValueError),
+        ("equal_variance", 1, TypeError),
+        ("samples", MASK, TypeError),
+        ("fused", "yes", TypeError),
+        ("sign", 0, ValueError),
+    ],
+)
+def test_bad_settings_leave_the_old_ones(name, value, error):
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    before = handle.settings
+    with pytest.raises(error):
+        setattr(handle, name, value)
+    assert handle.settings == before
+    assert torch.equal(called(model), expected(model))
+
+
+def test_fused_true_through_the_handle_is_refused_whole():
+    model = build(Scaled)
+    handle = apply_neftune(model, 5.0)
+    with pytest.raises(ValueError, match="fused=True"):
+        handle.fused = True
+    assert handle.fused is None and torch.equal(called(model), expected(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nested_with_restores(kind):
+    model = build(kind)
+    before = everything(model)
+    with apply_neftune(model, 5.0, replica=1) as outer:
+        with apply_neftune(model, 7.0, fused=False, distribution="normal") as inner:
+            assert inner is outer
+            assert torch.equal(called(model), expected(model, 7.0, distribution="normal"))
+            with pytest.raises(KeyError), apply_neftune(model, 0.0):
+                assert torch.equal(called(model), expected(model, 0))
+                raise KeyError
+            assert torch.equal(called(model), expected(model, 7.0, distribution="normal"))
+        assert torch.equal(called(model), expected(model, replica=1))
+        assert outer.fused is None
+    assert everything(model) == before
+    handle = apply_neftune(model, 5.0)
+    with apply_neftune(model, 7.0):
+        pass
+    assert handle.noise_alpha == 5.0, "what was there without a with, too"
+    assert apply_neftune(model, 3.0, replica=2) is handle
+    assert apply_neftune(model, 4.0) is handle
+    assert torch.equal(called(model), expected(model, 4.0)), "the last call's settings, all of them"
+
+
+def test_an_apply_that_is_refused_changes_nothing():
+    model = build(Scaled)
+    handle = apply_neftune(model, 5.0)
+    for bad in ({"fused": True}, {"backend": "tpu"}, {"noise_alpha": -1.0}):
+        with pytest.raises(ValueError):
+            apply_neftune(model, **bad)
+        assert torch.equal(called(model), expected(model))
+    handle.remove()
+    assert everything(model) == everything(build(Scaled))
+
+
+# ---- several applies
+
+
+class Two(nn.Module):
+    """Two embeddings and a child that has one of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second, self.child = kind(VOCAB, HIDDEN), kind(VOCAB, HIDDEN), Model(kind)
+
+    def forward(self, input_ids, attention_mask=None, other_mask=None):
+        return (
+            self.first(input_ids),
+            self.second(input_ids),
+            self.child(input_ids, attention_mask=other_mask),
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_applies_on_several_embeddings_are_independent(order, kind):
+    torch.manual_seed(0)
+    model = Two(kind).train()
+    before = everything(model)
+    other = MASK.flip(0)
+
+    def apply(which):
+        if which == 2:
+            return apply_neftune(model.child, 3.0)
+        return apply_neftune(model, (5.0, 4.0)[which], embedding=("first", "second")[which])
+
+    handles = {which: apply(which) for which in order}
+    assert len(set(map(id, handles.values()))) == 3
+
+    def check(applied):
+        torch.manual_seed(7)
+        outputs = model(IDS, MASK, other)
+        torch.manual_seed(7)
+        modules = (model.first, model.second, model.child.embed)
+        for which, (output, module) in enumerate(zip(outputs, modules, strict=True)):
+            clean = F.embedding(IDS, module.weight)
+            if which in applied:
+                mask = (MASK, MASK, other)[which]
+                clean = add_noise(clean, (5.0, 4.0, 3.0)[which], attention_mask=mask)
+            assert torch.equal(output, clean), which
+
+    check({0, 1, 2})
+    twin = copy.deepcopy(model)
+    apply_neftune(twin, 5.0, embedding="first").remove()
+    model, twin = twin, model
+    check({1, 2})
+    model, twin = twin, model
+    left = {0, 1, 2}
+    for which in order:
+        handles[which].remove()
+        left.discard(which)
+        check(left)
+    assert everything(model) == before
+
+
+# ---- the stack
+
+
+def test_an_interrupt_inside_a_forward_that_goes_on():
+    """The inner model's entry is taken off with the outer's."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Model()
+
+        def get_input_embeddings(self):
+            return self.inner.embed
+
+        def forward(self, input_ids, attention_mask=None):
+            try:
+                self.inner(input_ids, attention_mask[:, :0])
+            except KeyboardInterrupt:
+                return self.inner.embed(input_ids)
+
+    model = Outer().train()
+    apply_neftune(model, 5.0)
+    interrupted = []
+
+    def interrupt(module, args):
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+    model.inner.embed.register_forward_pre_hook(interrupt)
+    torch.manual_seed(7)
+    out = model(IDS, MASK)
+    assert torch.equal(out, expected(model.inner)) and not RUNNING.forwards
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_forward_tells_a_direct_call_nothing(kind):
+    model = build(kind)
+    apply_neftune(model, 5.0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.embed.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS, MASK)
+    hook.remove()
+    torch.manual_seed(7)
+    with pytest.warns(UserWarning, match="outside its model's forward"):
+        out = model.embed(IDS)
+    assert torch.equal(out, expected(model, mask=None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_changed_under_way_is_reconciled_inside_its_own_call(kind):
+    """The hook that notices stays the one that ends the call."""
+    model = build(kind)
+    handle = apply_neftune(model, 5.0)
+    before = everything(model)
+    model.embed = kind(VOCAB, HIDDEN)
+    assert torch.equal(called(model), expected(model))
+    assert everything(model) == before or kind is nn.Embedding
+    assert not RUNNING.forwards
+    handle.remove()
+    assert everything(model) == everything(build(kind))
+
+
+def test_forwards_without_noise_never_raise():
+    """A mask that is refused, a place that cannot be noised any more: eval and no-grad go on."""
+
+    def read(given):
+        raise KeyError("attention")
+
+    model = build()
+    handle = apply_neftune(model, 5.0, samples=read)
+    clean = F.embedding(IDS, model.embed.weight)
+    assert torch.equal(model.eval()(IDS, MASK), clean)
+    with torch.no_grad():
+        assert torch.equal(model.train()(IDS, MASK), clean)
+    with pytest.raises(KeyError):
+        model(IDS, MASK)
+    handle.samples = None
+    model.embed = nn.Linear(2, 2)
+    model.embed.forward = lambda ids: clean
+    assert torch.equal(model.eval()(IDS, MASK), clean)
+    with pytest.raises(ValueError, match=r"must be an nn.Embedding, got torch\.nn"):
+        model.train()(IDS, MASK)
+    assert not RUNNING.forwards
+
+
+# ---- threads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_have_stacks_of_their_own(kind):
+    """An evaluation beside training, in the middle of its forward: each has its own mask."""
+    model = build(kind)
+    apply_neftune(model, 5.0)
+    inside, done = threading.Event(), threading.Event()
+    evaluated = []
+
+    def evaluate():
+        inside.wait(10)
+        with torch.no_grad():
+            evaluated.append(model(IDS[:1, :3], MASK[:1, :3]))
+        other = RUNNING.forwards
+        evaluated.append(len(other))
+        done.set()
+
+    def pause(module, args):
+        if threading.current_thread() is threading.main_thread():
+            inside.set()
+            assert done.wait(10)
+
+    model.embed.register_forward_pre_hook(pause)
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    out = called(model)
+    thread.join()
+    assert torch.equal(out, expected(model))
+    assert torch.equal(evaluated[0], F.embedding(IDS[:1, :3], model.embed.weight))
+    assert evaluated[1] == 0 and not RUNNING.forwards
+
+
+class Multiplied(Model):
+    def __init__(self):
+        super().__init__()
+        self.factor = 4.0
+
+    def forward(self, input_ids, attention_mask=None):
+        inputs_embeds = self.embed(input_ids)
+        inputs_embeds = inputs_embeds * self.factor
+        return inputs_embeds
+
+
+@pytest.mark.parametrize("first", ["training", "evaluation"])
+def test_threads_of_a_model_that_multiplies_are_right_or_refused(first):
+    model = Multiplied().train()
+    apply_neftune(model, 5.0)
+    inside, done = threading.Event(), threading.Event()
+    clean = F.embedding(IDS, model.embed.weight).detach() * 4.0
+    results = []
+
+    def run(evaluation):
+        try:
+            with torch.set_grad_enabled(not evaluation):
+                results.append(model(IDS, MASK).detach())
+        except RuntimeError as error:
+            results.append(error)
+
+    def pause(module, args):
+        if threading.current_thread() is threading.main_thread():
+            inside.set()
+            assert done.wait(10)
+
+    def beside():
+        inside.wait(10)
+        run(first == "training")
+        done.set()
+
+    model.embed.register_forward_pre_hook(pause)
+    thread = threading.Thread(target=beside)
+    thread.start()
+    run(first == "evaluation")
+    thread.join()
+    second, main = results
+    if first == "training":
+        assert torch.equal(second, clean), "an evaluation is right"
+    else:
+        assert "running in another thread without noise" in str(second)
+        assert torch.equal(main, clean)
+    assert model.factor == 4.0
+    with torch.no_grad():
+        done.set()
+        assert torch.equal(model(IDS, MASK), clean)
+
+
+# ---- checkpoints
+
+
+class Checkpointed(Model):
+    def __init__(self, kind=nn.Embedding, inside=False):
+        super().__init__(kind)
+        self.inside = inside
+
+    def forward(self, input_ids, attention_mask=None):
+        def segment():
+            return self.embed(input_ids).square()
+
+        return checkpoint(segment, use_reentrant=False) if self.inside else segment()
+
+
+def forward(model, inside):
+    torch.manual_seed(7)
+    if inside or inside is None:
+        return model(IDS, MASK)
+    return checkpoint(model, IDS, MASK, use_reentrant=False)
+
+
+CHANGES = {
+    "alpha": lambda model, handle: setattr(handle, "noise_alpha", 9.0),
+    "off": lambda model, handle: setattr(handle, "noise_alpha", 0.0),
+    "sign": lambda model, handle: setattr(handle, "sign", -1),
+    "replica": lambda model, handle: setattr(handle, "replica", 5),
+    "samples": lambda model, handle: setattr(handle, "samples", lambda given: None),
+    "mode": lambda model, handle: model.eval(),
+    "nothing": lambda model, handle: None,
+    "another forward": lambda model, handle: model(IDS, MASK.flip(0)),
+}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_before_the_backward_changes_nothing_of_it(change, kind, inside):
+    """The second pass takes what the first was given."""
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = Checkpointed(kind, inside and checkpointed).train()
+        handle = apply_neftune(model, 5.0)
+        out = forward(model, inside if checkpointed else None)
+        if checkpointed:
+            CHANGES[change](model, handle)
+        state = torch.get_rng_state()
+        out.sum().backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        gradients.append(model.embed.weight.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_that_comes_or_goes_before_the_backward_raises(kind, inside):
+    model = Checkpointed(kind, inside).train()
+    handle = apply_neftune(model, 0.0)
+    out = forward(model, inside)
+    handle.noise_alpha = 5.0
+    with pytest.raises(RuntimeError, match="recomputes the embedding inside backward, but"):
+        out.sum().backward()
+    out = forward(model, inside)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="taken off the model between|different metadata|number"):
+        out.sum().backward()
+
+
+def test_two_first_passes_of_one_seed_and_another_alpha_raise():
+    model = Checkpointed(inside=True).train()
+    handle = apply_neftune(model, 5.0)
+    first = forward(model, True)
+    again = forward(model, True)
+    first.sum().backward()  # the same noise: either is right
+    handle.noise_alpha = 6.0
+    other = forward(model, True)
+    with pytest.raises(RuntimeError, match="drew the same seed.*seed them differently"):
+        (again.sum() + other.sum()).backward()
+
+
+def test_first_passes_go_with_their_graph():
+    model = Checkpointed(inside=True).train()
+    apply_neftune(model, 5.0)
+    out = forward(model, True)
+    firsts = model.embed._neftune.firsts
+    assert len(firsts) == 1
+    del out
+    assert len(firsts) == 0
+    called(model)
+    model.inside = False
+    out = called(model)
+    assert len(firsts) == 0 and out.requires_grad, "nothing is kept without a checkpoint"
+
+
+def test_warnings_of_a_clean_step_are_none():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in KINDS:
+            model = Checkpointed(kind, True).train()
+            with apply_neftune(model, 5.0):
+                forward(model, True).sum().backward()
