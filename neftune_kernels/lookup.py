@@ -16,7 +16,7 @@ from .samples import UNSAID, Samples, make_layout, real_tokens
 from .torch_internals import dispatch_modes, transformed
 
 PLAIN_WEIGHTS = (nn.Parameter, Tensor)
-QUICK_MASKS = (torch.bool, *INTEGER_DTYPES)  # which have no gradient
+QUICK_MASKS = frozenset((torch.bool, *INTEGER_DTYPES))  # which have no gradient
 IN_PLACE_LIMIT = (
     1 << 16
     # elements: below it F.embedding and noise in its cache-warm output cost less than an
@@ -67,7 +67,7 @@ def _embed_quickly(
     needs_graph = weight.requires_grad and torch.is_grad_enabled()
     if needs_graph and input_ids.numel() * weight.shape[1] > IN_PLACE_LIMIT:
         return None
-    layout: tuple[Tensor | None, ...] = ()
+    numbering = None
     if attention_mask is not None:
         if not (
             type(attention_mask) is Tensor
@@ -76,7 +76,7 @@ def _embed_quickly(
             and attention_mask.dtype in QUICK_MASKS
         ):
             return None
-        layout = (None, None, None, None, number_documents(attention_mask, None))
+        numbering = number_documents(attention_mask, None)
     if seed is None:
         seed = torch.empty_like(_SEED).random_(-(2**63), None)
     elif seed.dtype is not torch.int64 or seed.dim() or not seed.is_cpu:
@@ -84,10 +84,17 @@ def _embed_quickly(
     if needs_graph:
         embedded = _lookup(input_ids, weight, padding_idx)
         rows = embedded.detach()  # the noise is a constant: autograd need not see it arrive
-        CPP.add_noise_out(rows, seed, alpha, *layout, out=rows)
+        if numbering is None:
+            CPP.add_noise_out(rows, seed, alpha, out=rows)
+        else:
+            CPP.add_noise_out(rows, seed, alpha, None, None, None, None, numbering, out=rows)
         return embedded
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    CPP.noisy_embedding_out(input_ids, weight, seed, alpha, *layout, out=out)
+    if numbering is None:
+        CPP.noisy_embedding_out(input_ids, weight, seed, alpha, out=out)
+    else:
+        layout = (None, None, None, None, numbering)
+        CPP.noisy_embedding_out(input_ids, weight, seed, alpha, *layout, out=out)
     return out
 
 
@@ -109,18 +116,19 @@ def embed_with_noise(
         )
         return embeds_with_noise(embedded, real_tokens(input_ids, padding_idx, samples), noise)
     alpha, seed, generator, offsets, _, backend, plain = noise
-    mask = samples.attention_mask
+    unsaid = samples is UNSAID or samples.unsaid
     if (
         plain
         and embed_scale == 1
-        and (samples.mask_at_most if mask is not None else padding_idx < 0 and samples.unsaid)
+        and (padding_idx < 0 if unsaid else samples.is_mask)
         and (seed is None or isinstance(seed, Tensor))
         and not torch.compiler.is_compiling()
     ):
+        mask = samples.attention_mask
         quick = _embed_quickly(input_ids, weight, alpha, seed, mask, padding_idx)
         if quick is not None:
             return quick
-    plain = plain and samples.unsaid and padding_idx < 0
+    plain = plain and unsaid and padding_idx < 0
     check_ids(input_ids)
     device = weight.device
     if device != input_ids.device:
@@ -200,16 +208,6 @@ def embeds_with_noise(inputs_embeds: Tensor, samples: Samples, noise: Noise) -> 
     return out
 
 
-def is_fusible(embedding: Any, weight: Tensor) -> bool:
-    """Whether nn.Embedding's lookup and noise can be one pass: an ordinary weight and gradient."""
-    return (
-        type(weight) in PLAIN_WEIGHTS
-        and embedding.max_norm is None
-        and not embedding.sparse
-        and not embedding.scale_grad_by_freq
-    )
-
-
 def noisy_lookup(
     embedding: Any,
     input_ids: Tensor,
@@ -226,7 +224,12 @@ def noisy_lookup(
     padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
     if look_up is None:
         weight = embedding.weight  # nn.Module's __getattr__: once
-        if is_fusible(embedding, weight):
+        if (
+            type(weight) in PLAIN_WEIGHTS
+            and embedding.max_norm is None
+            and not embedding.sparse
+            and not embedding.scale_grad_by_freq
+        ):
             return embed_with_noise(input_ids, weight, samples, noise, padding_idx, embed_scale)
     embedded = plain_lookup(embedding, input_ids) if look_up is None else look_up()
     if embed_scale != 1:

@@ -4,11 +4,12 @@ import warnings
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import BACKENDS
-from .distributed import module_replica
-from .lookup import noisy_lookup, plain_lookup
+from .distributed import GROUPS, module_replica
+from .lookup import noisy_lookup
 from .noise import (
     Noise,
     check_alpha,
@@ -19,7 +20,7 @@ from .noise import (
     make_noise,
     refuse_unknown,
 )
-from .samples import UNSAID, said
+from .samples import UNSAID, Samples
 
 HUGGING_FACE_MARK = (
     "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
@@ -180,19 +181,35 @@ class NEFTuneEmbedding(nn.Embedding):
         if unknown:
             refuse_unknown("forward", unknown)
         with_noise = self.training and self._has_noise
-        samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+        samples = UNSAID
+        if not (
+            attention_mask is None
+            and lengths is None
+            and cu_seqlens is None
+            and position_ids is None
+            and noise_mask is None
+        ):
+            samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
         own_sign = type(sign) is int and sign == 1
         if not with_noise:  # checks are host time, but what noise would refuse is refused
             if not own_sign:
                 check_variant(self.distribution, self.equal_variance, sign)
             if samples is not UNSAID:
                 samples.check(input.shape, input.device)
-            embedded = plain_lookup(self, input)
+            embedded = F.embedding(  # as nn.Embedding's forward, without one more frame
+                input,
+                self.weight,
+                self.padding_idx,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.sparse,
+            )
             return embedded if self.embed_scale == 1 else embedded * self.embed_scale
         if HUGGING_FACE_MARK in self.__dict__:
             raise RuntimeError(TWO_NOISES)
         noise = self._noise
-        if replica is None and self.replica is None:
+        if replica is None and self.replica is None and GROUPS.WORLD is not None:
             replica = module_replica(self) or None
         own = replica is None and seed is None and generator is None and own_sign
         own = own and type(sample_offset) is type(position_offset) is int

@@ -39,10 +39,11 @@ class Samples(NamedTuple):
         )
 
     @property
-    def mask_at_most(self) -> bool:
-        """Whether nothing but an attention_mask is said."""
+    def is_mask(self) -> bool:
+        """Whether an attention_mask is all that is said."""
         return (
-            self.lengths is None
+            self.attention_mask is not None
+            and self.lengths is None
             and self.cu_seqlens is None
             and self.position_ids is None
             and self.noise_mask is None

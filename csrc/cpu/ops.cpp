@@ -742,9 +742,11 @@ void number_rows_by_id(const NumberingJob& job) {
 
 // Shape (..., T) as rows of T.
 std::pair<int64_t, int64_t> rows_and_columns(const Tensor& tensor) {
-  const std::vector<int64_t> shape = shape_of(tensor);
-  if (shape.empty()) return {1, 1};
-  return {product(shape, shape.size() - 1), shape.back()};
+  const auto sizes = tensor.sizes();
+  if (sizes.empty()) return {1, 1};
+  int64_t rows = 1;
+  for (size_t axis = 0; axis + 1 < sizes.size(); ++axis) rows *= sizes[axis];
+  return {rows, sizes.back()};
 }
 
 Tensor numbering_of(const Tensor* mask, const Tensor* position_ids,
