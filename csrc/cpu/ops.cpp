@@ -749,6 +749,17 @@ std::pair<int64_t, int64_t> rows_and_columns(const Tensor& tensor) {
   return {rows, sizes.back()};
 }
 
+// torch::stable::new_empty looks its operator up by name at every call, which takes longer than
+// numbering a small mask.
+Tensor empty_int32(int64_t size) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  if (aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_int32(),
+                               aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS)
+    fail<std::runtime_error>("no memory for the numbering of a mask, ", size, " words");
+  return Tensor(handle);
+}
+
 Tensor numbering_of(const Tensor* mask, const Tensor* position_ids,
                     std::optional<int64_t> padding_idx) {
   const Tensor& given = mask ? *mask : *position_ids;
@@ -761,7 +772,7 @@ Tensor numbering_of(const Tensor* mask, const Tensor* position_ids,
     fail<std::runtime_error>("input_ids must be int32 or int64, got ",
                              torch::headeronly::toString(given.scalar_type()));
   }
-  Tensor numbering = torch::stable::new_empty(given, {&words, 1}, ScalarType::Int);
+  Tensor numbering = empty_int32(words);
   Unit* units = static_cast<Unit*>(numbering.mutable_data_ptr());
   if (tokens == 0) {
     std::fill(units, units + rows, Unit{0, 0, 0, 0});
