@@ -3,6 +3,7 @@ collators say it.
 """
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -281,3 +282,60 @@ def test_what_cannot_be_read_warns(given, message):
     told = from_arguments({"input_ids": ROWS, **given}, None, warned.append)
     assert len(warned) == 1 and told.unsaid
     assert re.search(message, warned[0])
+
+
+BRANCHES = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]])  # two answers to a prompt of four
+
+
+def test_branches_of_a_prefix_tree_warn():
+    warned = []
+    given = {"input_ids": IDS, "attention_mask": torch.zeros(1, 1, 12, 12)}
+    told = from_arguments({**given, "position_ids": BRANCHES}, None, warned.append)
+    assert len(warned) == 1 and "branch" in warned[0], "position ids do tell: none of the mask"
+    assert told.position_ids is not None and bool(told.attention_mask.all())
+    warned.clear()
+    padded = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 1, 1, 1, 1]])
+    mask = (torch.arange(12) < 8)[None]
+    shard = torch.tensor([[2, 3, 4, 5, 10, 11, 12, 13, 2, 3, 4, 5]])
+    for position_ids, beside in ((POSITIONS, None), (padded, mask), (shard, None)):
+        arguments = {"input_ids": IDS, "attention_mask": beside, "position_ids": position_ids}
+        from_arguments(arguments, None, warned.append)
+    assert not warned
+
+
+@pytest.mark.parametrize("name", ["input_ids", "piece_ids"])
+def test_a_mask_that_is_no_tensor_always_warns(name):
+    warned = []
+    told = from_arguments({name: ROWS, "attention_mask": object()}, None, warned.append)
+    assert told.unsaid and len(warned) == 1
+    assert re.search(r"\(object\).*samples=.*handle\.told", warned[0])
+
+
+def test_embeddings_made_outside_the_model_have_their_noise():
+    """Tokens embedded before the forward: nothing says that noise is missing, or to add it."""
+    model = llama()
+    apply_neftune(model, 5.0)
+    embedding = model.get_input_embeddings()
+    with pytest.warns(UserWarning, match="outside its model's forward"):
+        embeds = embedding(ROWS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(inputs_embeds=embeds, attention_mask=MASK)
+    with pytest.warns(UserWarning, match="did not run: pass them through"):
+        model(inputs_embeds=embeds.detach(), attention_mask=MASK)
+
+
+def test_global_attention_is_no_document():
+    """Longformer's 2."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LongformerConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, attention_window=[4], pad_token_id=1, **sizes
+    )
+    model = transformers.LongformerModel(config).train()
+    handle = apply_neftune(model, 5.0)
+    mask = torch.ones(3, 8, dtype=torch.int64)
+    mask[:, 0] = 2
+    model(input_ids=ROWS, attention_mask=mask)
+    stats = handle.stats()
+    assert (stats["samples"], stats["length_min"], stats["length_max"]) == (3, 8, 8)

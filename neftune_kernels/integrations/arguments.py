@@ -55,10 +55,13 @@ def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Sample
     if own:
         return Samples(**{name: given[name] for name in own})
     if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
-        return Samples(attention_mask=mask) if isinstance(mask, Tensor) else UNSAID
-    columns = input_ids.shape[-1]
-    mask = _two_axes(mask, columns, warn)
+        if mask is None or isinstance(mask, Tensor):
+            return UNSAID if mask is None else Samples(attention_mask=mask)
+        warn(NO_MASK.format(shape=type(mask).__name__))
+        return UNSAID
     bounds, number = given.get("cu_seq_lens_q"), given.get("seq_idx")
+    others = any(isinstance(other, Tensor) for other in (bounds, number, position_ids))
+    mask = _two_axes(mask, input_ids, _nothing if others and isinstance(mask, Tensor) else warn)
     if isinstance(bounds, Tensor):
         return _from_bounds(bounds, input_ids, pad_token_id)
     if isinstance(number, Tensor):
@@ -75,18 +78,45 @@ def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Sample
     return Samples(attention_mask=mask)
 
 
-def _two_axes(mask: Any, columns: int, warn: Warn) -> Tensor | None:
+def _two_axes(mask: Any, input_ids: Tensor, warn: Warn) -> Tensor | None:
+    columns = input_ids.shape[-1]
     if mask is None:
         return None
+    if isinstance(mask, Tensor) and mask.dim() == 1 and mask.shape == input_ids.shape:
+        return mask
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[-1] >= columns:
         return mask[:, mask.shape[-1] - columns :]
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    warn(
-        f"an attention_mask that is not (batch, tokens) ({shape}) does not tell NEFTune the "
-        f"samples' lengths: every token "
-        "but padding_idx counts as real. Pass the model a 2-D attention_mask or position_ids"
-    )
+    warn(NO_MASK.format(shape=shape))
     return None
+
+
+NO_MASK = (
+    "an attention_mask that is not (batch, tokens) ({shape}) does not tell NEFTune the samples' "
+    "lengths: every token but padding_idx counts as real. Pass the model a 2-D attention_mask or "
+    "position_ids, or tell NEFTune with apply_neftune(..., samples=...) or handle.told(...)"
+)
+BRANCH = (
+    "position_ids return to a place inside their own row's sample, as the branches of a prefix "
+    "tree do: NEFTune counts such a branch as a document of its own, without its prompt. Tell it "
+    "the samples with apply_neftune(..., samples=...) if it is none"
+)
+
+
+def _nothing(message: str) -> None:
+    """Position ids or bounds tell what the mask does not."""
+
+
+def _has_branches(position_ids: Tensor, mask: Tensor | None) -> bool:
+    """(rows, T), on the CPU: whether an id goes back to one that its row's sample has passed, other
+    than 0 and the row's first.
+    """
+    if not position_ids.is_cpu or torch.compiler.is_compiling() or not position_ids.numel():
+        return False
+    back = position_ids[..., 1:] <= position_ids[..., :-1]
+    first = position_ids[..., :1]
+    back = back & (position_ids[..., 1:] > first) & (position_ids[..., 1:] != 0)
+    return bool((back if mask is None else back & (mask[..., 1:] != 0)).any())
 
 
 def _opens(number: Tensor) -> Tensor:
@@ -167,6 +197,8 @@ def _from_position_ids(
             f"begin and are not used"
         )
         return Samples(attention_mask=mask)
+    if _has_branches(position_ids, mask):
+        warn(BRANCH)
     if mask is None and input_ids.numel():
         expanded = position_ids.expand(input_ids.shape)
         previous = torch.cat((expanded[..., :1] - 1, expanded[..., :-1]), dim=-1)

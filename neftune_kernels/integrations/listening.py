@@ -9,6 +9,7 @@ from torch import nn
 from .arguments import parameter_names, tells_samples
 from .factors import Lent, factor_of_embeddings, may_call_embedding
 from .noisy import drop_hooks
+from .quirks import row_of
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
 
 MOVED = (
@@ -42,6 +43,7 @@ class Listener:
         self.model: Any = weakref.ref(model)
         self.name = type(model).__name__
         self.names = tuple(parameter_names(model))
+        self.row = row_of(model)
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.pad_token_id: int | None = None
@@ -71,7 +73,10 @@ class Listener:
             self._follow_the_model(module)
         forward = Forward(self, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if outermost and forward.has_embeds and self.hears(module) and torch.is_grad_enabled():
-            state.warn_once(EMBEDS)
+            if state.outside:  # tokens were embedded before this forward, with noise
+                state.outside = False
+            else:
+                state.warn_once(EMBEDS)
         if self.lent is not None:
             has_embeds = forward.has_embeds
             noisy = not has_embeds and self.hears(module)
@@ -165,8 +170,10 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     transformers' outer models only pass arguments on, except those that merge images into
     embeddings; a hook on them would cost torch.compile a second graph.
     """
-    telling = [model for model in ancestors if tells_samples(model)]
-    masked = [model for model in telling if "attention_mask" in parameter_names(model)]
+    telling = [model for model in ancestors if tells_samples(model) or row_of(model)]
+    masked = [
+        model for model in telling if "attention_mask" in parameter_names(model) or row_of(model)
+    ]
     telling = (
         masked or telling
     )  # BertEmbeddings is told of positions alone, the model around it of masks

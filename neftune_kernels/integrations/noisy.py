@@ -26,7 +26,7 @@ from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
 from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
 from .find import Found, base_class, is_compiled, is_own_method
-from .running import Forward, NoisyCall, Site, State, is_ids, scale_of
+from .running import RUNNING, Forward, NoisyCall, Site, State, is_ids, scale_of
 
 DATA_PARALLEL = (
     "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
@@ -121,6 +121,7 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
         return
     state = site.state
     state.calls += 1
+    state.outside = not RUNNING.forwards
     state.skipped_last = None
     # A quantised weight's own dtype says nothing.
     chosen = choose_backend(state.backend, noisy.device, noisy.dtype)

@@ -57,6 +57,7 @@ class State:
     def __init__(self) -> None:
         self.origin = uuid.uuid4().hex  # copies keep it: their sites are taken for ours by remove()
         self.calls = 0
+        self.outside = False  # a lookup outside its model's forward has had noise since the last
         self.skipped: Counter[str] = Counter()
         self.skipped_last: str | None = None
         self.warned: set[str] = set()
@@ -137,7 +138,9 @@ class Forward:
 
     def told(self) -> Samples:
         if self.samples is None:
-            self.samples = from_arguments(self.given, self.pad_token_id, self.state.warn_once)
+            row = self.listener.row
+            given = self.given if row is None else {**self.given, **row(self.given)}
+            self.samples = from_arguments(given, self.pad_token_id, self.state.warn_once)
         return self.samples
 
     def said(self, read: Read) -> list[Words]:
