@@ -42,16 +42,8 @@ def esmc(self, sequence_tokens=None, sequence_id=None):
     return self.embed(sequence_tokens)
 
 
-def mistral(self, input_ids, seqlens):
-    return self.embed(input_ids)
-
-
 def x_transformers(self, x, return_embeddings=False, mask=None, **kwargs):
     return self.embed(x)
-
-
-def fairseq(self, src_tokens, src_lengths=None, return_all_hiddens=False, token_embeddings=None):
-    return self.embed(src_tokens)
 
 
 def transformers(self, input_ids=None, attention_mask=None, global_attention_mask=None):
@@ -76,7 +68,6 @@ CASES = [
     ),
     ("esm.models.esmc", "ESMC", esmc, {"sequence_id": KEEP.bool()}, KEEP),
     ("x_transformers.x_transformers", "TransformerWrapper", x_transformers, {"mask": KEEP}, KEEP),
-    ("fairseq.models", "TransformerEncoderBase", fairseq, {"src_lengths": KEEP.sum(1)}, LEFT),
     ("transformers.models", "LongformerModel", transformers, {"attention_mask": KEEP * 2}, KEEP),
     (
         "transformers.models",
@@ -122,16 +113,6 @@ def test_a_row(case):
     nothing = dict.fromkeys(given)
     out, seed = called(model, IDS, **nothing)
     assert torch.equal(out, noisy_embedding(IDS, model.embed.weight, 5.0, seed=seed))
-
-
-def test_mistral_finetune():
-    """A flat row of tokens and a Python list."""
-    model = built("model.transformer", "Transformer", mistral)
-    out, seed = called(model, IDS[0], seqlens=[3, 5])
-    expected = noisy_embedding(
-        IDS[0], model.embed.weight, 5.0, attention_mask=NUMBERS[0], seed=seed
-    )
-    assert torch.equal(out, expected)
 
 
 @pytest.mark.filterwarnings("ignore:no forward around the embedding")

@@ -50,17 +50,6 @@ def _by_sequence_id(ids: str) -> Row:
     return read
 
 
-def _left_padded(given: Given) -> Given:
-    """fairseq pads sources on the left."""
-    tokens, lengths = given.get("src_tokens"), given.get("src_lengths")
-    if not isinstance(tokens, Tensor) or not isinstance(lengths, Tensor):
-        return {"input_ids": tokens}
-    columns = tokens.shape[-1]
-    token = torch.arange(columns, device=tokens.device)
-    mask = token >= columns - lengths.to(tokens.device)[:, None]
-    return {"input_ids": tokens, "attention_mask": mask}
-
-
 def _presence(given: Given) -> Given:
     """2 is attention to all tokens, no document of its own."""
     mask = given.get("attention_mask")
@@ -76,10 +65,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("llmfoundry", "MPTModel.forward"): _by_sequence_id("input_ids"),
     ("transformers", "MPTModel.forward"): _by_sequence_id("input_ids"),
     ("esm", "ESMC.forward"): _by_sequence_id("sequence_tokens"),
-    # mistral-finetune is a checkout whose top package is called model
-    ("model", "Transformer.forward"): _by_lengths("input_ids", "seqlens"),
     ("x_transformers", "TransformerWrapper.forward"): _renamed("x", "mask", "attention_mask"),
-    ("fairseq", "TransformerEncoderBase.forward"): _left_padded,
     ("transformers", "LongformerModel.forward"): _presence,
     ("transformers", "LEDEncoder.forward"): _presence,
     ("transformers", "LEDModel.forward"): _presence,
