@@ -1,6 +1,7 @@
 """What a caller says of the samples its tokens belong to, and the layout that operators take."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,21 @@ class Samples(NamedTuple):
             and self.noise_mask is None
             and self.padded_ids is None
         )
+
+    def at(self, place: Callable[[Tensor], Tensor], shape: torch.Size) -> "Samples":
+        """What is said of ids of this shape, said of a lookup of some of them: `place` takes values
+        of the ids to those of the lookup.
+        """
+        said = self
+        if self.lengths is not None:
+            token = torch.arange(shape[-1], device=self.lengths.device)
+            said = self._replace(attention_mask=token < self.lengths[..., None], lengths=None)
+        fields: dict[str, Any] = {
+            name: place(value.expand(shape))
+            for name in ("attention_mask", "position_ids", "noise_mask")
+            if (value := getattr(said, name)) is not None
+        }
+        return said._replace(**fields)
 
     def check(self, shape: torch.Size, device: torch.device) -> Tensor | None:
         """Refuse what contradicts itself or does not fit tokens of this shape; returns position_ids

@@ -7,16 +7,16 @@ on the models around it hear the attention mask, position ids or cumulative leng
 Nothing here imports transformers.
 """
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
 from ..noise import check_alpha, check_variant, check_word, refuse_unknown
 from .factors import check_surroundings
 from .find import Found, chains, find_embeddings, path_of
-from .handle import NEFTuneHandle, check_backend, check_fused, check_samples
+from .handle import NEFTuneHandle, check_backend, check_fused
 from .running import Settings, State
+from .telling import Read, check_samples
 
 
 def apply_neftune(
@@ -24,7 +24,7 @@ def apply_neftune(
     noise_alpha: float | None = 5.0,
     *,
     embedding: str | nn.Module | None = None,
-    samples: Callable[[dict[str, Any]], Any] | None = None,
+    samples: Read | None = None,
     replica: int | None = None,
     noise_without_grad: bool = False,
     distribution: str = "uniform",
@@ -53,9 +53,15 @@ def apply_neftune(
             same handle.
         embedding: the embedding's path in the model or the module itself, where
             get_input_embeddings() does not tell.
-        samples: reads a forward's arguments (a dictionary by name) where their names say nothing;
-            returns an attention_mask, a dictionary with attention_mask, lengths, cu_seqlens,
-            position_ids or noise_mask, or None for "every token is real".
+        samples: how the arguments of `model` tell samples, where their names say nothing. A mapping
+            of our words to its arguments' names, {"attention_mask": "keep"}; "a.b" reaches into a
+            dictionary. Words: attention_mask, key_padding_mask ((B, T), True = padding), lengths,
+            document_lengths ((B, documents) or a list), cu_seqlens, position_ids, noise_mask. Or a
+            list of such mappings, each with "input_ids", where more than one sequence is looked up:
+            each speaks of the ids it names only. Or a callable, given the arguments by name:
+            returns an attention_mask, a dictionary of these words, or None for "every token is
+            real". An argument left out or None says nothing. What is inside `model` is asked only
+            where it is called alone.
         replica: number of this data-parallel replica; None: what
             `distributed.data_parallel_index` finds, at each call.
         noise_without_grad: noise also where grad is disabled.
@@ -73,6 +79,7 @@ def apply_neftune(
     Raises:
         ValueError: no embedding can be found or noised, or not as `fused` says; bad alpha, replica
             or backend.
+        TypeError: samples= is none of these; at a forward, a name that it is not given.
 
     Example:
         >>> class Model(torch.nn.Module):

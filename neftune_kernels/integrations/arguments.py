@@ -33,24 +33,6 @@ def tells_samples(model: nn.Module) -> bool:
     return any(name in KNOWN_NAMES for name in parameter_names(model))
 
 
-def from_callable(read: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> Samples:
-    """The user's own reading: a mask, or a dictionary with add_noise's keywords."""
-    told = read(given)
-    if told is None:
-        return UNSAID
-    if isinstance(told, Tensor):
-        return Samples(attention_mask=told)
-    if not isinstance(told, dict):
-        raise TypeError(
-            f"samples= must return an attention_mask tensor, a dictionary or None, got "
-            f"{type(told).__name__}"
-        )
-    unknown = sorted(set(told) - set(OUR_NAMES))
-    if unknown:
-        raise ValueError(f"samples= may return {', '.join(OUR_NAMES)}, got {', '.join(unknown)}")
-    return Samples(**told)
-
-
 def from_arguments(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
     """What the arguments say, and the model's own noise_mask if it has one."""
     noise_mask = given.get("noise_mask")

@@ -1,8 +1,9 @@
 """NEFTuneHandle: the settings of an apply_neftune while it is in force, statistics, undo."""
 
+import contextlib
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from ..samples import make_layout
 from .find import Found, ancestors_of, decoder_of, find_embeddings, pad_token_id_of, snapshot
 from .listening import Listener, listeners_of, speakers
 from .noisy import class_to_restore, make_noisy, make_plain
-from .running import NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
+from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
+from .telling import Read, check_samples, check_words
 
 Root = tuple[weakref.ref[nn.Module], str | None]  # weak: a handle keeps no model alive
 
@@ -164,7 +166,9 @@ class NEFTuneHandle:
                 around = [parent for parent, _ in ancestors_of(root, name)]
                 # what is around is told the encoder's mask
                 inside = [parent for parent in around if id(parent) in decoders]
-                for parent in speakers(inside or around, all_speak) or inside[:1]:
+                # samples= is asked of the outermost that runs
+                hooked = around if all_speak else speakers(inside or around) or inside[:1]
+                for parent in hooked:
                     if parent not in wanted:
                         pad = pad_token_id_of(root)
                         wanted[parent] = _Wanted([], id(parent) in decoders, pad)
@@ -191,6 +195,8 @@ class NEFTuneHandle:
                 ):
                     changed |= listener.detach(model)
         self._listened = [weakref.ref(model) for model in wanted]
+        for site in (site for how in wanted.values() for site in how.sites):
+            site.scaling = None
         for model, how in wanted.items():
             listener = kept.get(model) or Listener(state, model)
             listener.sites[:] = how.sites
@@ -200,7 +206,8 @@ class NEFTuneHandle:
             for site in how.sites:
                 site.hooked = True
                 lent = listener.lent
-                site.scaling = None if lent is None else (weakref.ref(model), lent.name)
+                if lent is not None:
+                    site.scaling = weakref.ref(model), lent.name
         return changed
 
     def refresh(self) -> bool:
@@ -318,11 +325,11 @@ class NEFTuneHandle:
         self._set(backend=value)
 
     @property
-    def samples(self) -> Callable[[dict[str, Any]], Any] | None:
+    def samples(self) -> Read | None:
         return self._live_state().read
 
     @samples.setter
-    def samples(self, value: Callable[[dict[str, Any]], Any] | None) -> None:
+    def samples(self, value: Read | None) -> None:
         self._set(samples=check_samples(value))
 
     @property
@@ -334,6 +341,32 @@ class NEFTuneHandle:
         for root, path in self._live_roots():
             find_embeddings(root, path, check_fused(value))  # refuses before anything changes
         self._set(fused=value)
+
+    # ---- samples
+
+    @contextlib.contextmanager
+    def told(self, **words: Any) -> Iterator[None]:
+        """Says of which samples the lookups inside are, where no forward is heard saying it:
+        `model.forward(...)`, `calculate_loss`, `encode_text`.
+
+        It goes before samples= and what a forward is given; the innermost counts, in this thread
+        only. A checkpoint that recomputes outside takes what its first pass was told.
+
+        Args:
+            words: attention_mask, key_padding_mask, lengths, document_lengths, cu_seqlens,
+                position_ids, noise_mask as tensors, as `samples=` of :func:`apply_neftune` knows
+                them; with input_ids they are said of those ids alone.
+
+        Raises:
+            TypeError: another word.
+            ValueError: two words that contradict each other.
+        """
+        state = self._live_state()
+        RUNNING.told.append((state, check_words(words)))
+        try:
+            yield
+        finally:
+            RUNNING.told.pop()
 
     # ---- undo
 
@@ -474,12 +507,6 @@ def _forget_compiled(changes: list[tuple[bool, bool]]) -> None:
     behind = any(hook for _, hook in changes[:-1])  # the last are the listeners'
     if (behind or (hooks and not classes)) and "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def check_samples(samples: Any) -> Any:
-    if samples is not None and not callable(samples):
-        raise TypeError(f"samples must be callable with the forward's arguments, got {samples!r}")
-    return samples
 
 
 def check_fused(fused: Any) -> bool | None:

@@ -40,6 +40,7 @@ class Listener:
     def __init__(self, state: State, model: nn.Module) -> None:
         self.state = state
         self.model: Any = weakref.ref(model)
+        self.name = type(model).__name__
         self.names = tuple(parameter_names(model))
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
@@ -157,15 +158,15 @@ def listeners_of(model: nn.Module) -> list[Listener]:
     return list(found.values())
 
 
-def speakers(ancestors: list[nn.Module], all_speak: bool) -> list[nn.Module]:
+def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     """The ancestors to be hooked: the innermost that is told of samples, and those around it that
     may call the embedding themselves.
 
     transformers' outer models only pass arguments on, except those that merge images into
     embeddings; a hook on them would cost torch.compile a second graph.
     """
-    telling = [model for model in ancestors if all_speak or tells_samples(model)]
-    masked = [model for model in telling if all_speak or "attention_mask" in parameter_names(model)]
+    telling = [model for model in ancestors if tells_samples(model)]
+    masked = [model for model in telling if "attention_mask" in parameter_names(model)]
     telling = (
         masked or telling
     )  # BertEmbeddings is told of positions alone, the model around it of masks

@@ -26,7 +26,7 @@ from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
 from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
 from .find import Found, base_class, is_compiled, is_own_method
-from .running import Forward, NoisyCall, Site, State, is_ids
+from .running import Forward, NoisyCall, Site, State, is_ids, scale_of
 
 DATA_PARALLEL = (
     "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
@@ -43,10 +43,6 @@ def _without_noise(site: Site, module: nn.Module, reason: str) -> None:
     if not torch.compiler.is_compiling():
         site.state.skipped[reason] += 1
         site.state.skipped_last = reason
-
-
-def _scale_without_noise(forwards: list[Forward]) -> float:
-    return forwards[-1].scale if forwards else 1.0
 
 
 def _given(
@@ -144,7 +140,7 @@ def noisy_forward(self: Any, input: Tensor) -> Tensor:
     forwards = site.forwards()
     given = _given(site, self, forwards, input, self.weight.device, None)
     if given is None:
-        scale = _scale_without_noise(forwards)
+        scale = scale_of(forwards)
         plain = nn.Embedding.forward(self, input)
         return plain if scale == 1 else plain * scale
     noisy = noisy_lookup(self, input, given.samples, given.noise, given.scale)
@@ -236,7 +232,7 @@ def add_noise_behind(
         )
     given = _given(site, module, forwards, input, output.device, output)
     if given is None:
-        scale = _scale_without_noise(forwards)
+        scale = scale_of(forwards)
         return None if scale == 1 else output * scale
     embedded = output if given.scale == 1 else output * given.scale
     base: Any = module if site.base is None else site.base

@@ -9,7 +9,6 @@ import uuid
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,10 @@ from ..modules import HUGGING_FACE_MARK
 from ..noise import UNIFORM, Noise, Variant, check_alpha
 from ..samples import UNSAID, Samples, real_tokens
 from ..torch_internals import asked_outside_the_graph
-from .arguments import KNOWN_NAMES, from_arguments, from_callable, trailing_padding
+from .arguments import KNOWN_NAMES, from_arguments, trailing_padding
 from .checkpoints import FirstPasses
+from .places import place, same
+from .telling import IDS, Read, Words, samples_of, words_said
 
 
 class NoisyCall(NamedTuple):
@@ -44,7 +45,7 @@ class Settings(NamedTuple):
     noise_without_grad: bool = False
     backend: str | None = None
     variant: Variant = UNIFORM
-    samples: Callable[[dict[str, Any]], Any] | None = None  # the user's reading of arguments
+    samples: Read | None = None  # how the user reads arguments
     fused: bool | None = None
 
 
@@ -128,19 +129,22 @@ class Forward:
         self.pad_token_id: int | None = listener.pad_token_id
         self.given = given
         self.samples: Samples | None = None  # read when the first site asks
+        self.words: list[Words] | None = None  # what samples= says, likewise
+        self.claimed: Tensor | None = None  # the ids that samples= speaks of where it names none
         self.used = False  # a site has taken these samples
         self.ran = False  # a site has run, with noise or without
         self.scale = 1.0  # what this model would multiply embeddings by, taken over by the site
 
     def told(self) -> Samples:
         if self.samples is None:
-            state = self.state
-            self.samples = (
-                from_arguments(self.given, self.pad_token_id, state.warn_once)
-                if state.read is None
-                else from_callable(state.read, self.given)
-            )
+            self.samples = from_arguments(self.given, self.pad_token_id, self.state.warn_once)
         return self.samples
+
+    def said(self, read: Read) -> list[Words]:
+        if self.words is None:
+            listener = self.listener
+            self.words = words_said(read, self.given, listener.names, listener.name)
+        return self.words
 
     @property
     def has_embeds(self) -> bool:
@@ -170,10 +174,11 @@ def is_ids(value: Any) -> bool:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.forwards: list[Forward] = []
+        self.forwards: list[Forward] = []  # of heard models, one inside the other
+        self.told: list[tuple[State, Words]] = []  # by handle.told(), likewise
 
 
-RUNNING = _Running()  # this thread's forwards of heard models, one inside the other
+RUNNING = _Running()  # of this thread
 
 
 def forget_interrupted(entering: Any = None) -> None:
@@ -212,6 +217,34 @@ def _runs_here(model: nn.Module | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+OUTSIDE = (
+    "the noisy embedding was called outside its model's forward, so the lengths of the samples are "
+    "unknown and every token but padding_idx counts as real: call it inside `with "
+    "handle.told(attention_mask=...)`, or, where PEFT has wrapped the model (prompt tuning), call "
+    "apply_neftune again after get_peft_model"
+)
+
+
+def does_not_fit(mask: Tensor, input: Tensor) -> str:
+    return (
+        f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's input "
+        f"{tuple(input.shape)}: every token but padding_idx counts as real. Tell NEFTune the "
+        "samples with apply_neftune(..., samples=...)"
+    )
+
+
+def is_flattened(mask: Tensor, input: Tensor) -> bool:
+    """Flattened or not, never transposed."""
+    return mask.numel() == input.numel() and (
+        mask.shape[-1] == input.shape[-1] or 1 in (mask.dim(), input.dim(), input.shape[0])
+    )
+
+
+def scale_of(forwards: list[Forward]) -> float:
+    """By what the innermost forward that scales embeddings would multiply them."""
+    return next((one.scale for one in reversed(forwards) if one.scale != 1), 1.0)
 
 
 # ---- sites
@@ -260,16 +293,12 @@ class Site:
         """Those of the innermost running forward, where they fit the ids; and whether the call
         looks up something besides its forward's tokens.
         """
+        said = self._said(forwards, input)
+        if said is not None:
+            return real_tokens(input, padding_idx, said), False
         if not forwards:
             if self.hooked:
-                self.state.warn_once(
-                    "the noisy embedding was called outside its model's forward, so the lengths "
-                    "of the samples are unknown and every token "
-                    "but padding_idx counts as real: use neftune_kernels.add_noise with an "
-                    "attention_mask there, or, where PEFT has "
-                    "wrapped the model (prompt tuning), call apply_neftune again after "
-                    "get_peft_model"
-                )
+                self.state.warn_once(OUTSIDE)
             return real_tokens(input, padding_idx, UNSAID), False
         running = forwards[-1]
         # An outer model may be told what it does not pass on (Rwkv).
@@ -286,30 +315,71 @@ class Site:
             return real_tokens(input, padding_idx, told), False
         mask = told.attention_mask
         if mask is not None and mask.shape != input.shape:
-            if mask.numel() == input.numel() and (
-                mask.shape[-1] == input.shape[-1] or 1 in (mask.dim(), input.dim(), input.shape[0])
-            ):
-                mask = mask.reshape(input.shape)  # flattened or not, never transposed
+            if is_flattened(mask, input):
+                mask = mask.reshape(input.shape)
             elif running.used:
                 return real_tokens(input, padding_idx, UNSAID), True
             else:
-                self.state.warn_once(
-                    f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's "
-                    f"input {tuple(input.shape)}: every token "
-                    "but padding_idx counts as real. Tell NEFTune the samples with "
-                    "apply_neftune(..., samples=...)"
-                )
+                self.state.warn_once(does_not_fit(mask, input))
                 return real_tokens(input, padding_idx, UNSAID), False
             told = told._replace(attention_mask=mask)
         running.used = True
         return told, False
 
+    def _said(self, forwards: list[Forward], input: Tensor) -> Samples | None:
+        """What the user says of these ids: handle.told() before samples=, which is asked of the
+        outermost forward, the model that apply_neftune was given if it runs. None: nothing.
+        """
+        state = self.state
+        told = next((words for owner, words in reversed(RUNNING.told) if owner is state), None)
+        if told is not None:
+            return self._spoken_of([told], None, input)
+        if state.read is None or not forwards:
+            return None
+        outermost = forwards[0].listener
+        forward = next(one for one in reversed(forwards) if one.listener is outermost)
+        words = forward.said(state.read)
+        return self._spoken_of(words, forward, input) if words else UNSAID
+
+    def _spoken_of(
+        self, said: list[Words], forward: Forward | None, input: Tensor
+    ) -> Samples | None:
+        """The words that speak of these ids; None where none does."""
+        for words in said:
+            ids = words.get(IDS)
+            if ids is None:
+                if forward is not None and not self._claims(forward, input):
+                    continue
+                return self._fitting(samples_of(words, input), input)
+            if not isinstance(ids, Tensor):
+                raise TypeError(f"NEFTune was told {IDS}, which is {type(ids).__name__}: no tensor")
+            if (where := place(input, ids)) is not None:
+                told = samples_of(words, ids)
+                return told if where is same else told.at(where, ids.shape)
+        return None
+
+    def _claims(self, forward: Forward, input: Tensor) -> bool:
+        """Words without ids of their own speak of the first that are looked up, of no others."""
+        if forward.claimed is None:
+            forward.claimed = input
+        return place(input, forward.claimed) is not None
+
+    def _fitting(self, samples: Samples, input: Tensor) -> Samples:
+        """A mask that only is flattened, or is not, is reshaped; one that does not fit warns."""
+        mask = samples.attention_mask
+        if mask is None or mask.shape == input.shape:
+            return samples
+        if is_flattened(mask, input):
+            return samples._replace(attention_mask=mask.reshape(input.shape))
+        self.state.warn_once(does_not_fit(mask, input))
+        return UNSAID
+
     def outer_scale(self, forwards: list[Forward]) -> tuple[float, float]:
         """(factor of the embedding that this call takes over, divisor of its noise) where the model
         scales embeddings afterwards.
         """
-        if forwards and forwards[-1].scale != 1:
-            return forwards[-1].scale, 1.0
+        if (scale := scale_of(forwards)) != 1:
+            return scale, 1.0
         if self.scaling is None or (model := self.scaling[0]()) is None:
             return 1.0, 1.0
         return 1.0, float(getattr(model, self.scaling[1]))
