@@ -217,7 +217,7 @@ def target_of(configuration: Configuration) -> Target:
     if backend == "cuda" and not scaled:
         if layout == "nothing":
             return Target(11.0, None) if dtype == "float32" else Target(12.0, 11.0)
-        return Target(13.0 if layout == "cu_seqlens" else 12.5, 12.0)
+        return Target(13.0 if layout in ("cu_seqlens", "numbering") else 12.5, 12.0)
     if backend == "cuda":
         return Target(16.0, 14.0)
     if target == "gfx942":

@@ -1,13 +1,37 @@
 """Schedules of noise_alpha: functions of the optimizer step, for NEFTuneCallback or a loop of one's
-own. No recompilation per value.
+own, picklable. No recompilation per value.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from .noise import check_alpha, check_integer
 
 Schedule = Callable[[int], float]
+
+
+# What the schedules do at a step; named functions, so that a schedule can be pickled.
+
+
+def _linear(start: float, end: float, num_steps: int, step: int) -> float:
+    return end if step >= num_steps else start + (end - start) * (step / num_steps)
+
+
+def _cosine(start: float, end: float, num_steps: int, step: int) -> float:
+    if step >= num_steps:
+        return end
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+def _warmup(num_warmup_steps: int, rest: Schedule, step: int) -> float:
+    if step < num_warmup_steps:
+        return rest(0) * (step / num_warmup_steps)
+    return rest(step - num_warmup_steps)
+
+
+def _constant(noise_alpha: float, step: int) -> float:
+    return noise_alpha
 
 
 def _check_steps(name: str, value: int, least: int) -> int:
@@ -41,7 +65,7 @@ def linear_schedule(start: float, end: float, num_steps: int) -> Schedule:
         check_alpha(end),
         _check_steps("num_steps", num_steps, 1),
     )
-    return lambda step: end if step >= num_steps else start + (end - start) * (step / num_steps)
+    return partial(_linear, start, end, num_steps)
 
 
 def cosine_schedule(start: float, end: float, num_steps: int) -> Schedule:
@@ -60,11 +84,7 @@ def cosine_schedule(start: float, end: float, num_steps: int) -> Schedule:
         check_alpha(end),
         _check_steps("num_steps", num_steps, 1),
     )
-    return lambda step: (
-        end
-        if step >= num_steps
-        else end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-    )
+    return partial(_cosine, start, end, num_steps)
 
 
 def warmup_schedule(num_warmup_steps: int, after: float | Schedule) -> Schedule:
@@ -84,11 +104,7 @@ def warmup_schedule(num_warmup_steps: int, after: float | Schedule) -> Schedule:
     """
     num_warmup_steps = _check_steps("num_warmup_steps", num_warmup_steps, 0)
     rest = after if callable(after) else constant_schedule(after)
-    return lambda step: (
-        rest(0) * (step / num_warmup_steps)
-        if step < num_warmup_steps
-        else rest(step - num_warmup_steps)
-    )
+    return partial(_warmup, num_warmup_steps, rest)
 
 
 def constant_schedule(noise_alpha: float | None) -> Schedule:
@@ -98,5 +114,4 @@ def constant_schedule(noise_alpha: float | None) -> Schedule:
         >>> constant_schedule(5.0)(100)
         5.0
     """
-    alpha = check_alpha(noise_alpha)
-    return lambda step: alpha
+    return partial(_constant, check_alpha(noise_alpha))

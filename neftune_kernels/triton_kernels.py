@@ -915,8 +915,8 @@ def noisy_embedding_out(
 
     NotImplemented where it cannot serve: alpha beyond float32, or a first launch with wrong bits.
     """
-    alpha = noise_alpha.item()
-    if abs(alpha) > FLOAT32_MAX:
+    alpha_value = noise_alpha.item()
+    if abs(alpha_value) > FLOAT32_MAX:
         return NotImplemented
     shape = input_ids.shape
     if len(shape) == 2:
@@ -938,7 +938,7 @@ def noisy_embedding_out(
         (document, position, lengths, cu_seqlens, numbering),
         seed,
         (replica, sample_offset, position_offset),
-        (alpha, embed_scale),
+        (alpha_value, embed_scale),
     )
 
 
@@ -960,8 +960,8 @@ def add_noise_out(
     """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds
     itself. NotImplemented as noisy_embedding_out.
     """
-    alpha = noise_alpha.item()
-    if abs(alpha) > FLOAT32_MAX:
+    alpha_value = noise_alpha.item()
+    if abs(alpha_value) > FLOAT32_MAX:
         return NotImplemented
     rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
     embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
@@ -973,7 +973,7 @@ def add_noise_out(
         (document, position, lengths, cu_seqlens, numbering),
         seed,
         (replica, sample_offset, position_offset),
-        (alpha, 1.0),
+        (alpha_value, 1.0),
     )
 
 
@@ -987,27 +987,27 @@ def _launch_rows(
     offsets: tuple[int, int, int],
     scalars: tuple[float, float],
 ) -> Any:
-    """sizes: rows, columns, num_embeddings and the strides of input_ids; scalars: alpha and
-    embed_scale. Plain tuples, for host time.
+    """sizes: rows, columns, num_embeddings and the strides of input_ids; scalars: the alpha as
+    a number and embed_scale. Plain tuples, for host time.
     """
     rows, columns, num_embeddings, ids_row, ids_column = sizes
     embedding_dim = out.shape[-1]
     if rows == 0 or columns == 0 or embedding_dim == 0:
         return None
     document, position, lengths, cu_seqlens, numbering = layout
-    alpha, embed_scale = scalars
+    alpha_value, embed_scale = scalars
     source_strides = source.stride()
     step, num_samples, lengths_stride, alpha_bits, pieces = 0.0, rows, 0, 0, 1
     if lengths is not None:
         num_samples, (lengths_stride,) = lengths.numel(), lengths.stride()
-        alpha_bits = float_bits(alpha)
+        alpha_bits = float_bits(alpha_value)
     elif cu_seqlens is not None:
-        num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha)
+        num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha_value)
     elif numbering is not None:
         pieces = check_numbering(numbering, rows, rows * columns) // rows
-        alpha_bits = float_bits(alpha)
+        alpha_bits = float_bits(alpha_value)
     else:
-        step = host_step(alpha, columns, embedding_dim)
+        step = host_step(alpha_value, columns, embedding_dim)
     dtype, device_index = source.dtype, out.get_device()
     key = (
         device_index,
@@ -1072,7 +1072,7 @@ def _launch_rows(
             source,
             torch.Size((rows, columns)),
             seed,
-            alpha,
+            alpha_value,
             Layout(*layout),
             offsets,
             input_ids,

@@ -808,6 +808,7 @@ def test_writes_its_output_and_nothing_else(backend, dtype, embedding_dim):
                     None,
                     lengths,
                     None,
+                    None,
                     0,
                     0,
                     0,

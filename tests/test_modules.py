@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -156,6 +157,7 @@ def test_every_offset_of_a_call_counts(own, said):
 
 
 def test_replica_0_of_a_call_is_before_the_rank(monkeypatch):
+    monkeypatch.setattr(modules, "GROUPS", types.SimpleNamespace(WORLD="a group"))
     monkeypatch.setattr(modules, "module_replica", lambda module: 3)
     ids, _ = with_mask()
     module = NEFTuneEmbedding(10, 24)

@@ -677,15 +677,14 @@ def test_opcheck(family, requires_grad):
     alpha, seed, fields = (
         alpha_tensor(5.0),
         torch.tensor(-3),
-        (None, None, torch.tensor([13, 0, 5, 40]), None),
+        (None, None, torch.tensor([13, 0, 5, 40]), None, None),
     )
     for distribution in ("normal", "rademacher"):
         args = (embeds, seed, alpha, *fields, 3, 2**32 - 1, 7, distribution, False)
         torch.library.opcheck(getattr(OPS, f"{family}add_variant_noise").default, args)
     torch.library.opcheck(OPS.noisy_documents.default, (some_tokens(), *fields, 3))
-    torch.library.opcheck(
-        OPS.noisy_documents.default, (some_tokens(), None, None, None, torch.tensor([0, 52]), 3)
-    )
+    bounds = (None, None, None, torch.tensor([0, 52]), None)
+    torch.library.opcheck(OPS.noisy_documents.default, (some_tokens(), *bounds, 3))
 
 
 # ---- the module and the inner entry

@@ -145,14 +145,15 @@ NEFTUNE_DEVICE int64_t documents_before(const RowArguments& a, int64_t unit) {
   int64_t documents = a.numbering.units[unit].before;
   if (documents >= 0) return documents;
   documents = 0;
+#pragma unroll 1
   for (int64_t earlier = 0; earlier < unit; ++earlier)
     documents += documents_of(a.numbering.units[earlier]);
   return documents;
 }
 
 // What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; a
-// numbering; any of these.
-enum LayoutKind { kNoLayout, kPerToken, kBounds, kNumbered, kAnyLayout };
+// numbering; any of these but that; any of these.
+enum LayoutKind { kNoLayout, kPerToken, kBounds, kNumbered, kAnyButNumbered, kAnyLayout };
 
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do
 // not hold are padding.
@@ -162,7 +163,7 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
   if (kind == kNoLayout) {
     return {static_cast<uint32_t>(row) + a.sample_offset,
             static_cast<uint32_t>(column) + a.position_offset, a.step};
-  } else if (kind == kBounds || (kind == kAnyLayout && a.cu_seqlens.data)) {
+  } else if (kind == kBounds || (kind >= kAnyButNumbered && a.cu_seqlens.data)) {
     sample = document_of(a, token);
     if (sample >= 0 && sample < a.num_samples) {
       const uint64_t start =
@@ -172,8 +173,9 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
       length = static_cast<int64_t>(value_at(a.cu_seqlens, sample + 1) - start);
     }
   } else if (kind == kNumbered || (kind == kAnyLayout && a.numbering.units)) {
-    const int64_t piece = a.pieces == 1 ? 0 : column / a.piece_columns,
-                  unit = row * a.pieces + piece, start = row * a.columns + piece * a.piece_columns;
+    const uint32_t piece = a.pieces == 1 ? 0 : static_cast<uint32_t>(column) / a.piece_columns;
+    const int64_t unit = int64_t{row} * a.pieces + piece,
+                  start = token - (static_cast<uint32_t>(column) - piece * a.piece_columns);
     const NumberedToken found = token_of(a.numbering, a.numbering.units[unit],
                                          documents_before(a, unit), start, token, column);
     sample = found.document;
@@ -572,8 +574,11 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   const dim3 grid(grid_columns, grid_rows, grid_folds), block(kLanes, tokens);
   const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX &&
                        a.rows <= UINT32_MAX;
-  if (!a.vectors || !covered) return launch(noisy_rows<Element>, grid, block, stream, a);
-  if (a.scaled) return launch(noisy_vector_rows<Element, kAnyLayout, true>, grid, block, stream, a);
+  // No instance for a scale and a numbering: no kernel here writes one yet.
+  if (!a.vectors || !covered || (a.scaled && a.numbering.units))
+    return launch(noisy_rows<Element>, grid, block, stream, a);
+  if (a.scaled)
+    return launch(noisy_vector_rows<Element, kAnyButNumbered, true>, grid, block, stream, a);
   if (a.cu_seqlens.data)
     return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
   if (a.numbering.units)

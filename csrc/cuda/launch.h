@@ -40,8 +40,8 @@ struct RowArguments {
   Integers lengths;        // (num_samples,)
   Integers cu_seqlens;     // (num_samples + 1,)
   Numbering numbering;     // units nullptr: not given
-  int64_t pieces;          // of a row, one unit each
-  int64_t piece_columns;
+  uint32_t pieces;         // of a row, one unit each; rows have fewer than 2³¹ tokens
+  uint32_t piece_columns;
   double noise_alpha;
   float step;   // noise_step of `columns` real tokens, read where no layout is given
   float scale;  // embed_scale

@@ -116,8 +116,9 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
 
   if (numbering) {
     arguments.numbering = numbering_at(numbering->const_data_ptr(), units, tokens);
-    arguments.pieces = units / arguments.rows;
-    arguments.piece_columns = (arguments.columns + arguments.pieces - 1) / arguments.pieces;
+    const int64_t pieces = units / arguments.rows;
+    arguments.pieces = static_cast<uint32_t>(pieces);
+    arguments.piece_columns = static_cast<uint32_t>((arguments.columns + pieces - 1) / pieces);
   }
   arguments.out = out;
   arguments.seed = static_cast<const int64_t*>(noise.seed.const_data_ptr());

@@ -3,7 +3,8 @@
 Nothing of Lightning changes, and only who imports this file needs Lightning.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -12,6 +13,7 @@ try:
 except ImportError:  # the same library under its other name
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
+from ..noise import refuse_unknown
 from ..schedules import Schedule
 from .training import TrainingNoise
 
@@ -32,8 +34,8 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
             only child with get_input_embeddings().
         log_stats: False: only neftune/noise_alpha is logged; the rest costs one more noise kernel
             and a sync per log.
-        **options: of :func:`apply_neftune` (embedding, samples, replica, noise_without_grad,
-            backend).
+        embedding, samples, replica, noise_without_grad, distribution, equal_variance, backend,
+            fused: as in :func:`apply_neftune`.
 
     Raises:
         ValueError, TypeError: as apply_neftune, a bad alpha at construction; no model, or several,
@@ -52,11 +54,29 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
         *,
         model: str | None = None,
         log_stats: bool = True,
-        **options: Any,
+        embedding: str | nn.Module | None = None,
+        samples: Callable[[dict[str, Any]], Any] | None = None,
+        replica: int | None = None,
+        noise_without_grad: bool = False,
+        distribution: str = "uniform",
+        equal_variance: bool = True,
+        backend: str | None = None,
+        fused: bool | None = None,
+        **unknown: NoReturn,
     ) -> None:
-        TrainingNoise.__init__(
-            self, noise_alpha, log_stats, options, takes="noise_alpha, model, log_stats"
-        )
+        if unknown:
+            refuse_unknown("NEFTuneCallback", unknown)
+        options = {
+            "embedding": embedding,
+            "samples": samples,
+            "replica": replica,
+            "noise_without_grad": noise_without_grad,
+            "distribution": distribution,
+            "equal_variance": equal_variance,
+            "backend": backend,
+            "fused": fused,
+        }
+        TrainingNoise.__init__(self, noise_alpha, log_stats, options)
         self.model = model
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -95,7 +115,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
     def _find_model(self, pl_module: nn.Module) -> nn.Module:
         if self.model is not None:
             return pl_module.get_submodule(self.model)
-        if hasattr(pl_module, "get_input_embeddings") or self.options.get("embedding") is not None:
+        if hasattr(pl_module, "get_input_embeddings") or self.options["embedding"] is not None:
             return pl_module
         found = [
             name

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from ..noise import check_alpha, refuse_unknown
+from ..noise import check_alpha
 from ..schedules import Schedule
 from .apply import applied_handle, apply_neftune
 from .handle import NEFTuneHandle
 from .running import Settings
 
 LOG_PREFIX = "neftune/"
+IN_A_TRAINER = "In a trainer these are keywords of NEFTuneCallback(embedding=..., samples=...)"
 LOGGED = (
     "length_min",
     "length_mean",
@@ -28,20 +29,8 @@ class TrainingNoise:
     """apply_neftune for the length of a training; what was applied before goes on afterwards."""
 
     def __init__(
-        self,
-        noise_alpha: float | Schedule | None,
-        log_stats: bool,
-        options: dict[str, Any],
-        takes: str,
+        self, noise_alpha: float | Schedule | None, log_stats: bool, options: dict[str, Any]
     ) -> None:
-        unknown = sorted(set(options) - set(apply_neftune.__kwdefaults__ or {}))
-        if "stream" in unknown:
-            refuse_unknown("NEFTuneCallback", options)
-        if unknown:
-            raise TypeError(
-                f"NEFTuneCallback takes {takes} and apply_neftune's keywords, got "
-                f"{', '.join(unknown)}"
-            )
         self.schedule = noise_alpha if callable(noise_alpha) else None
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
         self.log_stats, self.options = log_stats, options
@@ -49,11 +38,20 @@ class TrainingNoise:
         # of an apply_neftune that was in force before
         self.lent: Settings | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the noise that is on: a copy, and another process's, begins with none."""
+        return {**self.__dict__, "handle": None, "lent": None}
+
     def attach(self, model: nn.Module, step: int) -> NEFTuneHandle:
+        """Raises what apply_neftune raises, which names its own keywords: here they are ours."""
         self.detach()
-        lent = applied_handle(model, self.options.get("embedding"))
-        self.lent = None if lent is None else lent.settings
-        self.handle = apply_neftune(model, self.alpha_at(step), **self.options)
+        noise_alpha = self.alpha_at(step)
+        try:
+            lent = applied_handle(model, self.options["embedding"])
+            self.lent = None if lent is None else lent.settings
+            self.handle = apply_neftune(model, noise_alpha, **self.options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}. {IN_A_TRAINER}") from error
         return self.handle
 
     def detach(self) -> None:

@@ -7,12 +7,13 @@ Nothing here changes transformers until a NEFTuneCallback is made or patch_train
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..noise import refuse_unknown
 from ..schedules import Schedule
 from .apply import apply_neftune
 from .handle import NEFTuneHandle
@@ -34,8 +35,8 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
             (`neftune_kernels.schedules`).
         log_stats: False: only neftune/noise_alpha is logged; the rest costs one more noise kernel
             and a sync per log.
-        **options: of :func:`apply_neftune` (embedding, samples, replica, noise_without_grad,
-            backend, ...).
+        embedding, samples, replica, noise_without_grad, distribution, equal_variance, backend,
+            fused: as in :func:`apply_neftune`.
 
     Raises:
         ValueError, TypeError: as apply_neftune, a bad alpha at construction.
@@ -51,11 +52,38 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, noise_alpha: float | Schedule | None = 5.0, *, log_stats: bool = True, **options: Any
+        self,
+        noise_alpha: float | Schedule | None = 5.0,
+        *,
+        log_stats: bool = True,
+        embedding: str | nn.Module | None = None,
+        samples: Callable[[dict[str, Any]], Any] | None = None,
+        replica: int | None = None,
+        noise_without_grad: bool = False,
+        distribution: str = "uniform",
+        equal_variance: bool = True,
+        backend: str | None = None,
+        fused: bool | None = None,
+        **unknown: NoReturn,
     ) -> None:
-        TrainingNoise.__init__(
-            self, noise_alpha, log_stats, options, takes="noise_alpha, log_stats"
-        )
+        if unknown:
+            refuse_unknown("NEFTuneCallback", unknown)
+        options = {
+            "embedding": embedding,
+            "samples": samples,
+            "replica": replica,
+            "noise_without_grad": noise_without_grad,
+            "distribution": distribution,
+            "equal_variance": equal_variance,
+            "backend": backend,
+            "fused": fused,
+        }
+        TrainingNoise.__init__(self, noise_alpha, log_stats, options)
+        _watch_training()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in another process (spawn, Ray), it watches for crashes there too."""
+        self.__dict__.update(state)
         _watch_training()
 
     def on_train_begin(
