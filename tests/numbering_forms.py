@@ -5,7 +5,7 @@ from conftest import MASK_KINDS, make_batch
 
 from neftune_kernels import layout as layouts
 
-UNWRITTEN = torch.iinfo(torch.int32).max  # torch.empty's filling in tests
+UNWRITTEN = torch.iinfo(torch.int32).max  # stands for any value
 
 
 def units_of(numbering, shape):

@@ -594,7 +594,10 @@ def test_extremes_of_alpha(device):
     beyond = torch.tensor(1e300, dtype=torch.float64)  # float32: the reference serves it
     given = (cuda(weight, device), torch.tensor(0, device=device), beyond)
     served = kernels().noisy_embedding_out(cuda(ids, device), *given, out=out)
-    assert served is NotImplemented and bool((out == 7).all())
+    if getattr(kernels(), "__name__", "").endswith("triton_kernels"):
+        assert served is NotImplemented and bool((out == 7).all())
+    else:  # the CUDA C++ kernels serve any alpha
+        assert same_bits(out.cpu(), noisy_embedding(ids, weight, 1e300, seed=0))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
