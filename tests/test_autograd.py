@@ -173,3 +173,16 @@ def test_checkpoint_recomputes_the_same_noise(use_reentrant):
     scale = torch.ones((), requires_grad=True)
     torch.utils.checkpoint.checkpoint(segment, scale, use_reentrant=use_reentrant).backward()
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_small_call_with_padding_idx_has_no_gradient_there(with_mask):
+    """The quick way of a mask alone too: real tokens may have the padding's id."""
+    ids, mask = torch.tensor([[1, 2, 3, 2]]), torch.tensor([[1, 1, 1, 0]])
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    plain = weight.detach().clone().requires_grad_()
+    given = {"attention_mask": mask} if with_mask else {}
+    grad = torch.arange(32.0).view(1, 4, 8)
+    noisy_embedding(ids, weight, 5.0, padding_idx=2, seed=torch.tensor(3), **given).backward(grad)
+    F.embedding(ids, plain, 2).backward(grad)
+    assert torch.equal(weight.grad, plain.grad) and not weight.grad[2].any()

@@ -313,3 +313,17 @@ def test_chunks_of_the_reference_are_invisible(monkeypatch):
     for chunk in (1, 60, 61):
         monkeypatch.setattr(reference_ops, "REFERENCE_CHUNK", chunk)
         assert torch.equal(neftune_noise((4, 13), 20, 5.0, **arguments), whole)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "normal", "rademacher"])
+@pytest.mark.parametrize("equal_variance", [True, False])
+@pytest.mark.parametrize("embedding_dim", [1, 20])
+def test_oracle_at_once_equals_its_loops(distribution, equal_variance, embedding_dim):
+    """Drawn calls are judged by all tokens at once, which the plain loops hold."""
+    places = [None, (0, 0, 1), (2**32 - 1, 2**32 - 1, 7), (2**32, 5, 2**33 + 1), (3, 2, 0)]
+    for alpha in (5.0, 1e-26, 0.0, 1e38):
+        for seed, replica, sign in ((0, 0, 1), (2**64 - 1, 2**32 - 1, -1)):
+            given = (places, embedding_dim, alpha, seed, replica, sign)
+            variant = (distribution, equal_variance)
+            found = oracle.noise_of_tokens(*given, *variant).astype(np.float32)
+            assert np.array_equal(found, oracle.noise(*given, *variant))
