@@ -176,9 +176,9 @@ def add_variant_noise(
     noise of step 1 on zeros.
     """
     check_variant(distribution, equal_variance, 1)
+    layout = layouts.Layout(document, position, lengths, cu_seqlens, numbering)
+    offsets = (replica, sample_offset, position_offset)
     if distribution == "uniform":
-        layout = layouts.Layout(document, position, lengths, cu_seqlens, numbering)
-        offsets = (replica, sample_offset, position_offset)
         add = getattr(torch.ops.neftune_kernels, uniform)
         noisy: Tensor = add(inputs_embeds, seed, noise_alpha, *layout, *offsets)
         return noisy
@@ -188,10 +188,8 @@ def add_variant_noise(
         inputs_embeds.shape[-1],
     )
     embeddings = inputs_embeds.reshape(shape.numel(), embedding_dim)
-    layout = layouts.Layout(document, position, lengths, cu_seqlens, numbering)
     out = inputs_embeds.new_empty(inputs_embeds.shape)
     if uniform == "reference_add_noise":
-        offsets = (replica, sample_offset, position_offset)
         drawn = Drawn(seed, noise_alpha, layout, offsets, distribution, equal_variance)
         rows_out(lambda chunk: embeddings[chunk], shape, drawn, out)
         return out

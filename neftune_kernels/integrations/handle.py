@@ -21,6 +21,15 @@ from .noisy import class_to_restore, make_noisy, make_plain
 from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
 from .telling import Read, check_samples, check_words
 
+# Of the last noisy forward, beside the largest ratio; training.py logs the same.
+MEASURED = (
+    "length_min",
+    "length_mean",
+    "length_max",
+    "magnitude_min",
+    "magnitude_mean",
+    "magnitude_max",
+)
 Root = tuple[weakref.ref[nn.Module], str | None]  # weak: a handle keeps no model alive
 
 
@@ -444,18 +453,10 @@ class NEFTuneHandle:
             torch.compile are not counted.
         """
         state = self._live_state()
-        names = (
-            "length_min",
-            "length_mean",
-            "length_max",
-            "magnitude_min",
-            "magnitude_mean",
-            "magnitude_max",
-        )
         stats: dict[str, Any] = {
             "calls": state.calls,
             "samples": None,
-            **dict.fromkeys(names),
+            **dict.fromkeys(MEASURED),
             "max_noise_ratio": None,
             "backend": None,
         }
@@ -478,7 +479,7 @@ class NEFTuneHandle:
             for tensor in (lengths, magnitudes)
             for how in (torch.min, torch.mean, torch.max)
         ]
-        stats |= dict(zip(names, values, strict=True))
+        stats |= dict(zip(MEASURED, values, strict=True))
         stats["max_noise_ratio"] = max(found[2] for found in measured)
         stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
         return stats

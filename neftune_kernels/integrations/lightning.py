@@ -3,7 +3,6 @@
 Nothing of Lightning changes, and only who imports this file needs Lightning.
 """
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import nn
@@ -13,8 +12,8 @@ try:
 except ImportError:  # the same library under its other name
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
-from ..noise import refuse_unknown
 from ..schedules import Schedule
+from .telling import Read
 from .training import TrainingNoise
 
 
@@ -55,7 +54,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
         model: str | None = None,
         log_stats: bool = True,
         embedding: str | nn.Module | None = None,
-        samples: Callable[[dict[str, Any]], Any] | None = None,
+        samples: Read | None = None,
         replica: int | None = None,
         noise_without_grad: bool = False,
         distribution: str = "uniform",
@@ -64,19 +63,19 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
         fused: bool | None = None,
         **unknown: NoReturn,
     ) -> None:
-        if unknown:
-            refuse_unknown("NEFTuneCallback", unknown)
-        options = {
-            "embedding": embedding,
-            "samples": samples,
-            "replica": replica,
-            "noise_without_grad": noise_without_grad,
-            "distribution": distribution,
-            "equal_variance": equal_variance,
-            "backend": backend,
-            "fused": fused,
-        }
-        TrainingNoise.__init__(self, noise_alpha, log_stats, options)
+        super().__init__(
+            noise_alpha,
+            log_stats=log_stats,
+            embedding=embedding,
+            samples=samples,
+            replica=replica,
+            noise_without_grad=noise_without_grad,
+            distribution=distribution,
+            equal_variance=equal_variance,
+            backend=backend,
+            fused=fused,
+            **unknown,
+        )
         self.model = model
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:

@@ -2,41 +2,66 @@
 figures for the log.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from ..noise import check_alpha
+from ..noise import check_alpha, refuse_unknown
 from ..schedules import Schedule
 from .apply import applied_handle, apply_neftune
-from .handle import NEFTuneHandle
+from .handle import MEASURED, NEFTuneHandle
 from .running import Settings
+from .telling import Read
 
 LOG_PREFIX = "neftune/"
 IN_A_TRAINER = "In a trainer these are keywords of NEFTuneCallback(embedding=..., samples=...)"
-LOGGED = (
-    "length_min",
-    "length_mean",
-    "length_max",
-    "magnitude_min",
-    "magnitude_mean",
-    "magnitude_max",
-    "max_noise_ratio",
-)
+LOGGED = (*MEASURED, "max_noise_ratio")
 
 
 class TrainingNoise:
     """apply_neftune for the length of a training; what was applied before goes on afterwards."""
 
     def __init__(
-        self, noise_alpha: float | Schedule | None, log_stats: bool, options: dict[str, Any]
+        self,
+        noise_alpha: float | Schedule | None = 5.0,
+        *,
+        log_stats: bool = True,
+        embedding: str | nn.Module | None = None,
+        samples: Read | None = None,
+        replica: int | None = None,
+        noise_without_grad: bool = False,
+        distribution: str = "uniform",
+        equal_variance: bool = True,
+        backend: str | None = None,
+        fused: bool | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            refuse_unknown("NEFTuneCallback", unknown)
+        self.options: dict[str, Any] = {
+            "embedding": embedding,
+            "samples": samples,
+            "replica": replica,
+            "noise_without_grad": noise_without_grad,
+            "distribution": distribution,
+            "equal_variance": equal_variance,
+            "backend": backend,
+            "fused": fused,
+        }
         self.schedule = noise_alpha if callable(noise_alpha) else None
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
-        self.log_stats, self.options = log_stats, options
+        self.log_stats = log_stats
         self.handle: NEFTuneHandle | None = None
         # of an apply_neftune that was in force before
         self.lent: Settings | None = None
+        self.watch()
+
+    def watch(self) -> None:
+        """What a trainer needs beside its callback's methods, in every process that has one."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.watch()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the noise that is on: a copy, and another process's, begins with none."""

@@ -7,14 +7,12 @@ Nothing here changes transformers until a NEFTuneCallback is made or patch_train
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..noise import refuse_unknown
-from ..schedules import Schedule
 from .apply import apply_neftune
 from .handle import NEFTuneHandle
 from .training import LOG_PREFIX, TrainingNoise
@@ -51,39 +49,7 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
         True
     """
 
-    def __init__(
-        self,
-        noise_alpha: float | Schedule | None = 5.0,
-        *,
-        log_stats: bool = True,
-        embedding: str | nn.Module | None = None,
-        samples: Callable[[dict[str, Any]], Any] | None = None,
-        replica: int | None = None,
-        noise_without_grad: bool = False,
-        distribution: str = "uniform",
-        equal_variance: bool = True,
-        backend: str | None = None,
-        fused: bool | None = None,
-        **unknown: NoReturn,
-    ) -> None:
-        if unknown:
-            refuse_unknown("NEFTuneCallback", unknown)
-        options = {
-            "embedding": embedding,
-            "samples": samples,
-            "replica": replica,
-            "noise_without_grad": noise_without_grad,
-            "distribution": distribution,
-            "equal_variance": equal_variance,
-            "backend": backend,
-            "fused": fused,
-        }
-        TrainingNoise.__init__(self, noise_alpha, log_stats, options)
-        _watch_training()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled in another process (spawn, Ray), it watches for crashes there too."""
-        self.__dict__.update(state)
+    def watch(self) -> None:
         _watch_training()
 
     def on_train_begin(
