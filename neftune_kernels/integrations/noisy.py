@@ -45,6 +45,12 @@ def _without_noise(site: Site, module: nn.Module, reason: str) -> None:
         site.state.skipped_last = reason
 
 
+def _padding_idx(embedding: nn.Module) -> int:
+    """As the operators take it: -1 for none."""
+    found: int | None = getattr(embedding, "padding_idx", None)
+    return -1 if found is None else found
+
+
 def _given(
     site: Site,
     module: nn.Module,
@@ -86,8 +92,7 @@ def _given(
         if first is None:
             raise RuntimeError(NO_GRAD if state.skipped_last == "no grad" else CHANGED)
         return first._replace(noise=first.noise._replace(seed=seed))
-    padding = getattr(base, "padding_idx", None)
-    samples, follows = site.samples(forwards, input, -1 if padding is None else padding)
+    samples, follows = site.samples(forwards, input, _padding_idx(base))
     scale, divisor = site.outer_scale(forwards)
     alpha = state.alpha if divisor == 1 else state.alpha / divisor
     if is_dtensor(shared) or (weight is not None and type(weight) not in PLAIN_WEIGHTS):
@@ -97,8 +102,7 @@ def _given(
     noise = make_noise(alpha, seed, None, offsets, state.variant, state.backend)
     # Dynamo would compile anew for each value that it reads
     noise_alpha = 0.0 if compiling else state.noise_alpha / divisor
-    given = Given(samples, noise, noise_alpha, scale, follows)
-    return given._replace(key=key)
+    return Given(samples, noise, noise_alpha, scale, follows, key)
 
 
 def _on(device: torch.device, samples: Samples) -> Samples:
@@ -236,9 +240,8 @@ def add_noise_behind(
         scale = scale_of(forwards)
         return None if scale == 1 else output * scale
     embedded = output if given.scale == 1 else output * given.scale
-    base: Any = module if site.base is None else site.base
-    padding = getattr(base, "padding_idx", None)
-    samples = real_tokens(input, -1 if padding is None else padding, given.samples)
+    base = module if site.base is None else site.base
+    samples = real_tokens(input, _padding_idx(base), given.samples)
     if is_dtensor(embedded):
         noisy = dtensor_with_noise(embeds_with_noise, embedded, samples, given.noise)
     else:
