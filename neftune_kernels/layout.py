@@ -435,3 +435,22 @@ def by_document(layout: Layout, document: Tensor, shape: torch.Size | tuple[int,
         layout.position,
         torch.full((rows,), columns, dtype=torch.int64, device=document.device),
     )
+
+
+def picked(
+    layout: Layout, shape: torch.Size | tuple[int, ...], before: int, time_first: bool
+) -> Layout:
+    """Of the tokens from column `before` on, stored as (T, B) if `time_first`; `layout` is
+    by_document of all tokens (..., T).
+    """
+    rows, columns = rows_and_columns(shape)
+    assert layout.document is not None
+    position = layout.position
+    if position is None:
+        position = torch.arange(columns, device=layout.document.device).expand(rows, columns)
+    document, position = (
+        values.reshape(rows, columns)[:, before:] for values in (layout.document, position)
+    )
+    if time_first:
+        document, position = document.t(), position.t()
+    return Layout(document.reshape(-1), position.reshape(-1), layout.lengths)

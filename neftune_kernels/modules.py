@@ -20,7 +20,7 @@ from .noise import (
     make_noise,
     refuse_unknown,
 )
-from .samples import UNSAID, Samples
+from .samples import UNSAID, Samples, time_first
 
 HUGGING_FACE_MARK = (
     "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
@@ -30,6 +30,12 @@ TWO_NOISES = (
     "neftune_noise_alpha=None in the training "
     "arguments, or take neftune_kernels off the model"
 )
+
+
+def check_batch_first(batch_first: Any) -> bool:
+    if not isinstance(batch_first, bool):
+        raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
+    return batch_first
 
 
 class NEFTuneEmbedding(nn.Embedding):
@@ -55,6 +61,9 @@ class NEFTuneEmbedding(nn.Embedding):
             all ranks, which a plain weight does not show; beside a group of some ranks a plain
             weight leaves it open, and a noisy forward raises RuntimeError.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
+        batch_first: False: ids are (T, B) and columns are samples, nn.LSTM's and nn.Transformer's
+            word. Masks and position ids are then (T, B) too, lengths (B,), cu_seqlens is refused.
+            The noise is the transposed call's, bit for bit.
 
     Shape:
         input (..., T) int32 or int64 → (..., T, embedding_dim).
@@ -92,10 +101,12 @@ class NEFTuneEmbedding(nn.Embedding):
         equal_variance: bool = True,
         replica: int | None = None,
         backend: str | None = None,
+        batch_first: bool = True,
         **unknown: NoReturn,
     ) -> None:
         if unknown:
             refuse_unknown("NEFTuneEmbedding", unknown)
+        check_batch_first(batch_first)
         alpha = check_alpha(noise_alpha)  # refuse before anything is allocated
         check_variant(distribution, equal_variance, 1)
         embed_scale = check_scale(embed_scale)
@@ -124,6 +135,9 @@ class NEFTuneEmbedding(nn.Embedding):
         self.equal_variance = equal_variance
         self.replica = replica
         self.backend = backend
+        self.batch_first = batch_first
+
+    batch_first = True  # of modules that were pickled before there was the word
 
     @property
     def noise_alpha(self) -> float:
@@ -190,12 +204,16 @@ class NEFTuneEmbedding(nn.Embedding):
             and noise_mask is None
         ):
             samples = Samples(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
+        turn = not self.batch_first
         own_sign = type(sign) is int and sign == 1
         if not with_noise:  # checks are host time, but what noise would refuse is refused
             if not own_sign:
                 check_variant(self.distribution, self.equal_variance, sign)
             if samples is not UNSAID:
-                samples.check(input.shape, input.device)
+                if turn:
+                    time_first(samples, input.shape).check(input.t().shape, input.device)
+                else:
+                    samples.check(input.shape, input.device)
             embedded = F.embedding(  # as nn.Embedding's forward, without one more frame
                 input,
                 self.weight,
@@ -208,6 +226,8 @@ class NEFTuneEmbedding(nn.Embedding):
             return embedded if self.embed_scale == 1 else embedded * self.embed_scale
         if HUGGING_FACE_MARK in self.__dict__:
             raise RuntimeError(TWO_NOISES)
+        if turn:
+            samples = time_first(samples, input.shape)
         noise = self._noise
         if replica is None and self.replica is None and GROUPS.WORLD is not None:
             replica = module_replica(self) or None
@@ -232,6 +252,7 @@ class NEFTuneEmbedding(nn.Embedding):
         equal_variance: bool = True,
         replica: int | None = None,
         backend: str | None = None,
+        batch_first: bool = True,
         **unknown: NoReturn,
     ) -> "NEFTuneEmbedding":
         """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training
@@ -275,6 +296,7 @@ class NEFTuneEmbedding(nn.Embedding):
             equal_variance=equal_variance,
             replica=replica,
             backend=backend,
+            batch_first=batch_first,
         )
         module.weight = embedding.weight
         return module.train(embedding.training)
@@ -315,7 +337,7 @@ class NEFTuneEmbedding(nn.Embedding):
         **noise: Any,
     ) -> "NEFTuneEmbedding":
         """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution,
-        equal_variance, replica, backend.
+        equal_variance, replica, backend, batch_first.
 
         Example:
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
@@ -351,4 +373,6 @@ class NEFTuneEmbedding(nn.Embedding):
             parts.append(f"replica={self.replica}")
         if self.backend is not None:
             parts.append(f"backend={self.backend!r}")
+        if not self.batch_first:
+            parts.append("batch_first=False")
         return ", ".join(parts)

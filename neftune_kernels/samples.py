@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .layout import ROWS, Layout, by_document, check_layout
+from .layout import ROWS, Layout, by_document, check_layout, picked
+
+PER_TOKEN = ("attention_mask", "position_ids", "noise_mask")  # shaped as the ids
 
 
 class Samples(NamedTuple):
@@ -22,11 +24,13 @@ class Samples(NamedTuple):
         None  # nothing else is said: tokens equal to padding_idx are padding
     )
     padding_idx: int = -1
+    time_first: bool = False  # the tokens are stored (T, B); all that is said is of (B, T)
+    before: int = 0  # columns of the attention_mask before the tokens: a cache's
 
     @property
     def unsaid(self) -> bool:
         """Whether nothing is said at all."""
-        return self.noise_mask is None and self.padding_unsaid
+        return self.noise_mask is None and self.padding_unsaid and not self.time_first
 
     @property
     def padding_unsaid(self) -> bool:
@@ -49,6 +53,8 @@ class Samples(NamedTuple):
             and self.position_ids is None
             and self.noise_mask is None
             and self.padded_ids is None
+            and not self.time_first
+            and not self.before
         )
 
     def at(self, place: Callable[[Tensor], Tensor], shape: torch.Size) -> "Samples":
@@ -59,6 +65,12 @@ class Samples(NamedTuple):
         if self.lengths is not None:
             token = torch.arange(shape[-1], device=self.lengths.device)
             said = self._replace(attention_mask=token < self.lengths[..., None], lengths=None)
+        if self.cu_seqlens is not None:  # numbered; a document that goes on in a row is another
+            token = torch.arange(shape.numel(), device=self.cu_seqlens.device)
+            number = torch.searchsorted(self.cu_seqlens.long(), token, right=True).view(shape)
+            said = self._replace(attention_mask=number, cu_seqlens=None)
+        if self.before and self.attention_mask is not None:
+            said = self._replace(attention_mask=self.attention_mask[..., self.before :], before=0)
         fields: dict[str, Any] = {
             name: place(value.expand(shape))
             for name in ("attention_mask", "position_ids", "noise_mask")
@@ -74,6 +86,38 @@ class Samples(NamedTuple):
 
 
 UNSAID = Samples()
+
+
+def time_first(samples: Samples, shape: torch.Size) -> Samples:
+    """What is said of ids (T, B), whose columns are samples, by masks and position ids shaped as
+    they are, lengths (B,).
+    """
+    check_time_first(shape)
+    if samples.cu_seqlens is not None:
+        raise ValueError(
+            "cu_seqlens bounds documents of flattened rows: with batch_first=False, where columns "
+            "are samples, give attention_mask or lengths"
+        )
+    given = {name: getattr(samples, name) for name in PER_TOKEN}
+    for name, value in given.items():
+        fits = (shape, (shape[0], 1)) if name == "position_ids" else (shape,)
+        if isinstance(value, Tensor) and value.shape not in fits:
+            raise ValueError(
+                f"{name} must have the shape {tuple(shape)} of the ids, which batch_first=False "
+                f"takes for (T, B), got {tuple(value.shape)}"
+            )
+    turned: dict[str, Any] = {
+        name: v.t() if isinstance(v, Tensor) else v for name, v in given.items()
+    }
+    return samples._replace(**turned, time_first=True)
+
+
+def check_time_first(shape: torch.Size) -> None:
+    if len(shape) != 2:
+        raise ValueError(
+            f"batch_first=False takes ids of shape (T, B), got {tuple(shape)}: reshape them, or "
+            "leave batch_first=True where rows are samples"
+        )
 
 
 def said(
@@ -99,7 +143,8 @@ def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Sample
     """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
     if padding_idx < 0 or not samples.padding_unsaid:
         return samples
-    return Samples(noise_mask=samples.noise_mask, padded_ids=input_ids, padding_idx=padding_idx)
+    ids = input_ids.t() if samples.time_first else input_ids
+    return samples._replace(padded_ids=ids, padding_idx=padding_idx)
 
 
 def make_layout(
@@ -114,22 +159,32 @@ def make_layout(
     """
     if samples.unsaid:
         return ROWS
+    before, is_turned = samples.before, samples.time_first
+    if is_turned:
+        check_time_first(shape)
+        shape = torch.Size((shape[1], shape[0]))
+    if before:
+        shape = torch.Size((*shape[:-1], shape[-1] + before))
     position_ids = samples.check(shape, device)
-    if samples.noise_mask is None:
+    noise_mask = samples.noise_mask
+    if noise_mask is None and not is_turned and not before:
         return _layout_of_samples(samples, position_ids, backend)
     layout = ROWS
     if not samples.padding_unsaid:
         layout = _layout_of_samples(samples, position_ids, backend, per_token=True)
+    if noise_mask is None:
+        noise_mask = torch.ones((), dtype=torch.bool, device=device).expand(shape)
     document = torch.ops.neftune_kernels.noisy_documents(
-        samples.noise_mask.detach(), *layout, position_offset
+        noise_mask.detach(), *layout, position_offset
     )
-    return by_document(layout, document, shape)
+    layout = by_document(layout, document, shape)
+    return picked(layout, shape, before, is_turned) if before or is_turned else layout
 
 
 def _layout_of_samples(
     samples: Samples, position_ids: Tensor | None, backend: Backend, per_token: bool = False
 ) -> Layout:
-    """make_layout but for the noise mask, which needs masks numbered token by token.
+    """make_layout but for what needs masks numbered token by token: noise masks, (T, B), caches.
 
     Kernels that number documents read any strides and mask dtype.
     """

@@ -712,7 +712,17 @@ def test_variants_reach_the_model():
             return self.embed(input_ids)
 
     own = Own()
-    apply_neftune(own, 5.0, embedding="embed")
+    handle = apply_neftune(own, 5.0, embedding="embed")
+    with pytest.warns(
+        UserWarning, match=r'noise_mask.*samples=\{"attention_mask": "attention_mask"'
+    ):
+        own(ids, mask, prompt)
+    torch.manual_seed(7)
+    assert torch.equal(
+        own(ids, None, prompt),
+        noisy_embedding(ids, own.embed.weight, 5.0, seed=given["seed"], noise_mask=prompt),
+    )
+    handle.samples = {"attention_mask": "attention_mask", "noise_mask": "noise_mask"}
     torch.manual_seed(7)
     assert torch.equal(
         own(ids, mask, prompt),

@@ -2,11 +2,13 @@
 magnitude; eval untouched.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from neftune_kernels import NEFTuneEmbedding, apply_neftune, neftune_noise
+from neftune_kernels import NEFTuneEmbedding, apply_neftune, neftune_noise, noisy_embedding
 from neftune_kernels.integrations.running import RUNNING
 
 transformers = pytest.importorskip("transformers")
@@ -477,9 +479,14 @@ def test_shards_of_a_sequence_through_apply_neftune():
 
 
 def test_own_module_that_tells_nothing_warns_and_names_the_remedy():
-    with pytest.warns(UserWarning, match=r"takes an attention_mask.*samples="):
-        apply_neftune(Own(), embedding="parts.embed")
     ids, mask = batch("right")
+    model = Own()
+    apply_neftune(model, embedding="parts.embed")
+    paste = (
+        r'keep \(3, 8\).*samples=\{"attention_mask": "keep"\}.*"key_padding_mask".*if True means'
+    )
+    with pytest.warns(UserWarning, match="takes an attention_mask.*" + paste):
+        model(ids, mask)
     model = Own()
     apply_neftune(model, embedding="parts.embed", samples=lambda given: 5)
     with pytest.raises(
@@ -584,32 +591,35 @@ def test_a_mask_that_the_outer_model_keeps_to_itself():
     assert (handle.stats()["length_min"], handle.stats()["length_max"]) == (2, 8)
 
 
-def test_models_that_look_up_time_first_are_refused():
+def test_models_that_look_up_time_first():
+    """XLNet, and one of one's own: samples are the columns there."""
+    torch.manual_seed(0)
     config = transformers.XLNetConfig(
-        vocab_size=VOCAB, d_model=HIDDEN, n_layer=1, n_head=2, d_inner=32
+        vocab_size=VOCAB, d_model=HIDDEN, n_layer=1, n_head=2, d_inner=32, dropout=0.0
     )
-    with pytest.raises(
-        ValueError, match=r"XLNetModel looks tokens up time first.*add_noise.*as inputs_embeds"
-    ):
-        apply_neftune(transformers.XLNetModel(config))
 
     class TimeFirst(nn.Module):
         def __init__(self):
             super().__init__()
             self.embed = nn.Embedding(VOCAB, HIDDEN)
 
+        def get_input_embeddings(self):
+            return self.embed
+
         def forward(self, input_ids, attention_mask=None):
             return self.embed(input_ids.permute(1, 0))
 
     ids, mask = batch("right")
-    model = TimeFirst()
-    apply_neftune(model, embedding="embed")
-    with pytest.warns(
-        UserWarning,
-        match=r"attention_mask of shape \(3, 8\) does not fit the embedding's input \(8, "
-        r"3\).*samples=",
-    ):
-        model(ids, mask)
+    for model in (transformers.XLNetModel(config).train(), TimeFirst()):
+        apply_neftune(model)
+        embedding = model.get_input_embeddings()
+        with Recorded(embedding) as (out,), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(ids, attention_mask=mask)
+        expected = noisy_embedding(
+            ids, embedding.weight, 5.0, attention_mask=mask, seed=last_seed(embedding)
+        )
+        assert torch.equal(out[0], expected.transpose(0, 1))
 
 
 class Scaled(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neftune_kernels import apply_neftune, noisy_embedding
-from neftune_kernels.integrations.arguments import from_arguments, trailing_padding
+from neftune_kernels.integrations.arguments import Padding, from_arguments, tail
 
 transformers = pytest.importorskip("transformers")
 
@@ -130,16 +130,16 @@ def test_precedence():
     others = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
     warned = []
     given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "position_ids": others}
-    told = from_arguments(given, None, warned.append)
+    told = from_arguments(given, Padding(), warned.append)
     assert told.position_ids.equal(others) and told.attention_mask.equal(torch.ones_like(IDS))
     given["seq_idx"] = NUMBERS
     assert (
-        from_arguments(given, None, warned.append)
+        from_arguments(given, Padding(), warned.append)
         .attention_mask.unique(return_inverse=True)[1]
         .equal(NUMBERS - 1)
     )
     given["cu_seq_lens_q"] = torch.tensor([0, 1, 12])
-    assert from_arguments(given, None, warned.append).attention_mask.equal(
+    assert from_arguments(given, Padding(), warned.append).attention_mask.equal(
         torch.tensor([[1] + [2] * 11])
     )
     assert not warned
@@ -163,7 +163,7 @@ def test_tokens_appended_by_pad_to_multiple_of_are_no_documents(way, pad_token_i
         "position_ids": {"position_ids": positions},
         "position_ids of 3 axes": {"position_ids": positions.expand(3, 1, 16)},
     }[way]
-    told = from_arguments({"input_ids": ids, **given}, pad_token_id, pytest.fail)
+    told = from_arguments({"input_ids": ids, **given}, Padding(pad_token_id), pytest.fail)
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
     mask = torch.cat((NUMBERS, torch.zeros(1, 4, dtype=torch.int64)), 1)
     out = noisy_embedding(
@@ -174,14 +174,14 @@ def test_tokens_appended_by_pad_to_multiple_of_are_no_documents(way, pad_token_i
 
 def test_a_last_document_of_one_real_token_stays():
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]])
-    told = from_arguments({"input_ids": IDS, "position_ids": positions}, 0, pytest.fail)
+    told = from_arguments({"input_ids": IDS, "position_ids": positions}, Padding(0), pytest.fail)
     assert bool(told.attention_mask.all())
     for given in (
         {"position_ids": positions[:, :1]},
         {"seq_idx": positions[:, :1]},
         {"cu_seq_lens_q": torch.tensor([0, 1])},
     ):
-        single = from_arguments({"input_ids": IDS[:, :1], **given}, None, pytest.fail)
+        single = from_arguments({"input_ids": IDS[:, :1], **given}, Padding(), pytest.fail)
         assert bool(single.attention_mask.all())
 
 
@@ -190,13 +190,13 @@ def test_shifted_labels_of_a_decoder():
     start token.
     """
     ids = torch.tensor([[0, 5, 6, 7], [0, 5, 0, 0], [0, 5, 0, 6], [0, 0, 0, 0]])
-    assert trailing_padding(ids, 0).attention_mask.long().tolist() == [
+    assert (~tail(ids, Padding(0))).long().tolist() == [
         [1, 1, 1, 1],
         [1, 1, 0, 0],
         [1, 1, 1, 1],
         [1, 0, 0, 0],
     ]
-    assert trailing_padding(ids, None).unsaid
+    assert not tail(ids, Padding()).any()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,9 @@ def test_shifted_labels_of_a_decoder():
     ],
 )
 def test_numbered_masks_count_beside_what_does_not_restart(given):
-    told = from_arguments({"input_ids": IDS, "attention_mask": NUMBERS, **given}, None, pytest.fail)
+    told = from_arguments(
+        {"input_ids": IDS, "attention_mask": NUMBERS, **given}, Padding(), pytest.fail
+    )
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
     assert torch.equal(
         noisy_embedding(IDS, weight, 5.0, attention_mask=told.attention_mask, seed=0),
@@ -223,7 +225,7 @@ def test_holes_split_no_document_of_3_axes():
             "attention_mask": mask,
             "position_ids": torch.arange(12).expand(3, 1, 12),
         },
-        None,
+        Padding(),
         pytest.fail,
     )
     assert told.attention_mask.unique().numel() == 2 and torch.equal(
@@ -279,7 +281,7 @@ def test_bad_bounds_are_refused():
 )
 def test_what_cannot_be_read_warns(given, message):
     warned = []
-    told = from_arguments({"input_ids": ROWS, **given}, None, warned.append)
+    told = from_arguments({"input_ids": ROWS, **given}, Padding(), warned.append)
     assert len(warned) == 1 and told.unsaid
     assert re.search(message, warned[0])
 
@@ -290,7 +292,7 @@ BRANCHES = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]])  # two answers t
 def test_branches_of_a_prefix_tree_warn():
     warned = []
     given = {"input_ids": IDS, "attention_mask": torch.zeros(1, 1, 12, 12)}
-    told = from_arguments({**given, "position_ids": BRANCHES}, None, warned.append)
+    told = from_arguments({**given, "position_ids": BRANCHES}, Padding(), warned.append)
     assert len(warned) == 1 and "branch" in warned[0], "position ids do tell: none of the mask"
     assert told.position_ids is not None and bool(told.attention_mask.all())
     warned.clear()
@@ -299,14 +301,14 @@ def test_branches_of_a_prefix_tree_warn():
     shard = torch.tensor([[2, 3, 4, 5, 10, 11, 12, 13, 2, 3, 4, 5]])
     for position_ids, beside in ((POSITIONS, None), (padded, mask), (shard, None)):
         arguments = {"input_ids": IDS, "attention_mask": beside, "position_ids": position_ids}
-        from_arguments(arguments, None, warned.append)
+        from_arguments(arguments, Padding(), warned.append)
     assert not warned
 
 
 @pytest.mark.parametrize("name", ["input_ids", "piece_ids"])
 def test_a_mask_that_is_no_tensor_always_warns(name):
     warned = []
-    told = from_arguments({name: ROWS, "attention_mask": object()}, None, warned.append)
+    told = from_arguments({name: ROWS, "attention_mask": object()}, Padding(), warned.append)
     assert told.unsaid and len(warned) == 1
     assert re.search(r"\(object\).*samples=.*handle\.told", warned[0])
 

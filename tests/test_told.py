@@ -281,7 +281,6 @@ PLACES = {
     "a chunk, copied": lambda ids: (ids[:, 2:5].clone(), lambda mask: mask[:, 2:5]),
     "rows": lambda ids: (ids[1:], lambda mask: mask[1:]),
     "reordered": lambda ids: (ids[[2, 0, 1]], lambda mask: mask[[2, 0, 1]]),
-    "transposed": lambda ids: (ids.t(), lambda mask: mask.t()),
     "a window": lambda ids: (F.pad(ids, (0, 4)), lambda mask: F.pad(mask, (0, 4))),
 }
 
@@ -296,6 +295,16 @@ def test_where_the_ids_lie_decides(name, word):
         out = called(model, ids)
     said = {"noise_mask" if word == "noise_mask" else "attention_mask": of(KEEP)}
     assert torch.equal(out, expected(model, ids, **said))
+
+
+@pytest.mark.parametrize("of", [torch.Tensor.t, lambda ids: ids.t().contiguous()])
+@pytest.mark.parametrize("word", ["attention_mask", "lengths", "noise_mask"])
+def test_transposed_ids_keep_their_samples(of, word):
+    model, handle = built()
+    said = {word: KEEP.sum(1) if word == "lengths" else KEEP}
+    with handle.told(input_ids=IDS, **said):
+        out = called(model, of(IDS))
+    assert torch.equal(out, expected(model, **said).transpose(0, 1))
 
 
 def test_told_is_heard_where_no_forward_is():

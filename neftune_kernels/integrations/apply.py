@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from torch import nn
 
+from ..modules import check_batch_first
 from ..noise import check_alpha, check_variant, check_word, refuse_unknown
 from .factors import check_surroundings
 from .find import Found, chains, find_embeddings, path_of
@@ -31,6 +32,7 @@ def apply_neftune(
     equal_variance: bool = True,
     backend: str | None = None,
     fused: bool | None = None,
+    batch_first: bool = True,
     **unknown: NoReturn,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
@@ -71,6 +73,10 @@ def apply_neftune(
             the hook, for tools that look at the exact class (Opacus, quantize_dynamic,
             torch.jit.script, FSDP policies by class). True: refuse where it cannot be one pass. The
             noise is the same, bit for bit.
+        batch_first: False: the model's ids are (T, B) and their columns are samples. Masks and
+            position ids are then (T, B) as the ids, key_padding_mask is (B, T), lengths are (B,),
+            cu_seqlens are refused. Where nobody says so and a module with batch_first=False of its
+            own is given the embeddings as they were looked up, a warning does.
 
     Returns:
         A handle with the settings, stats() and remove(); also a context manager, which takes the
@@ -107,6 +113,7 @@ def apply_neftune(
         variant=check_variant(distribution, equal_variance, 1),
         samples=check_samples(samples),
         fused=check_fused(fused),
+        batch_first=check_batch_first(batch_first),
     )
     path = path_of(model, embedding)
     found = find_embeddings(model, path, fused)

@@ -6,7 +6,7 @@ position_ids (of one, three or four axes), attention_mask, all of these padded, 
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,26 +33,46 @@ def tells_samples(model: nn.Module) -> bool:
     return any(name in KNOWN_NAMES for name in parameter_names(model))
 
 
-def from_arguments(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
-    """What the arguments say, and the model's own noise_mask if it has one."""
+class Padding(NamedTuple):
+    """What a model's config calls padding."""
+
+    token: int | None = None  # pad_token_id
+    is_end: bool = False  # it is the token that ends a sample, too
+
+
+def from_arguments(given: dict[str, Any], padding: Padding, warn: Warn) -> Samples:
+    """What the arguments say, and the model's own noise_mask if it has one and no attention_mask:
+    others may mean something else by the word.
+    """
+    samples = _told(given, padding, warn)
     noise_mask = given.get("noise_mask")
-    samples = _told(given, pad_token_id, warn)
-    return samples._replace(noise_mask=noise_mask) if isinstance(noise_mask, Tensor) else samples
+    if not isinstance(noise_mask, Tensor):
+        return samples
+    if given.get("attention_mask") is None:
+        return samples._replace(noise_mask=noise_mask)
+    if noise_mask.shape == given["attention_mask"].shape:
+        warn(NOISE_MASK)
+    return samples
 
 
-def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Samples:
+NOISE_MASK = (
+    "noise_mask beside an attention_mask may be anything, so NEFTune does not read it: if it says "
+    'which tokens get noise, samples={"attention_mask": "attention_mask", "noise_mask": '
+    '"noise_mask"}'
+)
+
+
+def _told(given: dict[str, Any], padding: Padding, warn: Warn) -> Samples:
     """The first of cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask; what
     cannot be read warns.
-
-    A mask longer than the ids (a cache before them) counts by its last columns.
     """
-    own = [name for name in ("lengths", "cu_seqlens") if isinstance(given.get(name), Tensor)]
     mask, position_ids, input_ids = (
         given.get("attention_mask"),
         given.get("position_ids"),
         given.get("input_ids"),
     )
-    if own:
+    own = [name for name in ("lengths", "cu_seqlens") if isinstance(given.get(name), Tensor)]
+    if own and mask is None:
         return Samples(**{name: given[name] for name in own})
     if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
         if mask is None or isinstance(mask, Tensor):
@@ -62,35 +82,74 @@ def _told(given: dict[str, Any], pad_token_id: int | None, warn: Warn) -> Sample
     bounds, number = given.get("cu_seq_lens_q"), given.get("seq_idx")
     others = any(isinstance(other, Tensor) for other in (bounds, number, position_ids))
     mask = _two_axes(mask, input_ids, _nothing if others and isinstance(mask, Tensor) else warn)
+    before = 0 if mask is None else mask.shape[-1] - input_ids.shape[-1]
+    if before and not others:
+        return Samples(attention_mask=mask, before=before)
+    if mask is not None and before:  # position ids tell of the documents that go on in a cache
+        mask = mask[..., before:]
     if isinstance(bounds, Tensor):
-        return _from_bounds(bounds, input_ids, pad_token_id)
+        return _from_bounds(bounds, mask, input_ids, padding)
     if isinstance(number, Tensor):
         if number.shape == input_ids.shape:
             return Samples(
-                attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id)
+                attention_mask=_without_tail(number, _opens(number), mask, input_ids, padding)
             )
         warn(
             f"seq_idx of shape {tuple(number.shape)} does not fit input_ids "
             f"{tuple(input_ids.shape)}: NEFTune does not use it"
         )
     if isinstance(position_ids, Tensor):
-        return _from_position_ids(position_ids, mask, input_ids, pad_token_id, warn)
+        return _from_position_ids(position_ids, mask, input_ids, padding, warn)
     return Samples(attention_mask=mask)
 
 
 def _two_axes(mask: Any, input_ids: Tensor, warn: Warn) -> Tensor | None:
-    columns = input_ids.shape[-1]
+    """The mask (batch, tokens), the columns of PEFT's virtual tokens taken off, those of a cache
+    left in front.
+    """
     if mask is None:
         return None
+    columns = input_ids.shape[-1]
     if isinstance(mask, Tensor) and mask.dim() == 1 and mask.shape == input_ids.shape:
         return mask
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[-1] >= columns:
-        return mask[:, mask.shape[-1] - columns :]
+    if (
+        isinstance(mask, Tensor)
+        and mask.dim() == 2
+        and mask.shape[-1] >= columns
+        and mask.shape[:-1] == input_ids.shape[:-1]
+    ):
+        excess = mask.shape[-1] - columns
+        if not excess:
+            return mask
+        if torch.compiler.is_compiling():
+            return mask[:, excess:]
+        virtual = min(virtual_tokens(), excess)
+        if excess > virtual:
+            warn(CACHE.format(mask=mask.shape[-1], ids=columns, before=excess - virtual))
+        return mask[:, virtual:]
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     warn(NO_MASK.format(shape=shape))
     return None
 
 
+def virtual_tokens() -> int:
+    """How many a running PEFT model of prompt learning puts in front of the tokens."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            config = getattr(frame.f_locals["self"], "active_peft_config", None)
+            if getattr(config, "is_prompt_learning", False):
+                return int(config.num_virtual_tokens)  # type: ignore[union-attr]
+        frame = frame.f_back
+    return 0
+
+
+CACHE = (
+    "an attention_mask of {mask} columns beside {ids} tokens: NEFTune takes the {before} columns "
+    "before them for a cache and counts its tokens in the samples' lengths. If they are none of "
+    "the samples' tokens, pass a mask of the tokens alone with "
+    "apply_neftune(..., samples=...) or handle.told(...)"
+)
 NO_MASK = (
     "an attention_mask that is not (batch, tokens) ({shape}) does not tell NEFTune the samples' "
     "lengths: every token but padding_idx counts as real. Pass the model a 2-D attention_mask or "
@@ -126,48 +185,61 @@ def _opens(number: Tensor) -> Tensor:
 
 
 def _without_tail(
-    number: Tensor, opens: Tensor, mask: Tensor | None, input_ids: Tensor, pad_token_id: int | None
+    number: Tensor, opens: Tensor, mask: Tensor | None, input_ids: Tensor, padding: Padding
 ) -> Tensor:
-    """Documents' numbers as a mask, 0 for padding; see _tail."""
+    """Documents' numbers as a mask, 0 for padding; see tail."""
     number = number - number.amin(-1, keepdim=True) + 1
+    cut = tail(input_ids, padding, opens, mask is not None)
     if mask is None:
-        return number * ~_tail(opens, input_ids, pad_token_id)
+        return number * ~cut
     if mask.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        return number * (mask != 0)
+        return number * ((mask != 0) & ~cut)
     mask = mask.long()  # it may number documents itself: a change of either number opens one
-    return (number * (mask.amax() + 1) + mask) * (mask != 0)
+    return (number * (mask.amax() + 1) + mask) * ((mask != 0) & ~cut)
 
 
-def _tail(opens: Tensor, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
-    """Tokens that pad_to_multiple_of appended to a batch without a mask: they look like documents
-    of one token each, at the row's end.
+def tail(
+    input_ids: Tensor, padding: Padding, opens: Tensor | None = None, masked: bool = False
+) -> Tensor:
+    """The padding at the rows' ends that no mask tells: runs of the padding token, of 0 where the
+    model names none.
 
-    So these are the trailing documents of one token that is the padding token or 0, or the row's
-    last token where the model names none.
+    opens: where documents open, so far as anything tells. Such a run is padding from the first
+    document that opens in it on: pad_to_multiple_of appends position ids 0, others count anew.
+    What goes on before is padding only where there is no mask that calls it real and the model
+    names its padding token; a token that ends samples too ends one there.
     """
-    alone = opens & torch.cat((opens[..., 1:], torch.ones_like(opens[..., :1])), dim=-1)
-    padding = (
-        input_ids == input_ids[..., -1:]
-        if pad_token_id is None
-        else (input_ids == pad_token_id) | (input_ids == 0)
-    )
-    kept = ~(alone & padding)
-    kept[..., :1] = True  # a row that is one token long is a sample
-    return kept.flip(-1).cumsum(-1).flip(-1) == 0
+    alike = input_ids == (0 if padding.token is None else padding.token)
+    run = alike.flip(-1).cummin(-1).values.flip(-1)
+    first = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0
+    run = run & ~first  # a row that is one token long is a sample
+    anew = None if opens is None else (run & opens).cummax(-1).values
+    if masked or padding.token is None:
+        return torch.zeros_like(run) if anew is None else anew
+    if not padding.is_end:
+        return run
+    inner = run & torch.cat((torch.zeros_like(run[..., :1]), run[..., :-1]), -1)
+    # where the whole row is the token, its first is what ends the sample
+    inner = inner | (run & alike[..., :1] & (run.sum(-1, keepdim=True) == run.shape[-1] - 1))
+    return inner if anew is None else inner | anew
 
 
-def _from_bounds(bounds: Tensor, input_ids: Tensor, pad_token_id: int | None) -> Samples:
+def _from_bounds(
+    bounds: Tensor, mask: Tensor | None, input_ids: Tensor, padding: Padding
+) -> Samples:
     """cu_seq_lens_q over the flattened tokens; the last documents may be padding."""
     flat = input_ids.reshape(-1)
     if not torch.compiler.is_compiling():
         check_cu_seqlens_values(bounds, flat.numel())
-    token = torch.arange(flat.numel(), device=flat.device)
-    number = torch.searchsorted(bounds.to(flat.device).long(), token, right=True)
     if (
         flat.numel() == 0 or flat.numel() != input_ids.shape[-1]
     ):  # several rows: no padding-free batch, and documents may go on in the next row
         return Samples(cu_seqlens=bounds)
-    outside = _tail(_opens(number), flat, pad_token_id) | (number == bounds.numel())
+    token = torch.arange(flat.numel(), device=flat.device)
+    number = torch.searchsorted(bounds.to(flat.device).long(), token, right=True)
+    outside = tail(flat, padding, _opens(number), mask is not None) | (number == bounds.numel())
+    if mask is not None:
+        outside = outside | (mask.reshape(-1) == 0)
     number = torch.where(outside, 0, number)
     return Samples(attention_mask=number.view(input_ids.shape))
 
@@ -176,7 +248,7 @@ def _from_position_ids(
     position_ids: Tensor,
     mask: Tensor | None,
     input_ids: Tensor,
-    pad_token_id: int | None,
+    padding: Padding,
     warn: Warn,
 ) -> Samples:
     if (
@@ -189,7 +261,7 @@ def _from_position_ids(
         else:  # temporal, height, width: all three are 0 at a document's first token alone
             number = (position_ids == 0).all(0).cumsum(-1)
             return Samples(
-                attention_mask=_without_tail(number, _opens(number), mask, input_ids, pad_token_id)
+                attention_mask=_without_tail(number, _opens(number), mask, input_ids, padding)
             )
     if position_ids.shape not in (input_ids.shape, (1, input_ids.shape[-1])):
         warn(
@@ -199,20 +271,9 @@ def _from_position_ids(
         return Samples(attention_mask=mask)
     if _has_branches(position_ids, mask):
         warn(BRANCH)
-    if mask is None and input_ids.numel():
+    if input_ids.numel():
         expanded = position_ids.expand(input_ids.shape)
         previous = torch.cat((expanded[..., :1] - 1, expanded[..., :-1]), dim=-1)
-        mask = ~_tail(expanded != previous + 1, input_ids, pad_token_id)
+        kept = ~tail(input_ids, padding, expanded != previous + 1, mask is not None)
+        mask = kept if mask is None else mask * kept
     return Samples(attention_mask=mask, position_ids=position_ids)
-
-
-def trailing_padding(input_ids: Tensor, pad_token_id: int | None) -> Samples:
-    """A decoder's shifted labels without a mask: real up to the last token that is not padding, the
-    start token always.
-    """
-    if pad_token_id is None or input_ids.dim() == 0:
-        return UNSAID
-    kept = input_ids != pad_token_id
-    real = kept.flip(-1).cumsum(-1).flip(-1) > 0
-    first = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0
-    return Samples(attention_mask=real | first)

@@ -25,9 +25,6 @@ SCALED_BY_EXPRESSION = re.compile(
 )
 
 
-TRANSPOSED = re.compile(r"\binput_ids\s*=\s*input_ids\.(transpose\(0, 1\)|t\(\))")
-
-
 LOOKS_UP_INSIDE = re.compile(
     r"get_input_embeddings\(\)\(|self\.\w+(\.\w+)*\.(embed_tokens|word_embeddings)\("
 )
@@ -138,20 +135,11 @@ def _flat(name: Any) -> tuple[Any, ...]:
 
 
 def check_surroundings(model: nn.Module, found: list[Found]) -> None:
-    """Models that multiply embeddings afterwards by something we cannot take over, or that look
-    tokens up time first.
-    """
+    """Models that multiply embeddings afterwards by something we cannot take over."""
     targets = {one.site for one in found}
     for name, module in model.named_modules():
         if module in targets:
             for parent, _ in ancestors_of(model, name):
-                if TRANSPOSED.search(_source_of_forward(parent)):
-                    raise ValueError(
-                        f"{type(parent).__name__} looks tokens up time first, (tokens, batch), so "
-                        f"its masks do not tell which tokens are "
-                        "real: pass it neftune_kernels.add_noise(embedding(input_ids), "
-                        "noise_alpha, attention_mask=...) as inputs_embeds"
-                    )
                 if SCALED_BY_EXPRESSION.search(_source_of_forward(parent)):
                     warnings.warn(
                         f"{type(parent).__name__} may multiply embeddings after looking them up, "

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..modules import NEFTuneEmbedding
+from .arguments import Padding
 
 COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 CHECKPOINT = ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper")
@@ -182,11 +183,19 @@ def decoder_of(model: nn.Module) -> Iterator[nn.Module]:
         yield from decoder.modules()
 
 
-def pad_token_id_of(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
-    found = getattr(config, "pad_token_id", None)
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
+def padding_of(model: nn.Module) -> Padding:
+    """What the outer config names, else that of its text model."""
+    outer = getattr(model, "config", None)
+    configs = [outer, getattr(outer, "get_text_config", lambda: None)()]
+    token = next((pad for pad in (_token(one, "pad_token_id") for one in configs) if pad), (None,))
+    ends = {end for one in configs for end in _token(one, "eos_token_id")}
+    return Padding(token[0], token[0] is not None and token[0] in ends)
+
+
+def _token(config: Any, name: str) -> tuple[int, ...]:
+    found = getattr(config, name, None)
+    listed = found if isinstance(found, (list, tuple)) else (found,)
+    return tuple(one for one in listed if type(one) is int and one >= 0)
 
 
 def find_embeddings(model: nn.Module, path: str | None, fused: bool | None = None) -> list[Found]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from .. import layout as layouts
 from ..backends import BACKENDS, choose_backend
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
-from ..modules import HUGGING_FACE_MARK, TWO_NOISES
+from ..modules import HUGGING_FACE_MARK, TWO_NOISES, check_batch_first
 from ..noise import check_alpha, check_variant, check_word
 from ..samples import make_layout
-from .find import Found, ancestors_of, decoder_of, find_embeddings, pad_token_id_of, snapshot
-from .listening import Listener, listeners_of, speakers
+from .arguments import Padding
+from .axes import Axes, reads_time_first, watch, watches
+from .find import Found, ancestors_of, decoder_of, find_embeddings, padding_of, snapshot
+from .listening import Listener, heard, listeners_of
 from .noisy import class_to_restore, make_noisy, make_plain
 from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
 from .telling import Read, check_samples, check_words
@@ -38,7 +41,7 @@ class _Wanted(NamedTuple):
 
     sites: list[Site]
     decoder: bool
-    pad_token_id: int | None
+    padding: Padding
 
 
 class _Before(NamedTuple):
@@ -52,8 +55,9 @@ class NEFTuneHandle:
     """What apply_neftune returns: change one setting, read statistics, undo.
 
     Settings: noise_alpha, sign, replica, noise_without_grad, distribution, equal_variance, backend,
-    samples and fused, as apply_neftune takes them. Any other attribute is refused. Also a context
-    manager: on exit the noise is gone, or is again what it was before this apply_neftune.
+    samples, fused and batch_first, as apply_neftune takes them. Any other attribute is refused.
+    Also a context manager: on exit the noise is gone, or is again what it was before this
+    apply_neftune.
     """
 
     __slots__ = (
@@ -158,6 +162,7 @@ class NEFTuneHandle:
         wrappers = [wrapper for one in found.values() for wrapper in (one.site, *one.wrappers)]
         self._wrappers = [(weakref.ref(wrapper), snapshot(wrapper)) for wrapper in wrappers]
         changed = self._listen(self._wanted(roots, found))
+        self._watch_axes(roots)
         self._places = _places(roots, found)
         _forget_compiled([*changes, (False, changed)])
 
@@ -176,11 +181,11 @@ class NEFTuneHandle:
                 # what is around is told the encoder's mask
                 inside = [parent for parent in around if id(parent) in decoders]
                 # samples= is asked of the outermost that runs
-                hooked = around if all_speak else speakers(inside or around) or inside[:1]
+                hooked = around if all_speak else heard(inside, around)
                 for parent in hooked:
                     if parent not in wanted:
-                        pad = pad_token_id_of(root)
-                        wanted[parent] = _Wanted([], id(parent) in decoders, pad)
+                        padding = padding_of(root)
+                        wanted[parent] = _Wanted([], id(parent) in decoders, padding)
                     site: Any = module._neftune
                     if site not in wanted[parent].sites:
                         wanted[parent].sites.append(site)
@@ -210,7 +215,7 @@ class NEFTuneHandle:
             listener = kept.get(model) or Listener(state, model)
             listener.sites[:] = how.sites
             listener.decoder = how.decoder
-            listener.pad_token_id = how.pad_token_id
+            listener.padding = how.padding
             changed |= listener.attach(model)
             for site in how.sites:
                 site.hooked = True
@@ -218,6 +223,20 @@ class NEFTuneHandle:
                 if lent is not None:
                     site.scaling = weakref.ref(model), lent.name
         return changed
+
+    def _watch_axes(self, roots: list[tuple[nn.Module, str | None]]) -> None:
+        """Where nobody said in which order the ids' axes are, hear how modules read them."""
+        state = self._live_state()
+        modules = self._modules()
+        worn = [one for module in modules for one in watches(module)]
+        axes = next((one for one in worn if one.state is state), None) or Axes(state)
+        inside = {module for root, _ in roots for module in root.modules()}
+        for module in modules:
+            for one in watches(module):
+                if one is not axes and (one.state.handle is None or self._is_ours(one.state)):
+                    watch(module, one, False)
+            wanted = state.batch_first and module in inside and reads_time_first(module)
+            watch(module, axes, wanted)
 
     def refresh(self) -> bool:
         """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a
@@ -242,6 +261,13 @@ class NEFTuneHandle:
             for reference, before in self._wrappers
         )
 
+    def warn(self, message: str) -> None:
+        """As a forward does that is being traced, which cannot itself."""
+        state = self._live_state()
+        if message not in state.warned:
+            state.warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
     def _live_state(self) -> State:
         if self._state is None:
             raise RuntimeError("this NEFTuneHandle was removed: call apply_neftune again")
@@ -260,6 +286,7 @@ class NEFTuneHandle:
     def settings(self, value: Settings) -> None:
         state = self._live_state()
         attach = value.fused != state.fused or (value.samples is None) != (state.read is None)
+        attach = attach or value.batch_first != state.batch_first
         state.assign(value)
         if attach:
             self._attach()
@@ -351,6 +378,14 @@ class NEFTuneHandle:
             find_embeddings(root, path, check_fused(value))  # refuses before anything changes
         self._set(fused=value)
 
+    @property
+    def batch_first(self) -> bool:
+        return self._live_state().batch_first
+
+    @batch_first.setter
+    def batch_first(self, value: bool) -> None:
+        self._set(batch_first=check_batch_first(value))
+
     # ---- samples
 
     @contextlib.contextmanager
@@ -422,6 +457,10 @@ class NEFTuneHandle:
             for listener in listeners_of(model)
             if self._is_ours(listener.state)
         ]
+        for module in modules:
+            for axes in watches(module):
+                if self._is_ours(axes.state):
+                    watch(module, axes, False)
         _forget_compiled([*changes, (False, any(unhooked))])
         self._state = None
 

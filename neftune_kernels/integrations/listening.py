@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import parameter_names, tells_samples
+from .arguments import Padding, parameter_names, tells_samples
 from .factors import Lent, factor_of_embeddings, may_call_embedding
 from .noisy import drop_hooks
-from .quirks import row_of
+from .quirks import pads_window, row_of, transposes
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
 
 MOVED = (
@@ -44,9 +44,12 @@ class Listener:
         self.name = type(model).__name__
         self.names = tuple(parameter_names(model))
         self.row = row_of(model)
+        self.tells = self.row is not None or tells_samples(model)
+        self.pads = pads_window(model)
+        self.transposes = transposes(model)
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
-        self.pad_token_id: int | None = None
+        self.padding = Padding()
         self.lent: Lent | None = None  # the number that this model multiplies embeddings by
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,6 +164,24 @@ def listeners_of(model: nn.Module) -> list[Listener]:
         if isinstance(owner, Listener):
             found[id(owner)] = owner
     return list(found.values())
+
+
+def heard(inside: list[nn.Module], around: list[nn.Module]) -> list[nn.Module]:
+    """Of the models around a site, the outermost first, those to be hooked; `inside` are those of
+    them that are a decoder or in one.
+
+    Beside the speakers the outermost, where it is nobody's that we know: it may be told of samples
+    in a dictionary, or by names that a warning can read out.
+    """
+    speaking = speakers(inside or around) or inside[:1]
+    outermost = around[:1]
+    if outermost and outermost[0] not in speaking and (not speaking or is_foreign(outermost[0])):
+        return [*outermost, *speaking]
+    return speaking
+
+
+def is_foreign(model: nn.Module) -> bool:
+    return type(model).__module__.split(".")[0] not in ("transformers", "peft")
 
 
 def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:

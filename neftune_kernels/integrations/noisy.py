@@ -26,7 +26,8 @@ from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
 from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
 from .find import Found, base_class, is_compiled, is_own_method
-from .running import RUNNING, Forward, NoisyCall, Site, State, is_ids, scale_of
+from .running import RUNNING, Forward, NoisyCall, Site, State, scale_of
+from .sequences import is_ids
 
 DATA_PARALLEL = (
     "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
@@ -78,6 +79,9 @@ def _given(
         raise RuntimeError(TWO_NOISES)
     if getattr(module, "_is_replica", False) and state.replica is None:
         raise RuntimeError(DATA_PARALLEL)
+    if site.reads_types(forwards, input):
+        _without_noise(site, module, "token_type_ids")
+        return None
     base: Any = module if site.base is None else site.base
     weight = getattr(base, "weight", None)
     shared: Any = weight if output is None or is_dtensor(weight) else output
@@ -125,6 +129,7 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
         return
     state = site.state
     state.calls += 1
+    state.embedded = noisy.shape
     state.outside = not RUNNING.forwards
     state.skipped_last = None
     # A quantised weight's own dtype says nothing.

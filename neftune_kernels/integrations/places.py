@@ -11,6 +11,7 @@ from ..torch_internals import transformed
 
 Place = Callable[[Tensor], Tensor]  # per-token values of the sequence → those of the lookup
 COMPARISONS = 1 << 24  # the most that reordered rows may cost
+CHUNKS = 64  # the most places that are compared with a chunk
 
 
 def same(values: Tensor) -> Tensor:
@@ -18,9 +19,15 @@ def same(values: Tensor) -> Tensor:
     return values
 
 
+def transposed(values: Tensor) -> Tensor:
+    """The place of ids (T, B) whose sequence is (B, T): samples are columns there."""
+    return values.t()
+
+
 def place(input: Tensor, ids: Tensor) -> Place | None:
     """By storage where the lookup's ids are the sequence or a view of it, else by value on the CPU:
-    the same, flattened, rows in another order, a chunk, or padded to a window.
+    the same, flattened, transposed, some rows in any order, a chunk, shifted by one, or padded to a
+    window.
 
     None: they are none of these, or it cannot be known without a synchronisation.
     """
@@ -46,6 +53,10 @@ def _by_storage(input: Tensor, ids: Tensor) -> Place | None:
     offset = input.storage_offset() - ids.storage_offset()
     if not offset and input.shape == ids.shape and input.stride() == ids.stride():
         return same
+    if not offset and input.dim() == ids.dim() == 2 and 1 not in ids.shape:
+        turned = ids.t()
+        if input.shape == turned.shape and input.stride() == turned.stride():
+            return transposed
     last = offset + sum(
         (size - 1) * step for size, step in zip(input.shape, input.stride(), strict=True)
     )
@@ -62,29 +73,60 @@ def _taken(number: Tensor) -> Place:
 
 def _by_value(input: Tensor, ids: Tensor) -> Place | None:
     if input.numel() == ids.numel():
-        # flattened or not, never transposed
+        # flattened or not
         if torch.equal(input.reshape(-1), ids.reshape(-1)) and (
             input.shape[-1] == ids.shape[-1] or 1 in (input.dim(), ids.dim())
         ):
             return lambda values: values.reshape(input.shape)
-        if input.shape == ids.shape:
-            return _reordered(input, ids)
+        if input.dim() == ids.dim() == 2 and torch.equal(input, ids.t()):
+            return transposed
+        if input.shape != ids.shape:
+            return None
+        return _rows(input, ids) or (_shifted(input, ids) if input.shape[-1] > 1 else None)
+    if input.dim() != ids.dim():
         return None
-    if input.dim() != ids.dim() or input.shape[:-1] != ids.shape[:-1]:
+    if input.shape[-1] == ids.shape[-1]:
+        return _rows(input, ids)
+    if input.shape[:-1] != ids.shape[:-1]:
         return None
     columns, own = ids.shape[-1], input.shape[-1]
     if own > columns:
         if not torch.equal(input[..., :columns], ids):
             return None
         return lambda values: torch.nn.functional.pad(values, (0, own - columns))
-    for start in (0, columns - own, *range(1, columns - own)):
+    return _chunk(input, ids)
+
+
+def _chunk(input: Tensor, ids: Tensor) -> Place | None:
+    """Some columns; of the places that hold the same ids, the first."""
+    own = input.shape[-1]
+    row, wanted = ids.reshape(-1, ids.shape[-1])[0], input.reshape(-1, own)[0]
+    could = row[: row.numel() - own + 1] == wanted[0]
+    could = could & (row[own - 1 :] == wanted[-1])
+    for start in could.nonzero().flatten()[:CHUNKS].tolist():
         if torch.equal(input, ids[..., start : start + own]):
-            return lambda values: values[..., start : start + own]
+            return _columns(start, own)
     return None
 
 
-def _reordered(input: Tensor, ids: Tensor) -> Place | None:
-    if input.dim() != 2 or input.shape[0] * input.numel() > COMPARISONS:
+def _columns(start: int, own: int) -> Place:
+    return lambda values: values[..., start : start + own]
+
+
+def _shifted(input: Tensor, ids: Tensor) -> Place | None:
+    """By one column to the right, as decoders' labels are, or to the left, as the targets of heads
+    that look ahead; the column that is new is its neighbour's.
+    """
+    if torch.equal(input[..., 1:], ids[..., :-1]):
+        return lambda values: torch.cat((values[..., :1], values[..., :-1]), -1)
+    if torch.equal(input[..., :-1], ids[..., 1:]):
+        return lambda values: torch.cat((values[..., 1:], values[..., -1:]), -1)
+    return None
+
+
+def _rows(input: Tensor, ids: Tensor) -> Place | None:
+    """Some of the rows, in any order."""
+    if input.dim() != 2 or ids.shape[0] * input.numel() > COMPARISONS:
         return None
     alike = (input[:, None] == ids[None]).all(-1)
     if not bool(alike.any(1).all()):

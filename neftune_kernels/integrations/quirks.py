@@ -72,9 +72,27 @@ ROWS: dict[tuple[str, str], Row] = {
 }
 
 
-def row_of(model: nn.Module) -> Row | None:
+# These look tokens up time first, (T, B).
+TRANSPOSED = frozenset({("transformers", "XLNetModel.forward")})
+# These look up the padding that they append to a window, apart from their tokens.
+PAD_WINDOWS = frozenset({("transformers", "LEDEncoder.forward")})
+
+
+def key_of(model: nn.Module) -> tuple[str, str]:
     forward = type(model).forward
     package = getattr(forward, "__module__", "").split(".")[0]
     if package == "transformers_modules":  # code that came with a checkpoint
         package = "transformers"
-    return ROWS.get((package, getattr(forward, "__qualname__", "")))
+    return package, getattr(forward, "__qualname__", "")
+
+
+def row_of(model: nn.Module) -> Row | None:
+    return ROWS.get(key_of(model))
+
+
+def transposes(model: nn.Module) -> bool:
+    return key_of(model) in TRANSPOSED
+
+
+def pads_window(model: nn.Module) -> bool:
+    return key_of(model) in PAD_WINDOWS

@@ -18,11 +18,13 @@ from ..backends import Backend
 from ..distributed import data_parallel_index
 from ..modules import HUGGING_FACE_MARK
 from ..noise import UNIFORM, Noise, Variant, check_alpha
-from ..samples import UNSAID, Samples, real_tokens
+from ..samples import UNSAID, Samples, check_time_first, real_tokens
 from ..torch_internals import asked_outside_the_graph
-from .arguments import KNOWN_NAMES, from_arguments, trailing_padding
+from .advice import paste
+from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses
-from .places import place, same
+from .places import Place, place, same, transposed
+from .sequences import Sequence, among_arguments, sequences_of, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
 
 
@@ -47,6 +49,7 @@ class Settings(NamedTuple):
     variant: Variant = UNIFORM
     samples: Read | None = None  # how the user reads arguments
     fused: bool | None = None
+    batch_first: bool = True
 
 
 class State:
@@ -58,6 +61,7 @@ class State:
         self.origin = uuid.uuid4().hex  # copies keep it: their sites are taken for ours by remove()
         self.calls = 0
         self.outside = False  # a lookup outside its model's forward has had noise since the last
+        self.embedded: torch.Size | None = None  # the shape of the last noisy lookup's output
         self.skipped: Counter[str] = Counter()
         self.skipped_last: str | None = None
         self.warned: set[str] = set()
@@ -80,6 +84,7 @@ class State:
         self.variant = settings.variant
         self.read = settings.samples
         self.fused = settings.fused
+        self.batch_first = settings.batch_first
 
     def settings(self) -> Settings:
         return Settings(
@@ -90,12 +95,16 @@ class State:
             self.variant,
             self.read,
             self.fused,
+            self.batch_first,
         )
 
-    def warn_once(self, message: str) -> None:
-        if message not in self.warned:
+    def warn_once(self, message: str, advice: str = "") -> None:
+        """advice: what changes with each call, and says the same for all that."""
+        if torch.compiler.is_compiling():
+            warn_outside(self.handle_number, message)
+        elif message not in self.warned:
             self.warned.add(message)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message + advice, stacklevel=3)
 
     def resolve_replica(self, embedding: nn.Module) -> int:
         if self.replica is not None:
@@ -127,21 +136,70 @@ class Forward:
         self.state: State = listener.state
         self.sites: list[Site] = listener.sites
         self.decoder: bool = listener.decoder
-        self.pad_token_id: int | None = listener.pad_token_id
+        self.padding: Padding = listener.padding
         self.given = given
-        self.samples: Samples | None = None  # read when the first site asks
-        self.words: list[Words] | None = None  # what samples= says, likewise
+        self.words: list[Words] | None = None  # what samples= says
         self.claimed: Tensor | None = None  # the ids that samples= speaks of where it names none
-        self.used = False  # a site has taken these samples
         self.ran = False  # a site has run, with noise or without
         self.scale = 1.0  # what this model would multiply embeddings by, taken over by the site
+        self._sequences: list[Sequence] | None = None  # found when the first site asks
+        self._samples: dict[int, Samples] = {}  # of each sequence, read when a site asks
+        self._looked_up: Tensor | None = None  # the first ids that came as none of them
 
-    def told(self) -> Samples:
-        if self.samples is None:
+    @property
+    def sequences(self) -> list[Sequence]:
+        if self._sequences is None:
             row = self.listener.row
             given = self.given if row is None else {**self.given, **row(self.given)}
-            self.samples = from_arguments(given, self.pad_token_id, self.state.warn_once)
-        return self.samples
+            self._sequences = sequences_of(given, self.decoder, not self.state.batch_first)
+        return self._sequences
+
+    def told(self, index: int, input: Tensor) -> Samples:
+        """What the arguments say of a sequence."""
+        if index not in self._samples:
+            given = self.sequences[index].given
+
+            def warn(message: str) -> None:
+                self.state.warn_once(message, f". {_capital(paste(self.given, input))}")
+
+            self._samples[index] = from_arguments(given, self.padding, warn)
+        return self._samples[index]
+
+    def reads(self, input: Tensor) -> tuple[int, Tensor, Place] | None:
+        """Which of the forward's sequences a lookup reads, that sequence's ids, and where in it."""
+        for index, sequence in enumerate(self.sequences):
+            ids = sequence.ids
+            if ids is None:
+                continue
+            where = place(input, ids)
+            if where is None and self.listener.transposes and input.shape == ids.t().shape:
+                where = transposed
+            if where is not None:
+                return index, ids, where
+        own = self.sequences[0]
+        if own.ids is not None:
+            return None
+        found = among_arguments(input, own.given)
+        if found is None or not _fits(own.given.get("attention_mask"), found[0]):
+            return None
+        ids, where = found  # the first that are looked up
+        self.sequences[0] = own._replace(ids=ids, given={**own.given, "input_ids": ids})
+        return 0, ids, where
+
+    def claims(self, input: Tensor) -> bool:
+        """Whether ids that are no argument, nor a part of one, are taken for the forward's own by
+        their shape: a copy with other values at images' places, ids that the forward made. Of
+        those, the first count and no others, where they can be told apart.
+        """
+        own = self.sequences[0]
+        if own.ids is not None and not _is_flattened(own.ids, input):
+            return False
+        if any(value is input for _, value in tokens_in(self.given)):
+            return False  # it is another argument
+        if torch.compiler.is_compiling() or self._looked_up is None:
+            self._looked_up = input
+            return True
+        return place(input, self._looked_up) is not None
 
     def said(self, read: Read) -> list[Words]:
         if self.words is None:
@@ -159,20 +217,11 @@ class Forward:
     @property
     def has_ids(self) -> bool:
         """Whether it was given token ids under any name, in a dictionary too."""
-        values: list[Any] = []
-        for name, value in self.given.items():
-            if isinstance(value, dict):
-                values += [one for inner, one in value.items() if inner not in NO_IDS]
-            elif name not in NO_IDS:
-                values.append(value)
-        return any(is_ids(value) for value in values)
+        return any(True for _ in tokens_in(self.given))
 
 
-NO_IDS = (*KNOWN_NAMES, "labels", "token_type_ids", "cache_position")
-
-
-def is_ids(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 class _Running(threading.local):
@@ -230,6 +279,16 @@ OUTSIDE = (
 )
 
 
+UNKNOWN = (
+    "the noisy embedding was given ids that are none of the tokens which its model's forward was "
+    "told about, so every one of them but padding_idx counts as real"
+)
+UNTOLD = (
+    "no forward around the embedding takes an attention_mask, so every token but padding_idx "
+    "counts as real"
+)
+
+
 def does_not_fit(mask: Tensor, input: Tensor) -> str:
     return (
         f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's input "
@@ -238,11 +297,16 @@ def does_not_fit(mask: Tensor, input: Tensor) -> str:
     )
 
 
-def is_flattened(mask: Tensor, input: Tensor) -> bool:
+def _is_flattened(mask: Tensor, input: Tensor) -> bool:
     """Flattened or not, never transposed."""
     return mask.numel() == input.numel() and (
         mask.shape[-1] == input.shape[-1] or 1 in (mask.dim(), input.dim(), input.shape[0])
     )
+
+
+def _fits(mask: Any, ids: Tensor) -> bool:
+    """Whether a mask may speak of these ids."""
+    return not isinstance(mask, Tensor) or mask.dim() != ids.dim() or mask.shape == ids.shape
 
 
 def scale_of(forwards: list[Forward]) -> float:
@@ -293,8 +357,28 @@ class Site:
     def samples(
         self, forwards: list[Forward], input: Tensor, padding_idx: int
     ) -> tuple[Samples, bool]:
-        """Those of the innermost running forward, where they fit the ids; and whether the call
-        looks up something besides its forward's tokens.
+        """Of which samples the ids are that are looked up, and whether they are something besides
+        the forward's tokens.
+        """
+        if self.state.batch_first:
+            return self._samples(forwards, input, padding_idx)
+        check_time_first(input.shape)
+        samples, follows = self._samples(forwards, input.t(), padding_idx)
+        return samples._replace(time_first=not samples.time_first), follows
+
+    def reads_types(self, forwards: list[Forward], input: Tensor) -> bool:
+        """Whether it is token_type_ids that are looked up in the table of words, as GPT-2 does."""
+        given = [one.given.get("token_type_ids") for one in forwards]
+        return any(
+            input is types or (isinstance(types, Tensor) and place(input, types) is not None)
+            for types in given
+        ) and not any(one.reads(input) for one in forwards)
+
+    def _samples(
+        self, forwards: list[Forward], input: Tensor, padding_idx: int
+    ) -> tuple[Samples, bool]:
+        """By what the user says, else by the innermost running forward that was told of these ids:
+        an outer one may be told what it does not pass on (Rwkv).
         """
         said = self._said(forwards, input)
         if said is not None:
@@ -303,31 +387,58 @@ class Site:
             if self.hooked:
                 self.state.warn_once(OUTSIDE)
             return real_tokens(input, padding_idx, UNSAID), False
-        running = forwards[-1]
-        # An outer model may be told what it does not pass on (Rwkv).
-        if not running.decoder:
-            outer = (one for one in reversed(forwards) if not one.told().padding_unsaid)
-            running = next(outer, running)
-        told = running.told()
-        if told.padding_unsaid:
-            if (
-                running.decoder
-                and (samples := trailing_padding(input, running.pad_token_id)) is not UNSAID
-            ):
-                return samples._replace(noise_mask=told.noise_mask), False
-            return real_tokens(input, padding_idx, told), False
-        mask = told.attention_mask
-        if mask is not None and mask.shape != input.shape:
-            if is_flattened(mask, input):
-                mask = mask.reshape(input.shape)
-            elif running.used:
-                return real_tokens(input, padding_idx, UNSAID), True
-            else:
-                self.state.warn_once(does_not_fit(mask, input))
-                return real_tokens(input, padding_idx, UNSAID), False
-            told = told._replace(attention_mask=mask)
-        running.used = True
-        return told, False
+        known = untold = None
+        for forward in reversed(forwards):
+            found = forward.reads(input)
+            if found is None:
+                continue
+            index, ids, where = found
+            told = forward.told(index, input)
+            decoder = forward.sequences[index].decoder
+            known = known or forward
+            if told.unsaid and not decoder:
+                continue
+            told = _at(told, where, ids)
+            if not told.padding_unsaid:
+                return self._fitting(told, input), False
+            untold = untold or told
+            if decoder:
+                return _untold(told, input, padding_idx, forward.padding, True), False
+        if known is not None:
+            self._nothing_told(forwards, input)
+            return _untold(untold or UNSAID, input, padding_idx, known.padding), False
+        return self._of_no_argument(forwards, input, padding_idx)
+
+    def _nothing_told(self, forwards: list[Forward], input: Tensor) -> None:
+        if not any(forward.listener.tells for forward in forwards):
+            self.state.warn_once(UNTOLD, f": {paste(forwards[0].given, input)}")
+
+    def _of_no_argument(
+        self, forwards: list[Forward], input: Tensor, padding_idx: int
+    ) -> tuple[Samples, bool]:
+        """Ids that no forward was given as they are."""
+        padding = forwards[-1].padding.token
+        if padding is not None and _is_window(forwards[-1], input, padding):
+            # LED embeds the padding of its attention's window
+            return Samples(attention_mask=input != padding), True
+        for forward in reversed(forwards):
+            if not forward.claims(input):
+                continue
+            told = forward.told(0, input)
+            if told.unsaid and not forward.decoder:
+                continue
+            if told.padding_unsaid:
+                return _untold(told, input, padding_idx, forward.padding, forward.decoder), False
+            ids = forward.sequences[0].ids
+            if ids is not None and ids.shape != input.shape:
+                told = told.at(lambda values: values.reshape(input.shape), ids.shape)
+            return self._fitting(told, input), False
+        if any(not forward.claims(input) for forward in forwards):
+            advice = paste(forwards[-1].given, input, many=True)
+            self.state.warn_once(UNKNOWN, f": {advice}")
+        else:
+            self._nothing_told(forwards, input)
+        return _untold(UNSAID, input, padding_idx, forwards[-1].padding), False
 
     def _said(self, forwards: list[Forward], input: Tensor) -> Samples | None:
         """What the user says of these ids: handle.told() before samples=, which is asked of the
@@ -348,17 +459,19 @@ class Site:
         self, said: list[Words], forward: Forward | None, input: Tensor
     ) -> Samples | None:
         """The words that speak of these ids; None where none does."""
+        rows_first = self.state.batch_first
         for words in said:
             ids = words.get(IDS)
             if ids is None:
                 if forward is not None and not self._claims(forward, input):
                     continue
-                return self._fitting(samples_of(words, input), input)
+                return self._fitting(samples_of(words, input, rows_first), input)
             if not isinstance(ids, Tensor):
                 raise TypeError(f"NEFTune was told {IDS}, which is {type(ids).__name__}: no tensor")
+            ids = ids if rows_first or ids.dim() != 2 else ids.t()
             if (where := place(input, ids)) is not None:
-                told = samples_of(words, ids)
-                return told if where is same else told.at(where, ids.shape)
+                told = samples_of(words, ids, rows_first)
+                return _at(told, where, ids)
         return None
 
     def _claims(self, forward: Forward, input: Tensor) -> bool:
@@ -370,9 +483,10 @@ class Site:
     def _fitting(self, samples: Samples, input: Tensor) -> Samples:
         """A mask that only is flattened, or is not, is reshaped; one that does not fit warns."""
         mask = samples.attention_mask
-        if mask is None or mask.shape == input.shape:
+        shape = input.t().shape if samples.time_first else input.shape
+        if mask is None or samples.before or mask.shape == shape:
             return samples
-        if is_flattened(mask, input):
+        if _is_flattened(mask, input):
             return samples._replace(attention_mask=mask.reshape(input.shape))
         self.state.warn_once(does_not_fit(mask, input))
         return UNSAID
@@ -388,9 +502,52 @@ class Site:
         return 1.0, float(getattr(model, self.scaling[1]))
 
 
+def _at(told: Samples, where: Place, ids: Tensor) -> Samples:
+    """What is told of ids, of a lookup at some place in them."""
+    if where is same:
+        return told
+    return told._replace(time_first=True) if where is transposed else told.at(where, ids.shape)
+
+
+def _untold(
+    told: Samples, input: Tensor, padding_idx: int, padding: Padding, decoder: bool = False
+) -> Samples:
+    """Where nothing tells padding: the embedding's padding_idx, else what the config names, at the
+    rows' ends.
+
+    A decoder's shifted labels have padding at their ends alone. So has a model whose padding token
+    ends its samples too: it stands inside rows.
+    """
+    if told.time_first:
+        input = input.t()
+    token = padding.token
+    ends_too = padding.is_end and padding_idx in (-1, token)
+    if token is None or not input.dim() or not (decoder or padding_idx < 0 or ends_too):
+        return real_tokens(input.t() if told.time_first else input, padding_idx, told)
+    kept = ~tail(input, padding._replace(is_end=False) if decoder else padding)
+    if padding_idx == token and not decoder:  # and at their beginnings, as padding_idx says
+        leading = (input == token).cummin(-1).values
+        kept = kept & ~leading
+    return told._replace(attention_mask=kept)
+
+
+def _is_window(forward: Forward, input: Tensor, padding: int) -> bool:
+    """Whether nothing but padding is looked up, by a forward that has looked its tokens up."""
+    if torch.compiler.is_compiling() or not input.numel():
+        return forward.listener.pads
+    return bool((input == padding).all()) if input.is_cpu else forward.listener.pads
+
+
 numbers = itertools.count()
 # for questions asked outside the graph
 handles: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+
+
+@asked_outside_the_graph
+def warn_outside(handle_number: int, message: str) -> None:
+    handle = handles.get(handle_number)
+    if handle is not None:
+        handle.warn(message)
 
 
 @asked_outside_the_graph

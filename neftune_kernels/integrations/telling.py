@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samples import UNSAID, Samples
+from ..samples import PER_TOKEN, UNSAID, Samples
 
-PER_TOKEN = ("attention_mask", "position_ids", "noise_mask")  # shaped as the ids
 WORDS = (
     "attention_mask",
     "lengths",
@@ -128,19 +127,22 @@ def _on_offer(given: dict[str, Any], names: tuple[str, ...]) -> list[str]:
 
 
 def samples_of(words: Words, ids: Tensor, batch_first: bool = True) -> Samples:
-    """The layout arguments for ids (..., T), or for the transpose of (T, B) ones."""
+    """The layout arguments for ids (..., T); for the transpose (B, T) of ids (T, B) where not
+    `batch_first`: masks and position ids are then (T, B), key_padding_mask is (B, T).
+    """
     said = {word: value for word, value in words.items() if value is not None and word != IDS}
     if not said:
         return UNSAID
     for word, value in said.items():
         if not isinstance(value, Tensor) and word != "document_lengths":
             raise TypeError(f"NEFTune was told {word}, which is {type(value).__name__}: no tensor")
-    if not batch_first and "cu_seqlens" in said:
-        raise ValueError("cu_seqlens counts tokens of rows: batch_first=False takes none")
     if not batch_first:
-        said |= {
-            word: said[word].t() for word in PER_TOKEN if word in said and said[word].dim() == 2
-        }
+        if "cu_seqlens" in said:
+            raise ValueError(
+                "cu_seqlens bounds documents of flattened rows: with batch_first=False, where "
+                "columns are samples, say attention_mask, lengths or document_lengths"
+            )
+        said = turned_values(said)
     padded = said.pop("key_padding_mask", None)
     if padded is not None:
         said["attention_mask"] = padded == 0
@@ -148,6 +150,15 @@ def samples_of(words: Words, ids: Tensor, batch_first: bool = True) -> Samples:
     if lengths is not None:
         said["attention_mask"] = documents_of(lengths, ids)
     return Samples(**said)
+
+
+def turned_values(said: Words) -> Words:
+    """Masks and position ids of ids (T, B), as those of ids (B, T); all else as it is."""
+    return said | {
+        word: value.t()
+        for word, value in said.items()
+        if word in PER_TOKEN and isinstance(value, Tensor) and value.dim() == 2
+    }
 
 
 def documents_of(lengths: Any, ids: Tensor) -> Tensor:

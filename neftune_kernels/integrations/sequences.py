@@ -1,0 +1,85 @@
+"""The sequences of ids that a forward was given, and what its arguments say of each."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..samples import PER_TOKEN
+from .arguments import KNOWN_NAMES
+from .places import Place, place
+
+Given = dict[str, Any]
+NO_IDS = (*KNOWN_NAMES, "labels", "token_type_ids", "cache_position")
+# The arguments of an encoder-decoder that speak of its decoder's tokens.
+OF_THE_DECODER = {
+    "decoder_input_ids": "input_ids",
+    "decoder_attention_mask": "attention_mask",
+    "decoder_position_ids": "position_ids",
+}
+
+
+class Sequence(NamedTuple):
+    ids: Tensor | None  # None: among the arguments under a name that is not known
+    given: Given  # what speaks of them
+    decoder: bool = False
+
+
+def is_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+
+
+def sequences_of(given: Given, decoder: bool, time_first: bool) -> list[Sequence]:
+    """The forward's own ids, those of its decoder, and dictionaries that hold input_ids."""
+    found = [given]
+    found += [dict(one) for one in _mappings(given.values()) if is_ids(one.get("input_ids"))]
+    sequences = [_sequence(one, decoder, time_first) for one in found]
+    if is_ids(given.get("decoder_input_ids")):
+        own = {name: given.get(theirs) for theirs, name in OF_THE_DECODER.items()}
+        sequences.append(_sequence(own, True, time_first))
+    return sequences
+
+
+def _sequence(given: Given, decoder: bool, time_first: bool) -> Sequence:
+    ids = given.get("input_ids")
+    if time_first:
+        given = {name: turned(name, value) for name, value in given.items()}
+        ids = given.get("input_ids")
+    return Sequence(ids if isinstance(ids, Tensor) else None, given, decoder)
+
+
+def turned(name: str, value: Any) -> Any:
+    """An argument of ids (T, B) as it would be of ids (B, T)."""
+    shaped_as_ids = name in (*PER_TOKEN, "seq_idx") or (is_ids(value) and name not in NO_IDS)
+    return value.t() if shaped_as_ids and isinstance(value, Tensor) and value.dim() == 2 else value
+
+
+def _mappings(values: Any) -> Iterator[Mapping[str, Any]]:
+    """sentence-transformers' features, FlagEmbedding's queries and passages, losses' lists."""
+    for value in values:
+        if isinstance(value, Mapping):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (one for one in value if isinstance(one, Mapping))
+
+
+def tokens_in(given: Given) -> Iterator[tuple[str, Tensor]]:
+    """Arguments that may be token ids, by their names; those in dictionaries as "a.b"."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            yield from (
+                (f"{name}.{inner}", one)
+                for inner, one in value.items()
+                if inner not in NO_IDS and is_ids(one)
+            )
+        elif name not in NO_IDS and is_ids(value):
+            yield name, value
+
+
+def among_arguments(input: Tensor, given: Given) -> tuple[Tensor, Place] | None:
+    """The argument that a lookup reads where ids have another name than ours."""
+    for _, value in tokens_in(given):
+        if (where := place(input, value)) is not None:
+            return value, where
+    return None
