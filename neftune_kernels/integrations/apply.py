@@ -12,9 +12,9 @@ from typing import NoReturn
 from torch import nn
 
 from ..noise import check_alpha, check_variant, check_word, refuse_unknown
-from .factors import check_surroundings
-from .find import Found, chains, find_embeddings, path_of
-from .handle import NEFTuneHandle, check_backend, check_fused
+from .find import Found, ancestors_of, chains, find_embeddings, path_of
+from .handle import NEFTuneHandle, check_backend, check_fused, check_multiplier
+from .quirks import quirks_of
 from .running import Settings, State
 from .telling import Read, check_samples
 
@@ -31,6 +31,7 @@ def apply_neftune(
     equal_variance: bool = True,
     backend: str | None = None,
     fused: bool | None = None,
+    embedding_multiplier: float | None = None,
     **unknown: NoReturn,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
@@ -43,8 +44,8 @@ def apply_neftune(
     token but padding_idx is real, in a decoder of an encoder-decoder every token up to the last
     that is not padding. What cannot be read warns once. Encoder and decoder of an encoder-decoder
     get noise each with its own mask. What takes the embedding's place later (PEFT's wrappers, a
-    resized embedding) is found at the next forward. Factors that the model applies after its lookup
-    do not multiply the noise.
+    resized embedding) is found at the next forward. What the model multiplies embeddings by after
+    its lookup divides alpha, so that the noise arrives as loud as the paper's.
 
     Args:
         model: a transformers PreTrainedModel, a PEFT model, or any module with
@@ -71,6 +72,9 @@ def apply_neftune(
             the hook, for tools that look at the exact class (Opacus, quantize_dynamic,
             torch.jit.script, FSDP policies by class). True: refuse where it cannot be one pass. The
             noise is the same, bit for bit.
+        embedding_multiplier: what the model multiplies its embeddings by after looking them up,
+            positive and finite: the noise of noise_alpha / embedding_multiplier is added at the
+            lookup, so that the paper's arrives. None: known for transformers' models, else 1.
 
     Returns:
         A handle with the settings, stats() and remove(); also a context manager, which takes the
@@ -107,6 +111,7 @@ def apply_neftune(
         variant=check_variant(distribution, equal_variance, 1),
         samples=check_samples(samples),
         fused=check_fused(fused),
+        embedding_multiplier=check_multiplier(embedding_multiplier),
     )
     path = path_of(model, embedding)
     found = find_embeddings(model, path, fused)
@@ -114,7 +119,7 @@ def apply_neftune(
         check_backend(backend, one.embedding)
     handle = _live_handle(found)
     if handle is None:
-        check_surroundings(model, found)
+        _refuse_transposed(model, found)
         state = State()
         handle = state.handle = NEFTuneHandle(state)
     handle._apply(model, path, settings)
@@ -137,6 +142,18 @@ def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
         if (site := module.__dict__.get("_neftune")) is not None
     ]
     return next((site.state.handle for site in sites if site.state.handle is not None), None)
+
+
+def _refuse_transposed(model: nn.Module, found: list[Found]) -> None:
+    targets = {one.site for one in found}
+    for name, module in model.named_modules():
+        for parent, _ in ancestors_of(model, name) if module in targets else ():
+            if quirks_of(parent).ids_transposed:
+                raise ValueError(
+                    f"{type(parent).__name__} looks tokens up time first, (tokens, batch), so its "
+                    "masks do not tell which tokens are real: pass it neftune_kernels.add_noise("
+                    "embedding(input_ids), noise_alpha, attention_mask=...) as inputs_embeds"
+                )
 
 
 def applied_handle(

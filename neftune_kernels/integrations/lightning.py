@@ -34,7 +34,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
         log_stats: False: only neftune/noise_alpha is logged; the rest costs one more noise kernel
             and a sync per log.
         embedding, samples, replica, noise_without_grad, distribution, equal_variance, backend,
-            fused: as in :func:`apply_neftune`.
+            fused, embedding_multiplier: as in :func:`apply_neftune`.
 
     Raises:
         ValueError, TypeError: as apply_neftune, a bad alpha at construction; no model, or several,
@@ -61,6 +61,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
         equal_variance: bool = True,
         backend: str | None = None,
         fused: bool | None = None,
+        embedding_multiplier: float | None = None,
         **unknown: NoReturn,
     ) -> None:
         super().__init__(
@@ -74,6 +75,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
             equal_variance=equal_variance,
             backend=backend,
             fused=fused,
+            embedding_multiplier=embedding_multiplier,
             **unknown,
         )
         self.model = model

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from .arguments import parameter_names, tells_samples
-from .factors import Lent, factor_of_embeddings, may_call_embedding
 from .noisy import drop_hooks
-from .quirks import row_of
+from .quirks import looks_up_inside, row_of
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
 
 MOVED = (
@@ -47,7 +46,6 @@ class Listener:
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.pad_token_id: int | None = None
-        self.lent: Lent | None = None  # the number that this model multiplies embeddings by
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": _no_model}
@@ -77,10 +75,6 @@ class Listener:
                 state.outside = False
             else:
                 state.warn_once(EMBEDS)
-        if self.lent is not None:
-            has_embeds = forward.has_embeds
-            noisy = not has_embeds and self.hears(module)
-            forward.scale = self.lent.enter(module, noisy, has_embeds)
         RUNNING.forwards.append(forward)
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -110,15 +104,8 @@ class Listener:
             return None  # attached while the model ran
         forward = forwards.pop()
         while forward.listener is not self:
-            forward.listener.over(forward)
             forward = forwards.pop()
-        self.over(forward)
         return forward
-
-    def over(self, forward: Forward) -> None:
-        model = self.model()
-        if self.lent is not None and model is not None:
-            self.lent.leave(model, forward.scale)
 
     # ---- putting them on a model and taking them off; each can be repeated after an interrupt
 
@@ -127,17 +114,12 @@ class Listener:
         if self._is_whole(model):
             return False
         drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
-        factor = factor_of_embeddings(model)
-        if self.lent is None and factor is not None:
-            self.lent = Lent(model, factor)
         model.register_forward_pre_hook(self.pre_forward, with_kwargs=True)
         model.register_forward_hook(self.post_forward, always_call=True)
         return True
 
     def detach(self, model: nn.Module) -> bool:
-        """Whether hooks were taken off; the model multiplies by its own factor again."""
-        if self.lent is not None:
-            self.lent.restore(model)
+        """Whether hooks were taken off."""
         return drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
 
     def _is_whole(self, model: nn.Module) -> bool:
@@ -167,8 +149,8 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     """The ancestors to be hooked: the innermost that is told of samples, and those around it that
     may call the embedding themselves.
 
-    transformers' outer models only pass arguments on, except those that merge images into
-    embeddings; a hook on them would cost torch.compile a second graph.
+    transformers' outer models only pass arguments on, except those of several parts, which merge
+    images into embeddings; a hook on the others would cost torch.compile a second graph.
     """
     telling = [model for model in ancestors if tells_samples(model) or row_of(model)]
     masked = [
@@ -177,4 +159,4 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     telling = (
         masked or telling
     )  # BertEmbeddings is told of positions alone, the model around it of masks
-    return [model for model in telling if model is telling[-1] or may_call_embedding(model)]
+    return [model for model in telling if model is telling[-1] or looks_up_inside(model)]

@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     variant: Variant = UNIFORM
     samples: Read | None = None  # how the user reads arguments
     fused: bool | None = None
+    embedding_multiplier: float | None = None  # None: known or measured
 
 
 class State:
@@ -80,6 +81,7 @@ class State:
         self.variant = settings.variant
         self.read = settings.samples
         self.fused = settings.fused
+        self.embedding_multiplier = settings.embedding_multiplier
 
     def settings(self) -> Settings:
         return Settings(
@@ -90,6 +92,7 @@ class State:
             self.variant,
             self.read,
             self.fused,
+            self.embedding_multiplier,
         )
 
     def warn_once(self, message: str) -> None:
@@ -134,7 +137,6 @@ class Forward:
         self.claimed: Tensor | None = None  # the ids that samples= speaks of where it names none
         self.used = False  # a site has taken these samples
         self.ran = False  # a site has run, with noise or without
-        self.scale = 1.0  # what this model would multiply embeddings by, taken over by the site
 
     def told(self) -> Samples:
         if self.samples is None:
@@ -208,8 +210,7 @@ def forget_interrupted(entering: Any = None) -> None:
             break
         kept += 1
     while len(forwards) > kept:
-        forward = forwards.pop()
-        forward.listener.over(forward)
+        forwards.pop()
 
 
 def _runs_here(model: nn.Module | None) -> bool:
@@ -245,11 +246,6 @@ def is_flattened(mask: Tensor, input: Tensor) -> bool:
     )
 
 
-def scale_of(forwards: list[Forward]) -> float:
-    """By what the innermost forward that scales embeddings would multiply them."""
-    return next((one.scale for one in reversed(forwards) if one.scale != 1), 1.0)
-
-
 # ---- sites
 
 
@@ -262,13 +258,14 @@ class Site:
         self.base: nn.Module | None = None  # the embedding inside, where the site is around it
         self.hooked = False  # a model around the site tells us its samples
         self.wrappers: list[weakref.ref[nn.Module]] = []  # around the site
-        # who multiplies embeddings afterwards, and its factor's name
-        self.scaling: tuple[weakref.ref[nn.Module], str] | None = None
+        self.multiplier_known = True  # else it is to be measured
+        self.factors: dict[torch.dtype, float] = {}  # that the lookup is multiplied by afterwards
+        self.factor_listener: Any = None  # only while its model runs; None: always
         self.last: NoisyCall | None = None
         self.firsts = FirstPasses()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "wrappers": [], "scaling": None, "last": None}
+        return {**self.__dict__, "wrappers": [], "last": None}
 
     def marked(self) -> bool:
         return any(hasattr(wrapper(), HUGGING_FACE_MARK) for wrapper in self.wrappers)
@@ -377,15 +374,15 @@ class Site:
         self.state.warn_once(does_not_fit(mask, input))
         return UNSAID
 
-    def outer_scale(self, forwards: list[Forward]) -> tuple[float, float]:
-        """(factor of the embedding that this call takes over, divisor of its noise) where the model
-        scales embeddings afterwards.
-        """
-        if (scale := scale_of(forwards)) != 1:
-            return scale, 1.0
-        if self.scaling is None or (model := self.scaling[0]()) is None:
-            return 1.0, 1.0
-        return 1.0, float(getattr(model, self.scaling[1]))
+    def divisor(self, forwards: list[Forward], dtype: torch.dtype) -> float:
+        """Of the noise at the lookup: what the model multiplies its embeddings by afterwards."""
+        said = self.state.embedding_multiplier
+        if said is not None:
+            return said
+        listener = self.factor_listener
+        if listener is not None and not any(one.listener is listener for one in forwards):
+            return 1.0  # another model looks its tokens up
+        return self.factors.get(dtype, 1.0)
 
 
 numbers = itertools.count()

@@ -34,6 +34,7 @@ class TrainingNoise:
         equal_variance: bool = True,
         backend: str | None = None,
         fused: bool | None = None,
+        embedding_multiplier: float | None = None,
         **unknown: NoReturn,
     ) -> None:
         if unknown:
@@ -47,6 +48,7 @@ class TrainingNoise:
             "equal_variance": equal_variance,
             "backend": backend,
             "fused": fused,
+            "embedding_multiplier": embedding_multiplier,
         }
         self.schedule = noise_alpha if callable(noise_alpha) else None
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)
