@@ -249,7 +249,7 @@ def test_an_interrupt_inside_a_forward_that_goes_on():
                 return self.inner.embed(input_ids)
 
     model = Outer().train()
-    apply_neftune(model, 5.0)
+    apply_neftune(model, 5.0, embedding_multiplier=1.0)
     interrupted = []
 
     def interrupt(module, args):
@@ -452,5 +452,5 @@ def test_warnings_of_a_clean_step_are_none():
         warnings.simplefilter("error")
         for kind in KINDS:
             model = Checkpointed(kind, True).train()
-            with apply_neftune(model, 5.0):
+            with apply_neftune(model, 5.0, embedding_multiplier=1.0):
                 forward(model, True).sum().backward()

@@ -223,13 +223,16 @@ class NEFTuneHandle:
     ) -> None:
         """What each site's lookup is multiplied by afterwards, as far as it is known."""
         state = self._live_state()
+        state.unmeasured = False
         for root, _ in roots:
             for name, module in root.named_modules(remove_duplicate=False):
                 if module not in found:
                     continue
                 site: Any = module._neftune
                 how = known_multiplier([parent for parent, _ in ancestors_of(root, name)])
-                site.multiplier_known, site.factors = how.known, dict(how.factors)
+                if how.known or not site.measured:
+                    site.multiplier_known, site.factors = how.known, dict(how.factors)
+                state.unmeasured |= not site.multiplier_known
                 inside = [] if how.inside is None else listeners_of(how.inside)
                 listener = next((one for one in inside if one.state is state), None)
                 site.factor_listener = listener

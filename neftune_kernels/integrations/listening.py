@@ -7,10 +7,21 @@ import torch
 from torch import nn
 
 from .arguments import parameter_names, tells_samples
+from .multipliers import DTYPES
 from .noisy import drop_hooks
+from .probe import Measured, measure
 from .quirks import looks_up_inside, row_of
-from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
+from .running import (
+    RUNNING,
+    Forward,
+    Site,
+    State,
+    forget_interrupted,
+    has_moved,
+    warn_unmeasured,
+)
 
+LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
 MOVED = (
     "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
     "wrappers, another module), and the model "
@@ -58,6 +69,8 @@ class Listener:
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
+        if RUNNING.probing:
+            return
         compiling = torch.compiler.is_compiling()
         if not compiling:
             if self.model() is not module:  # a copy's listener
@@ -69,6 +82,8 @@ class Listener:
                 raise RuntimeError(MOVED)
         elif outermost and state.handle is not None:
             self._follow_the_model(module)
+        if outermost and state.unmeasured and state.embedding_multiplier is None:
+            self._measure(module, args, kwargs)
         forward = Forward(self, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if outermost and forward.has_embeds and self.hears(module) and torch.is_grad_enabled():
             if state.outside:  # tokens were embedded before this forward, with noise
@@ -79,6 +94,8 @@ class Listener:
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Called even when the forward raised."""
+        if RUNNING.probing:
+            return
         forward = self._leave(module)
         if torch.compiler.is_compiling() or forward is None or output is None or forward.ran:
             return
@@ -96,6 +113,33 @@ class Listener:
             self.state.handle.refresh()
         except (ValueError, RuntimeError):
             return  # the next noisy forward says so
+
+    def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the unknown models of sites multiply by, before their first noisy forward."""
+        state = self.state
+        if not self.hears(module) or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            warn_unmeasured(state.handle_number)
+            return
+        sites = [
+            one
+            for one in module.modules()
+            if (site := one.__dict__.get("_neftune")) is not None
+            and site.state is state
+            and not site.multiplier_known
+        ]
+        for one, found in measure(module, args, kwargs, sites).items():
+            measured: Any = one.__dict__["_neftune"]
+            measured.multiplier_known = measured.measured = True
+            if found.factor is not None and found.factor > 0:
+                measured.factors = dict.fromkeys(DTYPES, found.factor)
+            message = _what_was_found(type(module).__name__, found)
+            if message:
+                state.warn_once(message)
+        state.looks += 1
+        unknown = any(not one.__dict__["_neftune"].multiplier_known for one in sites)
+        state.unmeasured = unknown and state.looks < LOOKS
 
     def _leave(self, module: nn.Module) -> Forward | None:
         """Take this call's forward off the stack, and what an interrupt inside it left above."""
@@ -130,6 +174,28 @@ class Listener:
             and before[0] in model._forward_pre_hooks_with_kwargs
             and after[0] in model._forward_hooks_always_called
         )
+
+
+def _what_was_found(name: str, found: Measured) -> str:
+    if found.factor == 1:
+        return ""
+    if found.factor is not None and found.factor > 0:
+        return (
+            f"{name} multiplies its embeddings by {found.factor:.7g} after looking them up, as a "
+            "first look at it found, and NEFTune divides alpha by that. Say it to spare the look: "
+            f"apply_neftune(..., embedding_multiplier={found.factor!r})"
+        )
+    if found.high > 0:
+        return (
+            f"{name} multiplies its embeddings by {found.low:.4g} to {found.high:.4g}, each token "
+            "or sample by its own number, and NEFTune's noise with them. Say the middle: "
+            f"apply_neftune(..., embedding_multiplier={(found.low + found.high) / 2:.4g})"
+        )
+    return (
+        f"it is not known whether {name} multiplies its embeddings after looking them up "
+        f"({found.why or 'by no positive number'}): NEFTune takes 1. Say it: "
+        "apply_neftune(..., embedding_multiplier=1.0)"
+    )
 
 
 def _no_model() -> None:

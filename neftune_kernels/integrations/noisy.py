@@ -63,6 +63,8 @@ def _given(
 
     output: the site's, where the noise is added behind it.
     """
+    if RUNNING.probing:
+        return None
     state = site.state
     compiling = torch.compiler.is_compiling()
     site.has_run()

@@ -62,6 +62,8 @@ class State:
         self.skipped: Counter[str] = Counter()
         self.skipped_last: str | None = None
         self.warned: set[str] = set()
+        self.unmeasured = False  # a site's multiplier is to be measured at the next forward
+        self.looks = 0  # of the probe
         self.handle: Any = None  # the NEFTuneHandle, which stands above this room
         self.handle_number = -1
         self.assign(Settings())
@@ -99,6 +101,11 @@ class State:
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+    def warned_outside(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
     def resolve_replica(self, embedding: nn.Module) -> int:
         if self.replica is not None:
@@ -181,6 +188,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.forwards: list[Forward] = []  # of heard models, one inside the other
         self.told: list[tuple[State, Words]] = []  # by handle.told(), likewise
+        self.probing = False  # a model is looked at: no noise, and nobody is told
 
 
 RUNNING = _Running()  # of this thread
@@ -259,6 +267,7 @@ class Site:
         self.hooked = False  # a model around the site tells us its samples
         self.wrappers: list[weakref.ref[nn.Module]] = []  # around the site
         self.multiplier_known = True  # else it is to be measured
+        self.measured = False  # by a probe
         self.factors: dict[torch.dtype, float] = {}  # that the lookup is multiplied by afterwards
         self.factor_listener: Any = None  # only while its model runs; None: always
         self.last: NoisyCall | None = None
@@ -385,6 +394,10 @@ class Site:
         return self.factors.get(dtype, 1.0)
 
 
+COMPILED = (
+    "it is not known whether the model multiplies its embeddings, since its first noisy forward is "
+    "compiled: NEFTune takes 1. Say it: apply_neftune(..., embedding_multiplier=1.0)"
+)
 numbers = itertools.count()
 # for questions asked outside the graph
 handles: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
@@ -394,3 +407,11 @@ handles: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 def has_moved(handle_number: int) -> bool:
     handle = handles.get(handle_number)
     return handle is not None and handle.has_moved()
+
+
+@asked_outside_the_graph
+def warn_unmeasured(handle_number: int) -> bool:
+    handle = handles.get(handle_number)
+    if handle is not None and not handle.removed:
+        handle._live_state().warned_outside(COMPILED)
+    return handle is not None
