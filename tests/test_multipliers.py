@@ -207,3 +207,155 @@ def test_per_sample_factors_warn():
     config = transformers.EsmConfig(**small, token_dropout=True)
     with pytest.warns(UserWarning, match="EsmEmbeddings multiplies embeddings by a number of each"):
         apply_neftune(transformers.EsmModel(config))
+
+
+# ---- models that scale elsewhere than where they look up
+
+VOCAB, HIDDEN = 64, 32
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+TEXT = {**SMALL, "max_position_embeddings": 16}
+FALCON = {
+    **GROUPED,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "embedding_multiplier": 5.0,
+}
+ROOT = math.sqrt(HIDDEN)
+KOSMOS = {
+    "vocab_size": VOCAB,
+    "embed_dim": HIDDEN,
+    "layers": 1,
+    "ffn_dim": 32,
+    "attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+FLAUBERT = {
+    "vocab_size": VOCAB,
+    "emb_dim": HIDDEN,
+    "n_layers": 1,
+    "n_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def t5gemma(library):
+    text = {**GROUPED, "head_dim": 8}
+    config = library.T5GemmaConfig(
+        encoder=text, decoder=text, is_encoder_decoder=False, vocab_size=VOCAB
+    )
+    return library.T5GemmaEncoderModel(config)
+
+
+def llava(library, text):
+    vision = library.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    config = library.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=3,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    return library.LlavaForConditionalGeneration(config)
+
+
+def kosmos(library):
+    rooms = library.models.kosmos2
+    config = rooms.configuration_kosmos2.Kosmos2TextConfig(**KOSMOS)
+    return rooms.modeling_kosmos2.Kosmos2TextModel(config)
+
+
+NAMED = {  # how it is built, its first block, what the noise is divided by
+    "CTRL": (
+        lambda t: t.CTRLModel(
+            t.CTRLConfig(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=4, dff=48)
+        ),
+        "h.0",
+        ROOT,
+    ),
+    "Tipsv2": (lambda t: t.Tipsv2TextModel(t.Tipsv2TextConfig(**TEXT)), "encoder", ROOT),
+    "VideoPrism": (
+        lambda t: t.VideoPrismTextModel(t.VideoPrismTextConfig(**TEXT)),
+        "layers.0",
+        ROOT,
+    ),
+    "Kosmos-2": (kosmos, "model.layers.0", ROOT),
+    "RecurrentGemma": (
+        lambda t: t.RecurrentGemmaModel(
+            t.RecurrentGemmaConfig(
+                **{**SMALL, "num_hidden_layers": 3}, num_key_value_heads=1, lru_width=HIDDEN
+            )
+        ),
+        "layers.0",
+        float(torch.tensor(ROOT, dtype=torch.bfloat16)),
+    ),
+    "T5Gemma": (t5gemma, "encoder.layers.0", float(torch.tensor(ROOT))),
+    "Flaubert": (
+        lambda t: t.FlaubertModel(t.FlaubertConfig(**FLAUBERT)),
+        "layer_norm_emb",
+        1.0,
+    ),
+    "FalconH1": (lambda t: t.FalconH1Model(t.FalconH1Config(**FALCON)), "layers.0", 5.0),
+    "FalconH1 in Llava": (
+        lambda t: llava(t, t.FalconH1Config(**FALCON)),
+        "model.language_model.layers.0",
+        1.0,
+    ),
+    "Granite in Llava": (
+        lambda t: llava(t, t.GraniteConfig(**GROUPED, embedding_multiplier=12.0)),
+        "model.language_model.layers.0",
+        12.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_model(name):
+    """The lookup has the noise of alpha / f, and what enters the first block the paper's."""
+    transformers = pytest.importorskip("transformers")
+    build, block, factor = NAMED[name]
+    torch.manual_seed(0)
+    model = build(transformers).train()
+    for module in model.modules():
+        for drop in ("p", "dropout", "layerdrop"):
+            if isinstance(getattr(module, drop, None), float):
+                setattr(module, drop, 0.0)
+    ids = torch.randint(8, VOCAB, (2, 8), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    embedding = model.get_input_embeddings()
+    handle = apply_neftune(model, 5.0)
+    looked_up, entered = [], []
+
+    def enters(module, args, kwargs):
+        values = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        entered.append(values[0].detach().clone())
+
+    embedding.register_forward_hook(lambda module, args, out: looked_up.append(out.clone()))
+    model.get_submodule(block).register_forward_pre_hook(enters, with_kwargs=True)
+    model(input_ids=ids, attention_mask=mask)
+    expected = noisy_embedding(
+        ids, embedding.weight, 5.0 / factor, attention_mask=mask, seed=seed_of(embedding)
+    )
+    assert torch.equal(looked_up[0], expected)
+    handle.noise_alpha = 0.0
+    model(input_ids=ids, attention_mask=mask)
+    noise = (entered[0] - entered[1])[:, :8].abs().amax(-1)
+    ratio = (noise / (5.0 / (mask.sum(1) * HIDDEN).sqrt())[:, None])[mask > 0].max()
+    assert 0.98 < ratio < 1 + 1e-4, "of 416 draws one is near the bound; two float32 roundings"

@@ -74,7 +74,9 @@ def apply_neftune(
             noise is the same, bit for bit.
         embedding_multiplier: what the model multiplies its embeddings by after looking them up,
             positive and finite: the noise of noise_alpha / embedding_multiplier is added at the
-            lookup, so that the paper's arrives. None: known for transformers' models, else 1.
+            lookup, so that the paper's arrives. None: known for transformers' models,
+            else measured by values in a look at the model before its first noisy forward; what
+            cannot be told is 1, and warns with the line to paste.
 
     Returns:
         A handle with the settings, stats() and remove(); also a context manager, which takes the
