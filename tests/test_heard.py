@@ -37,6 +37,7 @@ class Net(nn.Module):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, **given):
         many = self.look_up(input_ids, token_type_ids, **given)
         self.arrived = [self.embed(ids) for ids in many]
+        return self.arrived
 
 
 def heard(look_up, *, config=None, fused=None, warns=None, **given):

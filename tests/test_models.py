@@ -189,7 +189,13 @@ def test_decoders(family, padding, proves):
         noise = neftune_noise(
             ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=last_seed(embedding)
         )
-    assert torch.equal(noisy, clean + noise)
+    if family == "Granite":  # multiplies by 12 afterwards: spec 3's one rounding
+        noise = neftune_noise(
+            ids.shape, HIDDEN, 5.0 / 12, attention_mask=mask, seed=last_seed(embedding)
+        )
+        assert torch.equal(noisy, (nn.functional.embedding(ids, embedding.weight) + noise) * 12.0)
+    else:
+        assert torch.equal(noisy, clean + noise)
     assert handle.stats()["calls"] == (2 if family in ("GPT2", "OPT") else 1)
     handle.remove()
     assert torch.equal(
@@ -273,14 +279,16 @@ def test_encoder_decoders(family, proves):
     with Recorded(encoder, decoder) as (encoded_clean, decoded_clean):
         model(input_ids=ids, attention_mask=mask, labels=labels)
     assert len(decoded) == 1
-    noise = neftune_noise(mask.shape, HIDDEN, 5.0, attention_mask=mask, seed=seeds[0])
+    alpha = 5.0 / scale[model.get_encoder()]
+    noise = neftune_noise(mask.shape, HIDDEN, alpha, attention_mask=mask, seed=seeds[0])
     assert all(torch.equal(*pair) for pair in zip(encoded[1:], encoded_clean[1:], strict=True)), (
         "the padding of LED's window"
     )
     assert len(encoded) == (2 if family == "LED" else 1)
-    assert torch.equal(encoded[0], encoded_clean[0] * scale[model.get_encoder()] + noise)
-    noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=seeds[1])
-    assert torch.equal(decoded[0], decoded_clean[0] * scale[model.get_decoder()] + noise)
+    assert torch.equal(encoded[0], encoded_clean[0] + noise)
+    alpha = 5.0 / scale[model.get_decoder()]
+    noise = neftune_noise(real.shape, HIDDEN, alpha, attention_mask=real, seed=seeds[1])
+    assert torch.equal(decoded[0], decoded_clean[0] + noise)
     assert not seeds[0].equal(seeds[1])
     handle.noise_alpha = 5.0
     own = torch.ones_like(real)
@@ -318,10 +326,9 @@ def test_fsmt(proves):
     for output, module, tokens, real in zip(
         outputs, (encoder, decoder), (ids, decoder_ids), (mask, mask.flip(0)), strict=True
     ):
-        noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(module))
-        assert torch.equal(
-            output[0], nn.functional.embedding(tokens, module.weight) * HIDDEN**0.5 + noise
-        )
+        alpha = 5.0 / HIDDEN**0.5
+        noise = neftune_noise(ids.shape, HIDDEN, alpha, attention_mask=real, seed=last_seed(module))
+        assert torch.equal(output[0], nn.functional.embedding(tokens, module.weight) + noise)
     assert handle.stats()["calls"] == 2
     proves("FSMT", "forward", "encoder and decoder")
 
@@ -414,12 +421,6 @@ def test_llava(proves):
     handle.remove()
     assert not any(module._forward_pre_hooks for module in model.modules())
     proves("Llava", "forward", "padding: right")
-
-
-def test_models_that_scale_by_an_expression_warn():
-    config = transformers.CTRLConfig(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=4, dff=48)
-    with pytest.warns(UserWarning, match=r"CTRLModel may multiply embeddings.*divide noise_alpha"):
-        apply_neftune(transformers.CTRLModel(config))
 
 
 class Own(nn.Module):
@@ -619,38 +620,12 @@ def test_models_that_look_up_time_first():
         expected = noisy_embedding(
             ids, embedding.weight, 5.0, attention_mask=mask, seed=last_seed(embedding)
         )
-        assert torch.equal(out[0], expected.transpose(0, 1))
-
-
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.embed(input_ids) * 12.0
-
-
-class ScaledByConfig(Scaled):
-    def forward(self, input_ids, attention_mask=None):
-        hidden_states = self.embed(input_ids)
-        return hidden_states * (self.config.hidden_size**0.5)
-
-
-@pytest.mark.parametrize("kind", [Scaled, ScaledByConfig])
-def test_factors_that_cannot_be_taken_over_warn(kind):
-    with pytest.warns(
-        UserWarning,
-        match=rf"{kind.__name__} may multiply embeddings.*divide noise_alpha by the factor",
-    ):
-        apply_neftune(kind(), embedding="embed")
+        assert torch.equal(out[-1], expected.transpose(0, 1))  # others are a look at it
 
 
 @pytest.mark.parametrize("then", ["remove", "forward", "wrap"])
 def test_an_interrupted_forward_leaves_nothing_behind(then):
-    """KeyboardInterrupt runs no forward hooks: the model's own factor comes back all the same, and
-    so does the noise.
-    """
+    """KeyboardInterrupt runs no forward hooks."""
     peft = pytest.importorskip("peft")
     model = decoder_only("Granite").train()
     ids, mask = batch("right")
@@ -666,20 +641,19 @@ def test_an_interrupted_forward_leaves_nothing_behind(then):
     hook.remove()
     if then == "remove":
         handle.remove()
-        assert model.model.embedding_multiplier == 12.0
+        assert not any("_neftune" in vars(module) for module in model.modules())
     elif then == "forward":
         noisy = first_hidden(model, input_ids=ids, attention_mask=mask)
         noise = neftune_noise(
             ids.shape,
             HIDDEN,
-            5.0,
+            5.0 / 12,
             attention_mask=mask,
             seed=last_seed(model.get_input_embeddings()),
         )
-        assert torch.equal(
-            noisy, first_hidden(model.eval(), input_ids=ids, attention_mask=mask) + noise
-        )
-        assert not RUNNING.forwards and model.model.embedding_multiplier == 12.0
+        embedded = nn.functional.embedding(ids, model.get_input_embeddings().weight)
+        assert torch.equal(noisy, (embedded + noise) * 12.0)
+        assert not RUNNING.forwards
     else:
         wrapped = peft.get_peft_model(
             model,
@@ -692,12 +666,3 @@ def test_an_interrupted_forward_leaves_nothing_behind(then):
         assert handle.stats()["calls"] == calls + 1
         return
     assert torch.equal(model.eval()(input_ids=ids, attention_mask=mask).logits, logits)
-
-
-def test_remove_inside_a_forward():
-    model = decoder_only("Granite").train()
-    handle = apply_neftune(model, 5.0)
-    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: handle.remove())
-    model(input_ids=batch("right")[0])
-    hook.remove()
-    assert model.model.embedding_multiplier == 12.0

@@ -13,9 +13,8 @@ from torch import nn
 
 from ..modules import check_batch_first
 from ..noise import check_alpha, check_variant, check_word, refuse_unknown
-from .factors import check_surroundings
 from .find import Found, chains, find_embeddings, path_of
-from .handle import NEFTuneHandle, check_backend, check_fused
+from .handle import NEFTuneHandle, check_backend, check_fused, check_multiplier
 from .running import Settings, State
 from .telling import Read, check_samples
 
@@ -33,6 +32,7 @@ def apply_neftune(
     backend: str | None = None,
     fused: bool | None = None,
     batch_first: bool = True,
+    embedding_multiplier: float | None = None,
     **unknown: NoReturn,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
@@ -45,8 +45,8 @@ def apply_neftune(
     token but padding_idx is real, in a decoder of an encoder-decoder every token up to the last
     that is not padding. What cannot be read warns once. Encoder and decoder of an encoder-decoder
     get noise each with its own mask. What takes the embedding's place later (PEFT's wrappers, a
-    resized embedding) is found at the next forward. Factors that the model applies after its lookup
-    do not multiply the noise.
+    resized embedding) is found at the next forward. What the model multiplies embeddings by after
+    its lookup divides alpha, so that the noise arrives as loud as the paper's.
 
     Args:
         model: a transformers PreTrainedModel, a PEFT model, or any module with
@@ -77,6 +77,11 @@ def apply_neftune(
             position ids are then (T, B) as the ids, key_padding_mask is (B, T), lengths are (B,),
             cu_seqlens are refused. Where nobody says so and a module with batch_first=False of its
             own is given the embeddings as they were looked up, a warning does.
+        embedding_multiplier: what the model multiplies its embeddings by after looking them up,
+            positive and finite: the noise of noise_alpha / embedding_multiplier is added at the
+            lookup, so that the paper's arrives. None: known for transformers' models,
+            else measured by values in a look at the model before its first noisy forward; what
+            cannot be told is 1, and warns with the line to paste.
 
     Returns:
         A handle with the settings, stats() and remove(); also a context manager, which takes the
@@ -114,6 +119,7 @@ def apply_neftune(
         samples=check_samples(samples),
         fused=check_fused(fused),
         batch_first=check_batch_first(batch_first),
+        embedding_multiplier=check_multiplier(embedding_multiplier),
     )
     path = path_of(model, embedding)
     found = find_embeddings(model, path, fused)
@@ -121,7 +127,6 @@ def apply_neftune(
         check_backend(backend, one.embedding)
     handle = _live_handle(found)
     if handle is None:
-        check_surroundings(model, found)
         state = State()
         handle = state.handle = NEFTuneHandle(state)
     handle._apply(model, path, settings)

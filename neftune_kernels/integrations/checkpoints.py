@@ -47,7 +47,6 @@ class Given(NamedTuple):
     samples: Samples
     noise: Noise
     noise_alpha: float  # of the samples' magnitudes, as stats() tells it
-    scale: float  # of the embedding, taken over from the model
     follows: bool  # it looks up something besides its forward's tokens: LED's padding of its window
     key: Key = ()  # of a first pass, where its seed was drawn
 
@@ -100,11 +99,10 @@ class FirstPasses:
 
 
 def _same(one: Given, other: Given) -> bool:
-    if (one.noise.variant, one.noise.offsets, one.noise.backend, one.scale) != (
+    if (one.noise.variant, one.noise.offsets, one.noise.backend) != (
         other.noise.variant,
         other.noise.offsets,
         other.noise.backend,
-        other.scale,
     ) or not torch.equal(one.noise.alpha, other.noise.alpha):
         return False
     return all(

@@ -1,6 +1,7 @@
 """NEFTuneHandle: the settings of an apply_neftune while it is in force, statistics, undo."""
 
 import contextlib
+import math
 import sys
 import warnings
 import weakref
@@ -20,6 +21,7 @@ from .arguments import Padding
 from .axes import Axes, reads_time_first, watch, watches
 from .find import Found, ancestors_of, decoder_of, find_embeddings, padding_of, snapshot
 from .listening import Listener, heard, listeners_of
+from .multipliers import known_multiplier
 from .noisy import class_to_restore, make_noisy, make_plain
 from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
 from .telling import Read, check_samples, check_words
@@ -55,9 +57,9 @@ class NEFTuneHandle:
     """What apply_neftune returns: change one setting, read statistics, undo.
 
     Settings: noise_alpha, sign, replica, noise_without_grad, distribution, equal_variance, backend,
-    samples, fused and batch_first, as apply_neftune takes them. Any other attribute is refused.
-    Also a context manager: on exit the noise is gone, or is again what it was before this
-    apply_neftune.
+    samples, fused, batch_first and embedding_multiplier, as apply_neftune takes them. Any other
+    attribute is refused. Also a context manager: on exit the noise is gone, or is again what it was
+    before this apply_neftune.
     """
 
     __slots__ = (
@@ -163,6 +165,7 @@ class NEFTuneHandle:
         self._wrappers = [(weakref.ref(wrapper), snapshot(wrapper)) for wrapper in wrappers]
         changed = self._listen(self._wanted(roots, found))
         self._watch_axes(roots)
+        self._multiply(roots, found)
         self._places = _places(roots, found)
         _forget_compiled([*changes, (False, changed)])
 
@@ -209,8 +212,6 @@ class NEFTuneHandle:
                 ):
                     changed |= listener.detach(model)
         self._listened = [weakref.ref(model) for model in wanted]
-        for site in (site for how in wanted.values() for site in how.sites):
-            site.scaling = None
         for model, how in wanted.items():
             listener = kept.get(model) or Listener(state, model)
             listener.sites[:] = how.sites
@@ -219,9 +220,6 @@ class NEFTuneHandle:
             changed |= listener.attach(model)
             for site in how.sites:
                 site.hooked = True
-                lent = listener.lent
-                if lent is not None:
-                    site.scaling = weakref.ref(model), lent.name
         return changed
 
     def _watch_axes(self, roots: list[tuple[nn.Module, str | None]]) -> None:
@@ -237,6 +235,27 @@ class NEFTuneHandle:
                     watch(module, one, False)
             wanted = state.batch_first and module in inside and reads_time_first(module)
             watch(module, axes, wanted)
+
+    def _multiply(
+        self, roots: list[tuple[nn.Module, str | None]], found: dict[nn.Module, Found]
+    ) -> None:
+        """What each site's lookup is multiplied by afterwards, as far as it is known."""
+        state = self._live_state()
+        state.unmeasured = False
+        for root, _ in roots:
+            for name, module in root.named_modules(remove_duplicate=False):
+                if module not in found:
+                    continue
+                site: Any = module._neftune
+                how = known_multiplier([parent for parent, _ in ancestors_of(root, name)])
+                if how.known or not site.measured:
+                    site.multiplier_known, site.factors = how.known, dict(how.factors)
+                state.unmeasured |= not site.multiplier_known
+                inside = [] if how.inside is None else listeners_of(how.inside)
+                listener = next((one for one in inside if one.state is state), None)
+                site.factor_listener = listener
+                if how.warning and state.embedding_multiplier is None:
+                    state.warn_once(how.warning)
 
     def refresh(self) -> bool:
         """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a
@@ -385,6 +404,14 @@ class NEFTuneHandle:
     @batch_first.setter
     def batch_first(self, value: bool) -> None:
         self._set(batch_first=check_batch_first(value))
+
+    @property
+    def embedding_multiplier(self) -> float | None:
+        return self._live_state().embedding_multiplier
+
+    @embedding_multiplier.setter
+    def embedding_multiplier(self, value: float | None) -> None:
+        self._set(embedding_multiplier=check_multiplier(value))
 
     # ---- samples
 
@@ -555,6 +582,19 @@ def check_fused(fused: Any) -> bool | None:
     return fused
 
 
+def check_multiplier(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"embedding_multiplier must be a number or None, got {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"embedding_multiplier must be positive and finite, got {value!r}: it is what the "
+            "model multiplies its embeddings by after the lookup"
+        )
+    return float(value)
+
+
 def check_backend(backend: str | None, embedding: Any) -> None:
     """Whether it serves the embedding as it is; an offloaded weight is on meta and says nothing."""
     weight = getattr(embedding, "weight", None)
@@ -585,6 +625,6 @@ def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
     zeros = torch.zeros((), dtype=torch.float32, device=device)
     zeros = zeros.expand(*last.shape, last.embedding_dim)
     noise = embeds_with_noise(zeros, last.samples, last.noise._replace(backend=last.backend.name))
-    bound = last.noise_alpha / (length[real].double() * last.embedding_dim).sqrt()
+    bound = float(last.noise.alpha) / (length[real].double() * last.embedding_dim).sqrt()
     largest = noise.view(-1, last.embedding_dim)[real].abs().amax(-1)
     return lengths.cpu(), magnitudes.cpu(), float((largest / bound).max())

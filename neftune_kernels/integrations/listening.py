@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from .arguments import Padding, parameter_names, tells_samples
-from .factors import Lent, factor_of_embeddings, may_call_embedding
+from .multipliers import DTYPES
 from .noisy import drop_hooks
-from .quirks import pads_window, row_of, transposes
+from .probe import Measured, measure
+from .quirks import looks_up_inside, quirks_of, row_of
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
 
+LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
 MOVED = (
     "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
     "wrappers, another module), and the model "
@@ -30,6 +32,11 @@ NOT_RUN = (
     "that runs with embedding="
 )
 
+COMPILED = (
+    "it is not known whether the model multiplies its embeddings, since its first noisy forward is "
+    "compiled: NEFTune takes 1. Say it: apply_neftune(..., embedding_multiplier=1.0)"
+)
+
 
 class Listener:
     """Hooks of one model for one apply_neftune; `sites` is who it tells.
@@ -45,12 +52,11 @@ class Listener:
         self.names = tuple(parameter_names(model))
         self.row = row_of(model)
         self.tells = self.row is not None or tells_samples(model)
-        self.pads = pads_window(model)
-        self.transposes = transposes(model)
+        self.pads = quirks_of(model).pads_window
+        self.transposes = quirks_of(model).ids_transposed
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.padding = Padding()
-        self.lent: Lent | None = None  # the number that this model multiplies embeddings by
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": _no_model}
@@ -63,6 +69,8 @@ class Listener:
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
+        if RUNNING.probing:
+            return
         compiling = torch.compiler.is_compiling()
         if not compiling:
             if self.model() is not module:  # a copy's listener
@@ -74,20 +82,20 @@ class Listener:
                 raise RuntimeError(MOVED)
         elif outermost and state.handle is not None:
             self._follow_the_model(module)
+        if outermost and state.unmeasured and state.embedding_multiplier is None:
+            self._measure(module, args, kwargs)
         forward = Forward(self, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if outermost and forward.has_embeds and self.hears(module) and torch.is_grad_enabled():
             if state.outside:  # tokens were embedded before this forward, with noise
                 state.outside = False
             else:
                 state.warn_once(EMBEDS)
-        if self.lent is not None:
-            has_embeds = forward.has_embeds
-            noisy = not has_embeds and self.hears(module)
-            forward.scale = self.lent.enter(module, noisy, has_embeds)
         RUNNING.forwards.append(forward)
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Called even when the forward raised."""
+        if RUNNING.probing:
+            return
         forward = self._leave(module)
         if torch.compiler.is_compiling() or forward is None or output is None or forward.ran:
             return
@@ -106,6 +114,36 @@ class Listener:
         except (ValueError, RuntimeError):
             return  # the next noisy forward says so
 
+    def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the unknown models of sites multiply by, before their first noisy forward."""
+        state = self.state
+        if not self.hears(module) or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            state.warn_once(COMPILED)
+            return
+        sites = [
+            one
+            for one in module.modules()
+            if (site := one.__dict__.get("_neftune")) is not None
+            and site.state is state
+            and not site.multiplier_known
+        ]
+        for one, found in measure(module, args, kwargs, sites).items():
+            measured: Any = one.__dict__["_neftune"]
+            measured.multiplier_known = measured.measured = True
+            if found.factor is not None and found.factor > 0:
+                measured.factors = dict.fromkeys(DTYPES, found.factor)
+            message = _what_was_found(type(module).__name__, found)
+            if message:
+                state.warn_once(message)
+        state.looks += 1
+        unknown = any(not one.__dict__["_neftune"].multiplier_known for one in sites)
+        state.unmeasured = unknown and state.looks < LOOKS
+        if unknown and not state.unmeasured:
+            nothing = Measured(why="its forwards looked fewer than two different tokens up")
+            state.warn_once(_what_was_found(type(module).__name__, nothing))
+
     def _leave(self, module: nn.Module) -> Forward | None:
         """Take this call's forward off the stack, and what an interrupt inside it left above."""
         forwards = RUNNING.forwards
@@ -113,15 +151,8 @@ class Listener:
             return None  # attached while the model ran
         forward = forwards.pop()
         while forward.listener is not self:
-            forward.listener.over(forward)
             forward = forwards.pop()
-        self.over(forward)
         return forward
-
-    def over(self, forward: Forward) -> None:
-        model = self.model()
-        if self.lent is not None and model is not None:
-            self.lent.leave(model, forward.scale)
 
     # ---- putting them on a model and taking them off; each can be repeated after an interrupt
 
@@ -130,17 +161,12 @@ class Listener:
         if self._is_whole(model):
             return False
         drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
-        factor = factor_of_embeddings(model)
-        if self.lent is None and factor is not None:
-            self.lent = Lent(model, factor)
         model.register_forward_pre_hook(self.pre_forward, with_kwargs=True)
         model.register_forward_hook(self.post_forward, always_call=True)
         return True
 
     def detach(self, model: nn.Module) -> bool:
-        """Whether hooks were taken off; the model multiplies by its own factor again."""
-        if self.lent is not None:
-            self.lent.restore(model)
+        """Whether hooks were taken off."""
         return drop_hooks(model, lambda hook: getattr(hook, "__self__", None) is self)
 
     def _is_whole(self, model: nn.Module) -> bool:
@@ -151,6 +177,28 @@ class Listener:
             and before[0] in model._forward_pre_hooks_with_kwargs
             and after[0] in model._forward_hooks_always_called
         )
+
+
+def _what_was_found(name: str, found: Measured) -> str:
+    if found.factor == 1:
+        return ""
+    if found.factor is not None and found.factor > 0:
+        return (
+            f"{name} multiplies its embeddings by {found.factor:.7g} after looking them up, as a "
+            "first look at it found, and NEFTune divides alpha by that. Say it to spare the look: "
+            f"apply_neftune(..., embedding_multiplier={found.factor!r})"
+        )
+    if found.high > 0:
+        return (
+            f"{name} multiplies its embeddings by {found.low:.4g} to {found.high:.4g}, each token "
+            "or sample by its own number, and NEFTune's noise with them. Say the middle: "
+            f"apply_neftune(..., embedding_multiplier={(found.low + found.high) / 2:.4g})"
+        )
+    return (
+        f"it is not known whether {name} multiplies its embeddings after looking them up "
+        f"({found.why or 'by no positive number'}): NEFTune takes 1. Say it: "
+        "apply_neftune(..., embedding_multiplier=1.0)"
+    )
 
 
 def _no_model() -> None:
@@ -188,8 +236,8 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     """The ancestors to be hooked: the innermost that is told of samples, and those around it that
     may call the embedding themselves.
 
-    transformers' outer models only pass arguments on, except those that merge images into
-    embeddings; a hook on them would cost torch.compile a second graph.
+    transformers' outer models only pass arguments on, except those of several parts, which merge
+    images into embeddings; a hook on the others would cost torch.compile a second graph.
     """
     telling = [model for model in ancestors if tells_samples(model) or row_of(model)]
     masked = [
@@ -198,4 +246,4 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     telling = (
         masked or telling
     )  # BertEmbeddings is told of positions alone, the model around it of masks
-    return [model for model in telling if model is telling[-1] or may_call_embedding(model)]
+    return [model for model in telling if model is telling[-1] or looks_up_inside(model)]

@@ -26,7 +26,7 @@ from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
 from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
 from .find import Found, base_class, is_compiled, is_own_method
-from .running import RUNNING, Forward, NoisyCall, Site, State, scale_of
+from .running import RUNNING, Forward, NoisyCall, Site, State
 from .sequences import is_ids
 
 DATA_PARALLEL = (
@@ -64,6 +64,8 @@ def _given(
 
     output: the site's, where the noise is added behind it.
     """
+    if RUNNING.probing:
+        return None
     state = site.state
     compiling = torch.compiler.is_compiling()
     site.has_run()
@@ -97,7 +99,8 @@ def _given(
             raise RuntimeError(NO_GRAD if state.skipped_last == "no grad" else CHANGED)
         return first._replace(noise=first.noise._replace(seed=seed))
     samples, follows = site.samples(forwards, input, _padding_idx(base))
-    scale, divisor = site.outer_scale(forwards)
+    dtype = weight.dtype if output is None else output.dtype  # type: ignore[union-attr]
+    divisor = site.divisor(forwards, dtype)
     alpha = state.alpha if divisor == 1 else state.alpha / divisor
     if is_dtensor(shared) or (weight is not None and type(weight) not in PLAIN_WEIGHTS):
         samples = replicated(samples)
@@ -105,8 +108,8 @@ def _given(
     offsets = Offsets(state.resolve_replica(base))
     noise = make_noise(alpha, seed, None, offsets, state.variant, state.backend)
     # Dynamo would compile anew for each value that it reads
-    noise_alpha = 0.0 if compiling else state.noise_alpha / divisor
-    return Given(samples, noise, noise_alpha, scale, follows, key)
+    noise_alpha = 0.0 if compiling else state.noise_alpha
+    return Given(samples, noise, noise_alpha, follows, key)
 
 
 def _on(device: torch.device, samples: Samples) -> Samples:
@@ -150,10 +153,8 @@ def noisy_forward(self: Any, input: Tensor) -> Tensor:
     forwards = site.forwards()
     given = _given(site, self, forwards, input, self.weight.device, None)
     if given is None:
-        scale = scale_of(forwards)
-        plain = nn.Embedding.forward(self, input)
-        return plain if scale == 1 else plain * scale
-    noisy = noisy_lookup(self, input, given.samples, given.noise, given.scale)
+        return nn.Embedding.forward(self, input)
+    noisy = noisy_lookup(self, input, given.samples, given.noise)
     _note(site, self, input, given, noisy)
     return noisy
 
@@ -242,15 +243,13 @@ def add_noise_behind(
         )
     given = _given(site, module, forwards, input, output.device, output)
     if given is None:
-        scale = scale_of(forwards)
-        return None if scale == 1 else output * scale
-    embedded = output if given.scale == 1 else output * given.scale
+        return None
     base = module if site.base is None else site.base
     samples = real_tokens(input, _padding_idx(base), given.samples)
-    if is_dtensor(embedded):
-        noisy = dtensor_with_noise(embeds_with_noise, embedded, samples, given.noise)
+    if is_dtensor(output):
+        noisy = dtensor_with_noise(embeds_with_noise, output, samples, given.noise)
     else:
-        noisy = embeds_with_noise(embedded, samples, given.noise)
+        noisy = embeds_with_noise(output, samples, given.noise)
     _note(site, module, input, given, noisy)
     return noisy
 

@@ -1,10 +1,13 @@
-"""How packages tell samples under names of their own, keyed by what their forward is called.
+"""What is known of other people's models, keyed by what their forward is called: samples told under
+names of their own, and what embeddings are multiplied by after the lookup.
 
 A row is found by (top package, forward.__qualname__): a namesake in a user's own package has none.
+A test reads transformers' sources and holds its rows against them.
 """
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,26 +59,130 @@ def _presence(given: Given) -> Given:
     return {"attention_mask": mask != 0} if isinstance(mask, Tensor) else {}
 
 
-ROWS: dict[tuple[str, str], Row] = {
-    ("torchtune", "TransformerDecoder.forward"): _renamed("tokens", "input_pos", "position_ids"),
-    ("torchtitan", "Transformer.forward"): _renamed("tokens", "positions", "position_ids"),
-    ("torchtitan", "Decoder.forward"): _renamed("tokens", "positions", "position_ids"),
-    ("olmo", "OLMo.forward"): _by_lengths("input_ids", "doc_lens"),
-    ("olmo_core", "Transformer.forward"): _by_lengths("input_ids", "doc_lens"),
-    ("llmfoundry", "MPTModel.forward"): _by_sequence_id("input_ids"),
-    ("transformers", "MPTModel.forward"): _by_sequence_id("input_ids"),
-    ("esm", "ESMC.forward"): _by_sequence_id("sequence_tokens"),
-    ("x_transformers", "TransformerWrapper.forward"): _renamed("x", "mask", "attention_mask"),
-    ("transformers", "LongformerModel.forward"): _presence,
-    ("transformers", "LEDEncoder.forward"): _presence,
-    ("transformers", "LEDModel.forward"): _presence,
+# ---- factors after the lookup: of the model that multiplies, and of the embeddings' dtype
+
+Factor = Callable[[Any, torch.dtype], float]
+
+
+def _attribute(name: str) -> Factor:
+    return lambda model, dtype: float(getattr(model, name))
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype, device="cpu").item()  # type: ignore[return-value]
+
+
+def _afmoe(model: Any, dtype: torch.dtype) -> float:
+    return float(model.config.hidden_size**0.5) if model.config.mup_enabled else 1.0
+
+
+def _big_bird(model: Any, dtype: torch.dtype) -> float:
+    return float(model.hidden_size**0.5) if model.rescale_embeddings else 1.0
+
+
+def _ctrl(model: Any, dtype: torch.dtype) -> float:
+    return float(model.d_model_size**0.5)
+
+
+def _recurrent_gemma(model: Any, dtype: torch.dtype) -> float:
+    """Its buffer is bfloat16 in every model; a meta one has no value yet."""
+    return _rounded(model.config.hidden_size**0.5, torch.bfloat16)
+
+
+def _t5gemma(model: Any, dtype: torch.dtype) -> float:
+    return _rounded(model.config.hidden_size**0.5, dtype)
+
+
+def _vits(model: Any, dtype: torch.dtype) -> float:
+    return float(model.config.hidden_size**0.5)
+
+
+def _no_token_dropout(model: Any) -> bool:
+    return not model.token_dropout
+
+
+class Quirks(NamedTuple):
+    """What a model does that its arguments' names do not say."""
+
+    samples: Row | None = None
+    factor: Factor | None = None  # of what it looks up in its own forward
+    embeds_too: bool = False  # the factor is that of inputs_embeds as well
+    constant: Callable[[Any], bool] | None = None  # whether it is one number for all samples
+    keeps_mask: bool = False  # what it is told of samples is not handed on to its inner model
+    ids_transposed: bool = False  # it looks tokens up time first
+    pads_window: bool = False  # it looks up the padding of a window, apart from its tokens
+
+
+NO_QUIRKS = Quirks()
+SCALED = Quirks(factor=_attribute("embed_scale"))
+SCALED_TOO = Quirks(factor=_attribute("embed_scale"), embeds_too=True)
+MULTIPLIED = Quirks(factor=_attribute("embedding_multiplier"), embeds_too=True)
+
+QUIRKS: dict[tuple[str, str], Quirks] = {
+    ("torchtune", "TransformerDecoder.forward"): Quirks(
+        _renamed("tokens", "input_pos", "position_ids")
+    ),
+    ("torchtitan", "Transformer.forward"): Quirks(_renamed("tokens", "positions", "position_ids")),
+    ("torchtitan", "Decoder.forward"): Quirks(_renamed("tokens", "positions", "position_ids")),
+    ("olmo", "OLMo.forward"): Quirks(_by_lengths("input_ids", "doc_lens")),
+    ("olmo_core", "Transformer.forward"): Quirks(_by_lengths("input_ids", "doc_lens")),
+    ("llmfoundry", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
+    ("transformers", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
+    ("esm", "ESMC.forward"): Quirks(_by_sequence_id("sequence_tokens")),
+    ("x_transformers", "TransformerWrapper.forward"): Quirks(
+        _renamed("x", "mask", "attention_mask")
+    ),
+    ("transformers", "LongformerModel.forward"): Quirks(_presence),
+    ("transformers", "LEDEncoder.forward"): Quirks(_presence, pads_window=True),
+    ("transformers", "LEDModel.forward"): Quirks(_presence),
+    ("transformers", "AfmoeModel.forward"): Quirks(factor=_afmoe, embeds_too=True),
+    ("transformers", "BigBirdEmbeddings.forward"): Quirks(factor=_big_bird, embeds_too=True),
+    ("transformers", "BlenderbotSmallEncoder.forward"): SCALED,
+    ("transformers", "CTRLModel.forward"): Quirks(factor=_ctrl, embeds_too=True),
+    ("transformers", "CpmAntForCausalLM.forward"): Quirks(keeps_mask=True),
+    ("transformers", "EsmEmbeddings.forward"): Quirks(constant=_no_token_dropout),
+    ("transformers", "EvollaSaProtEmbeddings.forward"): Quirks(constant=_no_token_dropout),
+    ("transformers", "FSMTDecoder.forward"): SCALED_TOO,
+    ("transformers", "FSMTEncoder.forward"): SCALED_TOO,
+    ("transformers", "FalconH1Model.forward"): MULTIPLIED._replace(embeds_too=False),
+    ("transformers", "Granite4VisionTextModel.forward"): MULTIPLIED,
+    ("transformers", "GraniteDoclingTextModel.forward"): MULTIPLIED,
+    ("transformers", "GraniteModel.forward"): MULTIPLIED,
+    ("transformers", "GraniteMoeHybridModel.forward"): MULTIPLIED,
+    ("transformers", "GraniteMoeModel.forward"): MULTIPLIED,
+    ("transformers", "GraniteMoeSWAModel.forward"): MULTIPLIED,
+    ("transformers", "GraniteMoeSharedModel.forward"): MULTIPLIED,
+    ("transformers", "GraniteSWAModel.forward"): MULTIPLIED,
+    ("transformers", "HrmTextModel.forward"): Quirks(
+        factor=_attribute("embedding_scale"), embeds_too=True
+    ),
+    ("transformers", "HyperCLOVAXModel.forward"): MULTIPLIED,
+    ("transformers", "Kosmos2TextTransformer.forward"): SCALED_TOO,
+    ("transformers", "Kosmos2_5TextTransformer.forward"): SCALED_TOO,
+    ("transformers", "MarianDecoder.forward"): SCALED_TOO,
+    ("transformers", "MarianEncoder.forward"): SCALED,
+    ("transformers", "MvpDecoder.forward"): SCALED,
+    ("transformers", "MvpEncoder.forward"): SCALED,
+    ("transformers", "PegasusDecoder.forward"): SCALED_TOO,
+    ("transformers", "PegasusEncoder.forward"): SCALED,
+    ("transformers", "Qwen2_5OmniTalkerForConditionalGeneration.forward"): Quirks(keeps_mask=True),
+    ("transformers", "RecurrentGemmaModel.forward"): Quirks(
+        factor=_recurrent_gemma, embeds_too=True
+    ),
+    ("transformers", "RwkvForCausalLM.forward"): Quirks(keeps_mask=True),
+    ("transformers", "Speech2TextDecoder.forward"): SCALED,
+    ("transformers", "SpeechT5TextDecoderPrenet.forward"): SCALED,
+    ("transformers", "T5GemmaDecoder.forward"): Quirks(factor=_t5gemma, embeds_too=True),
+    ("transformers", "T5GemmaEncoder.forward"): Quirks(factor=_t5gemma, embeds_too=True),
+    ("transformers", "Tipsv2TextEmbeddings.forward"): SCALED_TOO,
+    ("transformers", "VideoPrismTextEmbeddings.forward"): Quirks(
+        factor=_attribute("scaling"), embeds_too=True
+    ),
+    ("transformers", "VitsTextEncoder.forward"): Quirks(factor=_vits),
+    ("transformers", "XLNetModel.forward"): Quirks(ids_transposed=True),
 }
-
-
-# These look tokens up time first, (T, B).
-TRANSPOSED = frozenset({("transformers", "XLNetModel.forward")})
-# These look up the padding that they append to a window, apart from their tokens.
-PAD_WINDOWS = frozenset({("transformers", "LEDEncoder.forward")})
+# The versions whose every class the test has been held against: one without a row multiplies by 1.
+SCANNED = ("5.23.0",)
 
 
 def key_of(model: nn.Module) -> tuple[str, str]:
@@ -86,13 +193,34 @@ def key_of(model: nn.Module) -> tuple[str, str]:
     return package, getattr(forward, "__qualname__", "")
 
 
+def quirks_of(model: nn.Module) -> Quirks:
+    return QUIRKS.get(key_of(model), NO_QUIRKS)
+
+
 def row_of(model: nn.Module) -> Row | None:
-    return ROWS.get(key_of(model))
+    return quirks_of(model).samples
 
 
-def transposes(model: nn.Module) -> bool:
-    return key_of(model) in TRANSPOSED
+def is_scanned(model: nn.Module) -> bool:
+    """Whether it is a class of a transformers that the table has been held against."""
+    kind = type(model).forward
+    package = sys.modules.get("transformers")
+    return (
+        getattr(kind, "__module__", "").split(".")[0] == "transformers"
+        and getattr(package, "__version__", None) in SCANNED
+    )
 
 
-def pads_window(model: nn.Module) -> bool:
-    return key_of(model) in PAD_WINDOWS
+def looks_up_inside(model: nn.Module) -> bool:
+    """Whether a model around the one that is told of samples may look tokens up itself, or be told
+    what it does not hand on: in transformers those of several parts, in PEFT prompt learning, and
+    anybody else's.
+    """
+    package = type(model).__module__.split(".")[0]
+    if package == "peft":
+        config = getattr(model, "active_peft_config", None)
+        return bool(getattr(config, "is_prompt_learning", False))
+    if package != "transformers":
+        return True
+    parts = getattr(getattr(model, "config_class", None), "sub_configs", None)
+    return bool(parts) or quirks_of(model).keeps_mask

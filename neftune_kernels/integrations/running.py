@@ -50,6 +50,7 @@ class Settings(NamedTuple):
     samples: Read | None = None  # how the user reads arguments
     fused: bool | None = None
     batch_first: bool = True
+    embedding_multiplier: float | None = None  # None: known or measured
 
 
 class State:
@@ -65,6 +66,8 @@ class State:
         self.skipped: Counter[str] = Counter()
         self.skipped_last: str | None = None
         self.warned: set[str] = set()
+        self.unmeasured = False  # a site's multiplier is to be measured at the next forward
+        self.looks = 0  # of the probe
         self.handle: Any = None  # the NEFTuneHandle, which stands above this room
         self.handle_number = -1
         self.assign(Settings())
@@ -85,6 +88,7 @@ class State:
         self.read = settings.samples
         self.fused = settings.fused
         self.batch_first = settings.batch_first
+        self.embedding_multiplier = settings.embedding_multiplier
 
     def settings(self) -> Settings:
         return Settings(
@@ -96,6 +100,7 @@ class State:
             self.read,
             self.fused,
             self.batch_first,
+            self.embedding_multiplier,
         )
 
     def warn_once(self, message: str, advice: str = "") -> None:
@@ -141,7 +146,6 @@ class Forward:
         self.words: list[Words] | None = None  # what samples= says
         self.claimed: Tensor | None = None  # the ids that samples= speaks of where it names none
         self.ran = False  # a site has run, with noise or without
-        self.scale = 1.0  # what this model would multiply embeddings by, taken over by the site
         self._sequences: list[Sequence] | None = None  # found when the first site asks
         self._samples: dict[int, Samples] = {}  # of each sequence, read when a site asks
         self._looked_up: Tensor | None = None  # the first ids that came as none of them
@@ -228,6 +232,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.forwards: list[Forward] = []  # of heard models, one inside the other
         self.told: list[tuple[State, Words]] = []  # by handle.told(), likewise
+        self.probing = False  # a model is looked at: no noise, and nobody is told
 
 
 RUNNING = _Running()  # of this thread
@@ -257,8 +262,7 @@ def forget_interrupted(entering: Any = None) -> None:
             break
         kept += 1
     while len(forwards) > kept:
-        forward = forwards.pop()
-        forward.listener.over(forward)
+        forwards.pop()
 
 
 def _runs_here(model: nn.Module | None) -> bool:
@@ -309,11 +313,6 @@ def _fits(mask: Any, ids: Tensor) -> bool:
     return not isinstance(mask, Tensor) or mask.dim() != ids.dim() or mask.shape == ids.shape
 
 
-def scale_of(forwards: list[Forward]) -> float:
-    """By what the innermost forward that scales embeddings would multiply them."""
-    return next((one.scale for one in reversed(forwards) if one.scale != 1), 1.0)
-
-
 # ---- sites
 
 
@@ -326,13 +325,15 @@ class Site:
         self.base: nn.Module | None = None  # the embedding inside, where the site is around it
         self.hooked = False  # a model around the site tells us its samples
         self.wrappers: list[weakref.ref[nn.Module]] = []  # around the site
-        # who multiplies embeddings afterwards, and its factor's name
-        self.scaling: tuple[weakref.ref[nn.Module], str] | None = None
+        self.multiplier_known = True  # else it is to be measured
+        self.measured = False  # by a probe
+        self.factors: dict[torch.dtype, float] = {}  # that the lookup is multiplied by afterwards
+        self.factor_listener: Any = None  # only while its model runs; None: always
         self.last: NoisyCall | None = None
         self.firsts = FirstPasses()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "wrappers": [], "scaling": None, "last": None}
+        return {**self.__dict__, "wrappers": [], "last": None}
 
     def marked(self) -> bool:
         return any(hasattr(wrapper(), HUGGING_FACE_MARK) for wrapper in self.wrappers)
@@ -491,15 +492,15 @@ class Site:
         self.state.warn_once(does_not_fit(mask, input))
         return UNSAID
 
-    def outer_scale(self, forwards: list[Forward]) -> tuple[float, float]:
-        """(factor of the embedding that this call takes over, divisor of its noise) where the model
-        scales embeddings afterwards.
-        """
-        if (scale := scale_of(forwards)) != 1:
-            return scale, 1.0
-        if self.scaling is None or (model := self.scaling[0]()) is None:
-            return 1.0, 1.0
-        return 1.0, float(getattr(model, self.scaling[1]))
+    def divisor(self, forwards: list[Forward], dtype: torch.dtype) -> float:
+        """Of the noise at the lookup: what the model multiplies its embeddings by afterwards."""
+        said = self.state.embedding_multiplier
+        if said is not None:
+            return said
+        listener = self.factor_listener
+        if listener is not None and not any(one.listener is listener for one in forwards):
+            return 1.0  # another model looks its tokens up
+        return self.factors.get(dtype, 1.0)
 
 
 def _at(told: Samples, where: Place, ids: Tensor) -> Samples:

@@ -35,6 +35,7 @@ class TrainingNoise:
         backend: str | None = None,
         fused: bool | None = None,
         batch_first: bool = True,
+        embedding_multiplier: float | None = None,
         **unknown: NoReturn,
     ) -> None:
         if unknown:
@@ -49,6 +50,7 @@ class TrainingNoise:
             "backend": backend,
             "fused": fused,
             "batch_first": batch_first,
+            "embedding_multiplier": embedding_multiplier,
         }
         self.schedule = noise_alpha if callable(noise_alpha) else None
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)

@@ -1,0 +1,64 @@
+"""By what a model multiplies embeddings after their lookup, as far as the table knows it."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .quirks import Quirks, is_scanned, quirks_of
+
+NO_FACTORS: Mapping[torch.dtype, float] = {}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VARIES = (
+    "{name} multiplies embeddings by a number of each sample's own, and with them NEFTune's noise: "
+    "pass it neftune_kernels.add_noise(embedding(input_ids), noise_alpha, attention_mask=...) as "
+    "inputs_embeds, or say the middle of that range with apply_neftune(..., "
+    "embedding_multiplier=...)"
+)
+
+
+class Multiplier(NamedTuple):
+    """Of one site."""
+
+    known: bool = True  # else it is to be measured
+    factors: Mapping[torch.dtype, float] = NO_FACTORS  # by the embeddings' dtype; empty: 1
+    # only what is looked up while this model runs is multiplied; None: wherever it is looked up
+    inside: nn.Module | None = None
+    warning: str = ""
+
+
+ONE = Multiplier()
+UNKNOWN = Multiplier(known=False)
+
+
+def known_multiplier(ancestors: list[nn.Module]) -> Multiplier:
+    """By the table; the ancestors of a site, the outermost first.
+
+    The innermost with a row counts. Without one it is 1 where the module that holds the embedding
+    is of a class that the table has been held against, or where there is none.
+    """
+    for model in reversed(ancestors):
+        quirks = quirks_of(model)
+        if quirks.constant is not None and not quirks.constant(model):
+            return Multiplier(warning=VARIES.format(name=type(model).__name__))
+        if quirks.factor is not None:
+            return _by_row(model, quirks)
+    holder = next((model for model in reversed(ancestors) if not _is_container(model)), None)
+    return ONE if holder is None or is_scanned(holder) else UNKNOWN
+
+
+def _by_row(model: nn.Module, quirks: Quirks) -> Multiplier:
+    assert quirks.factor is not None
+    try:
+        factors = {dtype: quirks.factor(model, dtype) for dtype in DTYPES}
+    except AttributeError:  # another version of that class
+        return UNKNOWN
+    if all(factor == 1 for factor in factors.values()):
+        return ONE
+    return Multiplier(factors=factors, inside=None if quirks.embeds_too else model)
+
+
+def _is_container(model: nn.Module) -> bool:
+    """What only holds others: torch's containers, PEFT's wrappers."""
+    return type(model).__module__.split(".")[0] in ("torch", "peft")

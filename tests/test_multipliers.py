@@ -1,0 +1,361 @@
+"""What a model multiplies its embeddings by after the lookup: the table of quirks.py held against
+transformers' sources, and the noise of alpha / f on models of it.
+"""
+
+import ast
+import math
+import pathlib
+
+import pytest
+import torch
+from torch import nn
+
+from neftune_kernels import apply_neftune, noisy_embedding
+from neftune_kernels.integrations import quirks
+
+IDS = torch.randint(1, 50, (3, 8), generator=torch.Generator().manual_seed(2))
+MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
+
+# ---- the scan of sources, in this test alone
+
+IDS_NAMES = {"input_ids", "input", "decoder_input_ids", "ids", "tokens"}
+EMBEDS_NAMES = {"inputs_embeds", "input_embeds", "decoder_inputs_embeds"}
+TABLE_NAMES = ("self.w", "self.wte", "self.shared")
+SAME_VALUES = {"to", "type", "view", "clone", "contiguous", "transpose", "unsqueeze", "masked_fill"}
+NOT_A_FACTOR = {
+    "NemotronAsrStreamingEncoder": "embeds sound, no tokens",
+    "Phi4MultimodalFeatureEmbedding": "a mask that chooses between images and sound",
+    "RwkvModel": "halves the states between its blocks, in eval mode alone",
+    "Speech2TextEncoder": "embeds sound, no tokens",
+    "ZayaModel": "a learned vector, a part of its first block",
+}
+
+
+def _from_lookup(node, known):
+    """Whether an expression is a lookup of tokens, or made of one element by element."""
+    if isinstance(node, ast.Name):
+        return node.id in known
+    if isinstance(node, ast.BinOp):
+        return _from_lookup(node.left, known) or _from_lookup(node.right, known)
+    if isinstance(node, ast.IfExp):
+        return _from_lookup(node.body, known) or _from_lookup(node.orelse, known)
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Attribute) and node.func.attr in SAME_VALUES:
+        return _from_lookup(node.func.value, known)
+    name = ast.unparse(node.func)
+    arguments = (*node.args, *(keyword.value for keyword in node.keywords))
+    ids = any(isinstance(one, ast.Name) and one.id in IDS_NAMES for one in arguments)
+    return ids and ("emb" in name.lower() or name in TABLE_NAMES)
+
+
+def multiplies(function):
+    """Whether a method multiplies or divides what it has looked up."""
+    known = set(EMBEDS_NAMES)
+    kinds = (ast.Assign, ast.AugAssign, ast.BinOp)
+    nodes = [node for node in ast.walk(function) if isinstance(node, kinds)]
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        if isinstance(node, ast.Assign):
+            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            known = known | names if _from_lookup(node.value, known) else known - names
+            known |= EMBEDS_NAMES
+        elif isinstance(node.op, (ast.Mult, ast.Div)):
+            if isinstance(node, ast.AugAssign):
+                sides = {_from_lookup(node.target, known), False}
+            else:
+                sides = {_from_lookup(node.left, known), _from_lookup(node.right, known)}
+            if sides == {True, False}:
+                return True
+    return False
+
+
+def scan(source):
+    """Names of the classes in a file that do."""
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {
+        kind.name
+        for kind in classes
+        if any(isinstance(one, ast.FunctionDef) and multiplies(one) for one in kind.body)
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "h = self.emb(input_ids) * 8",
+        "h = 8 * self.emb(input_ids)",
+        "h = self.emb(input_ids)\n        h *= self.scale",
+        "inputs_embeds = inputs_embeds / self.scale",
+        "h = inputs_embeds\n        h = h.to(x) * f",
+    ],
+)
+def test_the_scan_sees(line):
+    assert scan(f"class Model:\n    def helper(self, input_ids, inputs_embeds):\n        {line}\n")
+
+
+@pytest.mark.parametrize("line", ["h = self.norm(inputs_embeds) * 8", "h = mask * 8", "h = 8 * h"])
+def test_the_scan_does_not_see(line):
+    assert not scan(f"class Model:\n    def helper(self, h, inputs_embeds):\n        {line}\n")
+
+
+def test_the_table_is_that_of_the_installed_transformers():
+    transformers = pytest.importorskip("transformers")
+    models = pathlib.Path(transformers.__file__).parent / "models"
+    found = set().union(*(scan(path.read_text()) for path in models.glob("*/modeling_*.py")))
+    rows = {
+        name.removesuffix(".forward")
+        for (package, name), row in quirks.QUIRKS.items()
+        if package == "transformers" and (row.factor or row.constant)
+    }
+    assert found - set(NOT_A_FACTOR) == rows, "read what changed, then add or take rows"
+    assert transformers.__version__ in quirks.SCANNED, (
+        "the table fits this version too: add it to quirks.SCANNED"
+    )
+
+
+# ---- the noise
+
+
+class Scaled(nn.Module):
+    """Somebody's own code."""
+
+    def __init__(self, factor=8.0):
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.first = nn.Identity()
+        self.factor = factor
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.first(self.embed(input_ids) * self.factor)
+
+
+def seed_of(module):
+    return module._neftune.last.noise.seed
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_stated_multiplier_divides_the_noise(fused):
+    model = Scaled().train()
+    handle = apply_neftune(model, 5.0, embedding="embed", embedding_multiplier=8, fused=fused)
+    assert handle.embedding_multiplier == 8.0
+    out = model(IDS, attention_mask=MASK)
+    expected = noisy_embedding(
+        IDS, model.embed.weight, 5.0 / 8, attention_mask=MASK, seed=seed_of(model.embed)
+    )
+    assert torch.equal(out, expected * 8.0)
+    stats = handle.stats()
+    assert stats["magnitude_max"] == 5.0 / math.sqrt(2 * 16), "the paper's, that of the first block"
+    assert 0.9 < stats["max_noise_ratio"] < 1
+    handle.embedding_multiplier = 4.0
+    out = model(IDS, attention_mask=MASK)
+    expected = noisy_embedding(
+        IDS, model.embed.weight, 5.0 / 4, attention_mask=MASK, seed=seed_of(model.embed)
+    )
+    assert torch.equal(out, expected * 8.0)
+    with apply_neftune(model, 5.0, embedding="embed", embedding_multiplier=2.0):
+        assert handle.embedding_multiplier == 2.0
+    assert handle.embedding_multiplier == 4.0
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, math.inf, math.nan])
+def test_a_multiplier_that_is_none(bad):
+    with pytest.raises(ValueError, match="embedding_multiplier must be positive and finite, got"):
+        apply_neftune(Scaled(), embedding="embed", embedding_multiplier=bad)
+
+
+@pytest.mark.parametrize("bad", ["8", True])
+def test_a_multiplier_of_another_type(bad):
+    with pytest.raises(TypeError, match="embedding_multiplier must be a number or None, got"):
+        apply_neftune(Scaled(), embedding="embed", embedding_multiplier=bad)
+
+
+def test_a_row_in_a_compiled_forward():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GraniteConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        embedding_multiplier=12.0,
+    )
+    torch.manual_seed(0)
+    model = transformers.GraniteModel(config).train()
+    apply_neftune(model, 5.0)
+    expected = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        expected.append(model(input_ids=IDS, attention_mask=MASK).last_hidden_state)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.manual_seed(3)
+        out = compiled(input_ids=IDS, attention_mask=MASK).last_hidden_state
+        assert torch.equal(out, expected[-1])
+
+
+def test_per_sample_factors_warn():
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "pad_token_id": 0,
+        "mask_token_id": 3,
+    }
+    config = transformers.EsmConfig(**small, token_dropout=True)
+    with pytest.warns(UserWarning, match="EsmEmbeddings multiplies embeddings by a number of each"):
+        apply_neftune(transformers.EsmModel(config))
+
+
+# ---- models that scale elsewhere than where they look up
+
+VOCAB, HIDDEN = 64, 32
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+TEXT = {**SMALL, "max_position_embeddings": 16}
+FALCON = {
+    **GROUPED,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "embedding_multiplier": 5.0,
+}
+ROOT = math.sqrt(HIDDEN)
+KOSMOS = {
+    "vocab_size": VOCAB,
+    "embed_dim": HIDDEN,
+    "layers": 1,
+    "ffn_dim": 32,
+    "attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+FLAUBERT = {
+    "vocab_size": VOCAB,
+    "emb_dim": HIDDEN,
+    "n_layers": 1,
+    "n_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def t5gemma(library):
+    text = {**GROUPED, "head_dim": 8}
+    config = library.T5GemmaConfig(
+        encoder=text, decoder=text, is_encoder_decoder=False, vocab_size=VOCAB
+    )
+    return library.T5GemmaEncoderModel(config)
+
+
+def llava(library, text):
+    vision = library.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    config = library.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=3,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    return library.LlavaForConditionalGeneration(config)
+
+
+def kosmos(library):
+    rooms = library.models.kosmos2
+    config = rooms.configuration_kosmos2.Kosmos2TextConfig(**KOSMOS)
+    return rooms.modeling_kosmos2.Kosmos2TextModel(config)
+
+
+NAMED = {  # how it is built, its first block, what the noise is divided by
+    "CTRL": (
+        lambda t: t.CTRLModel(
+            t.CTRLConfig(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=4, dff=48)
+        ),
+        "h.0",
+        ROOT,
+    ),
+    "Tipsv2": (lambda t: t.Tipsv2TextModel(t.Tipsv2TextConfig(**TEXT)), "encoder", ROOT),
+    "VideoPrism": (
+        lambda t: t.VideoPrismTextModel(t.VideoPrismTextConfig(**TEXT)),
+        "layers.0",
+        ROOT,
+    ),
+    "Kosmos-2": (kosmos, "model.layers.0", ROOT),
+    "RecurrentGemma": (
+        lambda t: t.RecurrentGemmaModel(
+            t.RecurrentGemmaConfig(
+                **{**SMALL, "num_hidden_layers": 3}, num_key_value_heads=1, lru_width=HIDDEN
+            )
+        ),
+        "layers.0",
+        float(torch.tensor(ROOT, dtype=torch.bfloat16)),
+    ),
+    "T5Gemma": (t5gemma, "encoder.layers.0", float(torch.tensor(ROOT))),
+    "Flaubert": (
+        lambda t: t.FlaubertModel(t.FlaubertConfig(**FLAUBERT)),
+        "layer_norm_emb",
+        1.0,
+    ),
+    "FalconH1": (lambda t: t.FalconH1Model(t.FalconH1Config(**FALCON)), "layers.0", 5.0),
+    "FalconH1 in Llava": (
+        lambda t: llava(t, t.FalconH1Config(**FALCON)),
+        "model.language_model.layers.0",
+        1.0,
+    ),
+    "Granite in Llava": (
+        lambda t: llava(t, t.GraniteConfig(**GROUPED, embedding_multiplier=12.0)),
+        "model.language_model.layers.0",
+        12.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_model(name):
+    """The lookup has the noise of alpha / f, and what enters the first block the paper's."""
+    transformers = pytest.importorskip("transformers")
+    build, block, factor = NAMED[name]
+    torch.manual_seed(0)
+    model = build(transformers).train()
+    for module in model.modules():
+        for drop in ("p", "dropout", "layerdrop"):
+            if isinstance(getattr(module, drop, None), float):
+                setattr(module, drop, 0.0)
+    ids = torch.randint(8, VOCAB, (2, 8), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    embedding = model.get_input_embeddings()
+    handle = apply_neftune(model, 5.0)
+    looked_up, entered = [], []
+
+    def enters(module, args, kwargs):
+        values = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        entered.append(values[0].detach().clone())
+
+    embedding.register_forward_hook(lambda module, args, out: looked_up.append(out.clone()))
+    model.get_submodule(block).register_forward_pre_hook(enters, with_kwargs=True)
+    model(input_ids=ids, attention_mask=mask)
+    expected = noisy_embedding(
+        ids, embedding.weight, 5.0 / factor, attention_mask=mask, seed=seed_of(embedding)
+    )
+    assert torch.equal(looked_up[0], expected)
+    handle.noise_alpha = 0.0
+    model(input_ids=ids, attention_mask=mask)
+    noise = (entered[0] - entered[1])[:, :8].abs().amax(-1)
+    ratio = (noise / (5.0 / (mask.sum(1) * HIDDEN).sqrt())[:, None])[mask > 0].max()
+    assert 0.98 < ratio < 1 + 1e-4, "of 416 draws one is near the bound; two float32 roundings"
