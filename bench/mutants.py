@@ -65,15 +65,21 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def read_list() -> list[Mutant]:
+def read_list(tree: pathlib.Path = ROOT) -> list[Mutant]:
+    """The list, every entry of which applies to the files of this tree."""
     mutants = [Mutant(**entry) for entry in tomllib.loads(LIST.read_text())["mutant"]]
     names = [mutant.name for mutant in mutants]
     if len(set(names)) != len(names) or len(names) > 150:
         raise SystemExit(f"{LIST.name}: names must differ, and be 150 at most, got {len(names)}")
     for mutant in mutants:
-        found = (TREE / mutant.file).read_text().count(mutant.old)
+        found = (tree / mutant.file).read_text().count(mutant.old)
         if found != 1 or mutant.old == mutant.new:
             raise SystemExit(f"{mutant.name!r}: {mutant.file} holds its old text {found} times")
+        for test in mutant.tests:
+            file, *names = test.split("::")
+            source = (tree / file).read_text()
+            if not all(re.search(rf"^ *(def )?{name}\b", source, re.MULTILINE) for name in names):
+                raise SystemExit(f"{mutant.name!r}: there is no {test}")
     return mutants
 
 
@@ -230,7 +236,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=180, help="begin no mutant after these")
     arguments = parser.parse_args()
     make_tree()
-    mutants = read_list()
+    mutants = read_list(TREE)
     WORK.mkdir(parents=True, exist_ok=True)
     outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
 

@@ -42,50 +42,57 @@ def operator(family, name):
 # ---- memory
 
 
-def overlapping():
-    """out (6, 4) float32 with one argument inside its bytes, name by name. What the argument says
-    is harmless even where it is read while out is written.
+READ = {  # what an operator reads beside its source, and how many elements
+    "document": (torch.int64, TOKENS),
+    "position": (torch.int64, TOKENS),
+    "lengths": (torch.int64, 1),
+    "cu_seqlens": (torch.int64, 2),
+    "cu_seqlens of int32": (torch.int32, 2),
+    "seed": (torch.int64, 1),
+    "noise_alpha": (torch.float64, 1),
+    "input_ids": (torch.int64, TOKENS),
+    "input_ids of int32": (torch.int32, TOKENS),
+}
+
+
+def overlapping(name, dtype, count, device="cpu"):
+    """out (6, 4) float32 with that argument inside its bytes. What the argument says is harmless
+    even where it is read while out is written.
     """
-    for name, dtype, count in (
-        ("document", torch.int64, TOKENS),
-        ("position", torch.int64, TOKENS),
-        ("lengths", torch.int64, 1),
-        ("cu_seqlens", torch.int64, 2),
-        ("cu_seqlens", torch.int32, 2),
-        ("seed", torch.int64, 1),
-        ("noise_alpha", torch.float64, 1),
-        ("input_ids", torch.int64, TOKENS),
-        ("input_ids", torch.int32, TOKENS),
-    ):
-        out = torch.zeros(TOKENS, WIDTH)
-        inside = out.view(-1).view(dtype)[-count:]
-        if name == "cu_seqlens":
-            inside[-1] = TOKENS
-        if name in ("lengths", "noise_alpha"):
-            inside[0] = TOKENS
-        if name in ("seed", "noise_alpha"):
-            inside = inside[0]
-        if name == "lengths":
-            inside = inside.view(1)
-        yield name, out, inside
+    out = torch.zeros(TOKENS, WIDTH, device=device)
+    inside = out.view(-1).view(dtype)[-count:]
+    if name == "cu_seqlens":
+        inside[-1] = TOKENS
+    if name in ("lengths", "noise_alpha"):
+        inside[0] = TOKENS
+    if name in ("seed", "noise_alpha"):
+        inside = inside[0]
+    return out, inside
 
 
-@pytest.mark.parametrize("name, out, inside", list(overlapping()))
-def test_out_overlaps_no_argument(family, name, out, inside):
+def assert_overlap_is_refused(family, argument, device="cpu"):
     """An operator that wrote its own bounds while it read them would follow them anywhere."""
-    given = {"seed": SEED, "noise_alpha": ALPHA, name: inside}
+    name = argument.split(" ")[0]
+    out, inside = overlapping(name, *READ[argument], device)
+    given = {"seed": SEED.to(device), "noise_alpha": ALPHA.to(device), name: inside}
     if name == "document":
-        given["lengths"] = torch.tensor([TOKENS])
+        given["lengths"] = torch.tensor([TOKENS], device=device)
     before = out.clone()
-    calls = {"noisy_embedding": {"input_ids": torch.arange(TOKENS), "weight": torch.ones(9, WIDTH)}}
+    ids, weight = torch.arange(TOKENS, device=device), torch.ones(9, WIDTH, device=device)
+    calls = {"noisy_embedding": {"input_ids": ids, "weight": weight}}
     if name == "input_ids":
         del calls["noisy_embedding"]["input_ids"]
     else:
-        calls["add_noise"] = {"inputs_embeds": torch.ones(TOKENS, WIDTH)}
+        calls["add_noise"] = {"inputs_embeds": torch.ones(TOKENS, WIDTH, device=device)}
     for called, sources in calls.items():
         with pytest.raises(RuntimeError, match=f"out must not overlap {name}"):
             operator(family, called).out(**sources, **given, out=out)
         assert torch.equal(out, before)
+
+
+@pytest.mark.parametrize("argument", READ)
+def test_out_overlaps_no_argument(family, argument):
+    assert_overlap_is_refused(family, argument)
 
 
 def test_out_overlaps_no_source(family):

@@ -1,11 +1,13 @@
 """The C++ CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every instruction
-set of this machine; and without a warning, by g++ and, where it is there, clang++.
+set of this machine; and without a warning, the CUDA kernels' bodies too: by g++ and, where it is
+there, clang++, of the newest version that is.
 
 NEFTUNE_REQUIRE_CPP=1 makes a missing g++ a failure instead of a skip.
 """
 
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -18,50 +20,83 @@ from test_install import run, source_copy
 from setup import COMPILE_FLAGS, SIMD_FLAGS, TORCH_TARGET_VERSION, kernel, torch_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
+TORCH_OPTIONS = [
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    *("-isystem", torch_folder() / "include"),
+]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SHIM_OPTIONS = [
+    *("-std=c++20", "-Wno-unused-function", "-Wno-unknown-pragmas"),
+    "-Wno-unused-const-variable",  # the shim drops __launch_bounds__ and what it names
+    *("-include", ROOT / "tests" / "cuda_shim.h"),
+]
+
+
+def newest_clang():
+    """Debian's clang++-19 and the like, else what is called clang++."""
+    versions = range(40, 15, -1)  # 16 is the first that reads all of the shim's C++20
+    found = (name for n in versions if shutil.which(name := f"clang++-{n}"))
+    return next(found, "clang++")
+
+
+COMPILERS = {"g++": "g++", "clang++": newest_clang()}
+GNU_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZERS = {"g++": GNU_SANITIZERS, "clang++": [*GNU_SANITIZERS, "-shared-libsan"]}
+RUNTIMES = {  # what must be in the process before Python: clang's one library holds both
+    "g++": ("libasan.so", "libubsan.so"),
+    "clang++": (f"libclang_rt.asan-{platform.machine()}.so",),
+}
 
 
 def require(compiler):
-    if shutil.which(compiler) is None:
+    if shutil.which(COMPILERS[compiler]) is None:
         reason = f"no {compiler} here: the CPU kernels are not compiled by it"
         if compiler == "g++" and os.environ.get("NEFTUNE_REQUIRE_CPP") == "1":
             pytest.fail(f"NEFTUNE_REQUIRE_CPP=1, but {reason}")
         pytest.skip(reason)
 
 
-def options_of(source):
+def options_of(source, compiler):
     """What setup.py compiles this source with, but for optimisation."""
     return [
         *COMPILE_FLAGS,
         *WARNINGS,
         *SIMD_FLAGS.get(source.name, []),
-        *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", torch_folder() / "include"),
+        *(["-Wno-unknown-warning-option"] if compiler == "clang++" else []),  # g++'s own names
+        *TORCH_OPTIONS,
     ]
 
 
-def warnings_of(compiler, source):
+def warnings_of(compiler, source, options):
     """Of the front end, in a second: "" for none."""
-    command = [compiler, *options_of(source), "-fsyntax-only", source]
+    command = [COMPILERS[compiler], *options, "-fsyntax-only", source]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode != 0) == bool(done.stderr)
     return done.stderr
 
 
-@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("compiler", list(COMPILERS))
 def test_no_warnings(compiler, tmp_path):
     require(compiler)
     for name in kernel().sources:
-        assert warnings_of(compiler, ROOT / name) == ""
+        assert warnings_of(compiler, ROOT / name, options_of(ROOT / name, compiler)) == ""
     wrong = tmp_path / "wrong.cpp"
     wrong.write_text("int sign(unsigned value, int unused) { return value < -1; }\n")
-    assert "unused" in warnings_of(compiler, wrong)
+    assert "unused" in warnings_of(compiler, wrong, options_of(wrong, compiler))
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    """A copy of the sources and tests whose library has the sanitizers in it."""
-    require("g++")
+@pytest.mark.parametrize("source", ["ops.cpp", "kernels.cu"])
+def test_no_warnings_of_the_cuda_bodies(source):
+    """By clang++; tests/test_cuda_build.py runs what g++ makes of them."""
+    require("clang++")
+    options = [*WARNINGS, *SHIM_OPTIONS, *TORCH_OPTIONS, "-x", "c++"]
+    assert warnings_of("clang++", ROOT / "csrc" / "cuda" / source, options) == ""
+
+
+@pytest.fixture(scope="module", params=["g++", pytest.param("clang++", marks=pytest.mark.long)])
+def sanitized(request, tmp_path_factory):
+    """A compiler, and a copy of the sources and tests whose library has its sanitizers in it."""
+    require(compiler := request.param)
     folder = tmp_path_factory.mktemp("sanitized")
     source_copy(folder)
     shutil.copytree(ROOT / "tests", folder / "tests")
@@ -69,9 +104,9 @@ def sanitized(tmp_path_factory):
     def compiled(name):
         source = folder / name
         run(
-            "g++",
-            *options_of(source),
-            *("-O0", "-g1", "-fPIC", *SANITIZERS),  # -O1 takes thrice as long to compile
+            COMPILERS[compiler],
+            *options_of(source, compiler),
+            *("-O0", "-g1", "-fPIC", *SANITIZERS[compiler]),  # -O1 takes thrice as long to compile
             *("-c", source, "-o", source.with_suffix(".o")),
         )
         return source.with_suffix(".o")
@@ -80,13 +115,17 @@ def sanitized(tmp_path_factory):
         objects = list(pool.map(compiled, kernel().sources))
     library = folder / "neftune_kernels" / "_C.abi3.so"
     libraries = (f"-L{torch_folder() / 'lib'}", "-ltorch_cpu")
-    run("g++", "-shared", *SANITIZERS, *objects, *libraries, "-o", library)
-    return folder
+    shared = (COMPILERS[compiler], "-shared", *SANITIZERS[compiler])
+    run(*shared, *objects, *libraries, "-o", library)
+    return compiler, folder
 
 
-def run_tests(folder, *arguments):
+def run_tests(sanitized, *arguments):
     """How many tests of the copy passed, all of them under the sanitizers."""
-    runtimes = [run("g++", f"-print-file-name=lib{name}.so").strip() for name in ("asan", "ubsan")]
+    compiler, folder = sanitized
+    runtimes = [
+        run(COMPILERS[compiler], f"-print-file-name={name}").strip() for name in RUNTIMES[compiler]
+    ]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own

@@ -13,6 +13,7 @@ import ctypes
 from types import SimpleNamespace
 
 import pytest
+import test_attack
 import test_triton
 import torch
 import torch.nn.functional as F
@@ -250,6 +251,12 @@ def test_bad_arguments_are_refused(device):
         OPS.cuda_add_noise.out(
             out.view(-1)[8:].view(5, 8), seed, alpha, out=out.view(-1)[:40].view(5, 8)
         )
+
+
+@pytest.mark.parametrize("argument", test_attack.READ)
+def test_out_overlaps_no_argument(device, argument):
+    """By the library's own check: in front of it stands that of all GPUs."""
+    test_attack.assert_overlap_is_refused("cuda_", argument, device)
 
 
 def test_public_functions_serve_it(public):

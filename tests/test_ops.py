@@ -383,5 +383,14 @@ def test_overlap_is_refused_before_a_gpu_is_asked(monkeypatch):
         serve(torch.zeros(1, 4, 16), SEED, ALPHA, None, None, None, cu_seqlens, out=out)
     look_up = backends.on_gpu("noisy_embedding_out", lambda *args, out: "served", None)
     weight = torch.zeros(4, 16)
+    ids, inside = torch.zeros(1, 4, dtype=torch.int64), bounds[:8].view(torch.int64)
+    arguments = [ids, weight, SEED, ALPHA, None, None, None, None]
+    names = ("document", "position", "lengths", "cu_seqlens")
+    for place, name in enumerate(("input_ids", "weight", "seed", "noise_alpha", *names)):
+        read = out[0] if name == "weight" else inside[0] if place in (2, 3) else inside
+        given = [*arguments[:place], read, *arguments[place + 1 :]]
+        with pytest.raises(RuntimeError, match=f"out must not overlap {name}$"):
+            look_up(*given, out=out)
+    assert look_up(*arguments, out=out) == "served"
     with pytest.raises(RuntimeError, match="out must not overlap input_ids"):
         look_up(cu_seqlens.view(1, 2), weight, SEED, ALPHA, out=out[:, :2])
