@@ -140,6 +140,7 @@ def test_a_trial_trains_with_its_own_alpha(before, patch, tmp_path, monkeypatch)
     watch = Watch()
     ours = trainer(tmp_path, [watch], neftune_noise_alpha=before)
     ours.hp_search_backend = transformers.trainer_utils.HPSearchBackend.WANDB
+    ours._get_output_dir = lambda trial: str(tmp_path)  # asks the search's own package
     for alpha in (3.0, 7.0):
         ours.train(trial={"neftune_noise_alpha": alpha})
         assert all(wears(call, alpha) for call in watch.calls) and len(watch.calls) == 2
