@@ -12,6 +12,7 @@ import time
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.integrations.neftune import activate_neftune
 
 from neftune_kernels import apply_neftune
 
@@ -37,7 +38,7 @@ def make_model() -> nn.Module:
 def make_models() -> dict[str, nn.Module]:
     models = {name: make_model() for name in (NOTHING, OURS, THEIRS)}
     apply_neftune(models[OURS], 5.0)
-    transformers.trainer.activate_neftune(models[THEIRS], 5.0)
+    activate_neftune(models[THEIRS], 5.0)
     return models
 
 

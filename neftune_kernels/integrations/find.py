@@ -43,7 +43,7 @@ def _kinds_of(kind: type) -> frozenset[tuple[str, str]]:
 
 
 def _kinds(module: nn.Module) -> frozenset[tuple[str, str]]:
-    return _kinds_of(type(module))
+    return _kinds_of(type(module))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(1024)
@@ -52,7 +52,7 @@ def _is_peft_class(kind: type) -> bool:
 
 
 def _is_peft(module: nn.Module) -> bool:
-    return _is_peft_class(type(module))
+    return _is_peft_class(type(module))  # type: ignore[arg-type]
 
 
 def _wrapped(module: nn.Module) -> list[nn.Module]:
