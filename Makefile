@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix compatibility lint bench fuzz mutants gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants gpu clean
 
 setup: $(READY)
 
@@ -52,6 +52,17 @@ test-long: setup
 # Our launches beside Triton's own under every triton that installs; writes bench/results/launcher.md.
 launcher-matrix: setup
 	TORCH="$(TORCH)" $(BIN)/python -m bench.launcher_matrix
+
+# patch_trainer() under transformers 4, each version in an environment of its own; writes bench/results/transformers4.md.
+TRANSFORMERS4 ?= 4.55.4 4.57.6
+test-transformers4: setup
+	@for version in $(TRANSFORMERS4); do \
+	  env=build/transformers-$$version; \
+	  test -x $$env/bin/python || $(PYTHON) -m venv $$env || exit 1; \
+	  $$env/bin/python -m pip install --quiet "$(TORCH)" "transformers==$$version" accelerate pytest numpy || exit 1; \
+	  PYTHONPATH=. $$env/bin/python -m pytest -q --junit-xml build/transformers-$$version.xml tests/test_patched_trainer.py || exit 1; \
+	done
+	$(BIN)/python -m bench.transformers4 $(TRANSFORMERS4)
 
 # The README's compatibility table, from what the tests really ran.
 compatibility: setup

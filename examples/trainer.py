@@ -75,9 +75,9 @@ def train(callbacks: list[Any], **options: Any) -> Any:
 def main(noise_alpha: float = 5.0) -> dict[str, Any]:
     with_callback = train([NEFTuneCallback(noise_alpha)])
 
-    undo = patch_trainer()  # once, before training; for the whole process
+    patch = patch_trainer()  # once, before training; for the whole process
     with_argument = train([], neftune_noise_alpha=noise_alpha)
-    undo()
+    patch.undo()
 
     losses = [entry["loss"] for entry in with_callback.state.log_history if "loss" in entry]
     logged = {

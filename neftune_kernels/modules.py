@@ -22,9 +22,10 @@ from .noise import (
 )
 from .samples import UNSAID, Samples, time_first
 
-HUGGING_FACE_MARK = (
-    "neftune_noise_alpha"  # transformers' own hook leaves this attribute on the embedding it noises
-)
+# transformers' own noise: its hook reads the attribute from the embedding that it noises. The
+# attribute alone is no noise: it stays after `hook.remove()`, and Unsloth sets it without a hook.
+HUGGING_FACE_MARK = "neftune_noise_alpha"
+HUGGING_FACE_HOOK = "neftune_post_forward_hook"
 TWO_NOISES = (
     "this embedding would get two noises: transformers' own NEFTune hook is active on it. Set "
     "neftune_noise_alpha=None in the training "
@@ -36,6 +37,14 @@ def check_batch_first(batch_first: Any) -> bool:
     if not isinstance(batch_first, bool):
         raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
     return batch_first
+
+
+def has_other_noise(module: nn.Module) -> bool:
+    """Whether transformers' own NEFTune hook is active on the module."""
+    return HUGGING_FACE_MARK in module.__dict__ and any(
+        getattr(hook, "__name__", None) == HUGGING_FACE_HOOK
+        for hook in module._forward_hooks.values()
+    )
 
 
 class NEFTuneEmbedding(nn.Embedding):
@@ -224,7 +233,7 @@ class NEFTuneEmbedding(nn.Embedding):
                 self.sparse,
             )
             return embedded if self.embed_scale == 1 else embedded * self.embed_scale
-        if HUGGING_FACE_MARK in self.__dict__:
+        if HUGGING_FACE_MARK in self.__dict__ and has_other_noise(self):
             raise RuntimeError(TWO_NOISES)
         if turn:
             samples = time_first(samples, input.shape)

@@ -156,7 +156,7 @@ def train_with_trainer(attempt, trained, checkpointing, bf16):
         trainer = RecordingTrainer(model, arguments, train_dataset=make_rows(), callbacks=callbacks)
         trainer.by_hand, trainer.masks, trainer.needed_grad = attempt == "compute_loss", [], []
         handle = apply_neftune(model, ALPHA) if attempt == "apply_neftune" else None
-        undo = patch_trainer() if attempt == "neftune_noise_alpha" else lambda: None
+        undo = patch_trainer().undo if attempt == "neftune_noise_alpha" else lambda: None
         try:
             trainer.train()
         finally:

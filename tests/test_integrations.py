@@ -384,12 +384,14 @@ def test_own_module_by_path_and_object():
 
 def test_transformers_own_hook_beside_ours_is_refused():
     model = make_model()
-    apply_neftune(model, 5.0)
-    model.get_input_embeddings().neftune_noise_alpha = (
-        5.0  # what Trainer does for TrainingArguments(neftune_noise_alpha=...)
-    )
+    handle = apply_neftune(model, 5.0)
+    hook = transformers.trainer.activate_neftune(model, 5.0)
     with pytest.raises(RuntimeError, match="two noises.*neftune_noise_alpha=None"):
         model(ragged()[0])
+    hook.remove()  # leaves its attribute, as Unsloth sets it without any hook: no second noise
+    assert model.get_input_embeddings().neftune_noise_alpha == 5.0
+    model(ragged()[0])
+    assert handle.stats()["calls"] == 1
 
 
 def test_handle_keeps_no_model_alive():
@@ -532,6 +534,9 @@ def test_two_noises_are_refused_behind_wrappers_and_on_the_module():
         model.train()(input_ids=ids, attention_mask=mask)
     module = NEFTuneEmbedding(VOCAB, HIDDEN)
     module.neftune_noise_alpha = 5.0
+    module(ids)
+    hook = transformers.integrations.neftune.neftune_post_forward_hook
+    module.register_forward_hook(hook)
     with pytest.raises(RuntimeError, match="two noises"):
         module(ids)
     with pytest.raises(TypeError, match="is a NEFTuneEmbedding already"):

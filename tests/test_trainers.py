@@ -473,7 +473,7 @@ def test_nothing_is_left_after_a_crash(error, way, tmp_path):
     model = llama()
     before = fingerprint(model)
     if way == "configuration":
-        undo = patch_trainer()
+        undo = patch_trainer().undo
         trainer = plain_trainer(model, tmp_path, [Interrupt(error)], neftune_noise_alpha=5.0)
     else:
         trainer = plain_trainer(
@@ -508,8 +508,8 @@ def test_configuration_uses_ours(tmp_path, proves):
     """
     model = llama()
     before = fingerprint(model)
-    undo = patch_trainer()
-    assert patch_trainer() is undo
+    patch = patch_trainer()
+    assert patch_trainer() is patch and patch.last_stats is None
     try:
         watch = Watch(model)
         plain_trainer(model, tmp_path, neftune_noise_alpha=5.0).train()

@@ -7,7 +7,7 @@ on the models around it hear the attention mask, position ids or cumulative leng
 Nothing here imports transformers.
 """
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -90,7 +90,8 @@ def apply_neftune(
     Raises:
         ValueError: no embedding can be found or noised, or not as `fused` says; bad alpha, replica
             or backend.
-        TypeError: samples= is none of these; at a forward, a name that it is not given.
+        TypeError: `model` is no module; samples= is none of these; at a forward, a name that it is
+            not given.
 
     Example:
         >>> class Model(torch.nn.Module):
@@ -121,6 +122,7 @@ def apply_neftune(
         batch_first=check_batch_first(batch_first),
         embedding_multiplier=check_multiplier(embedding_multiplier),
     )
+    check_model(model, embedding)
     path = path_of(model, embedding)
     found = find_embeddings(model, path, fused)
     for one in found:
@@ -137,6 +139,24 @@ def apply_neftune(
             "samples with apply_neftune(..., samples=...)"
         )
     return handle
+
+
+def check_model(model: Any, embedding: str | nn.Module | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"apply_neftune wants a model (a torch.nn.Module), got {type(model).__name__} "
+            f"{model!r}: load it first, AutoModelForCausalLM.from_pretrained(...)"
+        )
+    inner = getattr(model, "module", None)
+    if (
+        embedding is None
+        and not hasattr(model, "get_input_embeddings")
+        and hasattr(inner, "get_input_embeddings")
+    ):
+        raise ValueError(
+            f"{type(model).__name__} is a wrapper without get_input_embeddings(): call "
+            "apply_neftune(model.module), before or after it was wrapped"
+        )
 
 
 def _live_handle(found: list[Found]) -> NEFTuneHandle | None:

@@ -4,6 +4,7 @@ A site is what `get_input_embeddings()` returns or `embedding=` names, climbed t
 declared here and no further. It is fused where lookup and noise can be one pass, else behind.
 """
 
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -36,12 +37,22 @@ class Found(NamedTuple):
     fused: bool
 
 
-def _kinds(module: nn.Module) -> set[tuple[str, str]]:
-    return {(kind.__module__, kind.__name__) for kind in type(module).__mro__}
+@functools.lru_cache(1024)  # asked at every forward
+def _kinds_of(kind: type) -> frozenset[tuple[str, str]]:
+    return frozenset((one.__module__, one.__name__) for one in kind.__mro__)
+
+
+def _kinds(module: nn.Module) -> frozenset[tuple[str, str]]:
+    return _kinds_of(type(module))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(1024)
+def _is_peft_class(kind: type) -> bool:
+    return any(one.__module__.split(".")[0] == "peft" for one in kind.__mro__)
 
 
 def _is_peft(module: nn.Module) -> bool:
-    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
+    return _is_peft_class(type(module))  # type: ignore[arg-type]
 
 
 def _wrapped(module: nn.Module) -> list[nn.Module]:

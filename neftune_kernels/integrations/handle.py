@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import layout as layouts
 from ..backends import BACKENDS, choose_backend
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
-from ..modules import HUGGING_FACE_MARK, TWO_NOISES, check_batch_first
+from ..modules import TWO_NOISES, check_batch_first, has_other_noise
 from ..noise import check_alpha, check_variant, check_word
 from ..samples import make_layout
 from .arguments import Padding
@@ -22,7 +22,7 @@ from .axes import Axes, reads_time_first, watch, watches
 from .find import Found, ancestors_of, decoder_of, find_embeddings, padding_of, snapshot
 from .listening import Listener, heard, listeners_of
 from .multipliers import known_multiplier
-from .noisy import class_to_restore, make_noisy, make_plain
+from .noisy import class_to_restore, describe, make_noisy, make_plain
 from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
 from .telling import Read, check_samples, check_words
 
@@ -102,6 +102,23 @@ class NEFTuneHandle:
     def root(self) -> nn.Module | None:
         """The model applied to last, if it is alive."""
         return self._roots[-1][0]() if self._roots else None
+
+    def __repr__(self) -> str:
+        if self._state is None:
+            return "NEFTuneHandle(removed)"
+        names: dict[nn.Module, str] = {}
+        for root, _ in self._live_roots():
+            for name, module in root.named_modules():
+                names.setdefault(module, name or type(module).__name__)
+        sites = [module for reference in self._noisy if (module := reference()) is not None]
+        told = "".join(f"\n  {names.get(one, '?')}: {describe(one)}" for one in sites)
+        return f"NEFTuneHandle(noise_alpha={self.noise_alpha:g}{told})"
+
+    def describe(self) -> str:
+        """The first site in a line: "alpha 5, replica 0, backend cpp, fused, on"."""
+        self._live_state()
+        sites = (module for reference in self._noisy if (module := reference()) is not None)
+        return next((describe(one) for one in sites), "no embedding")
 
     # ---- following the model
 
@@ -450,8 +467,9 @@ class NEFTuneHandle:
         ours.
         """
         for module in (reference() for reference in self._noisy):
-            site = None if module is None else module.__dict__.get("_neftune")
-            if site is not None and (HUGGING_FACE_MARK in vars(module) or site.marked()):
+            if module is None or (site := module.__dict__.get("_neftune")) is None:
+                continue
+            if has_other_noise(module) or site.marked():
                 raise RuntimeError(TWO_NOISES)
 
     def remove(self) -> None:

@@ -20,7 +20,7 @@ from ..distributed import (
     shared_seed,
 )
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise, noisy_lookup
-from ..modules import HUGGING_FACE_MARK, TWO_NOISES
+from ..modules import TWO_NOISES, has_other_noise
 from ..noise import Offsets, make_noise
 from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
@@ -32,6 +32,11 @@ from .sequences import is_ids
 DATA_PARALLEL = (
     "nn.DataParallel runs its replicas in threads that share one mask and one seed: "
     "use DistributedDataParallel, or NEFTuneEmbedding with another replica= in each"
+)
+COPIED = (
+    "this model was copied or unpickled while it had NEFTune noise: the copy has it too, and no "
+    "handle steers it. Take it over with handle = apply_neftune(copy), or off with "
+    "apply_neftune(copy).remove()"
 )
 PER_SAMPLE = (
     "the noisy embedding is run again inside backward under torch.func (Opacus does so for classes "
@@ -77,7 +82,9 @@ def _given(
             return None
         seed, given = again
         return given._replace(noise=given.noise._replace(seed=seed))
-    if HUGGING_FACE_MARK in module.__dict__ or site.marked():
+    if state.handle is None and not compiling:
+        state.warn_once(COPIED)
+    if has_other_noise(module) or site.marked():
         raise RuntimeError(TWO_NOISES)
     if getattr(module, "_is_replica", False) and state.replica is None:
         raise RuntimeError(DATA_PARALLEL)
@@ -142,6 +149,25 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
     )
 
 
+def describe(module: nn.Module) -> str:
+    """What a site does, as repr() of a handle and of a fused site tells it; never raises."""
+    site: Site = module.__dict__["_neftune"]
+    state = site.state
+    base: Any = module if site.base is None else site.base
+    weight: Any = getattr(base, "weight", None)
+    try:
+        replica = str(state.resolve_replica(base))
+    except RuntimeError:  # the next noisy forward says why
+        replica = "unknown"
+    try:
+        backend = choose_backend(state.backend, weight.device, weight.dtype).name
+    except (AttributeError, ValueError, RuntimeError):  # offloaded, or no plain weight
+        backend = state.backend or "chosen at the call"
+    on = "on" if module.training and state.has_noise else "off"
+    how = "fused" if site.fused else "behind"
+    return f"alpha {state.noise_alpha:g}, replica {replica}, backend {backend}, {how}, {on}"
+
+
 # ---- fused
 
 
@@ -157,6 +183,13 @@ def noisy_forward(self: Any, input: Tensor) -> Tensor:
     noisy = noisy_lookup(self, input, given.samples, given.noise)
     _note(site, self, input, given, noisy)
     return noisy
+
+
+def _extra_repr(self: Any) -> str:
+    plain = type(self)._neftune_base.extra_repr(self)
+    if self.__dict__.get("_neftune") is None:
+        return plain  # type: ignore[no-any-return]
+    return f"{plain}, noise: {describe(self)}"
 
 
 class _BeforeInstance:
@@ -202,6 +235,7 @@ def _noisy_class(base: type[nn.Module], before: bool) -> Any:
         own = {
             "forward": _BeforeInstance() if before else noisy_forward,
             "__reduce_ex__": _reduce,
+            "extra_repr": _extra_repr,
             "_neftune_base": base,
             "_neftune_before": before,
         }

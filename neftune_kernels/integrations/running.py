@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..backends import Backend
 from ..distributed import data_parallel_index
-from ..modules import HUGGING_FACE_MARK
+from ..modules import has_other_noise
 from ..noise import UNIFORM, Noise, Variant, check_alpha
 from ..samples import UNSAID, Samples, check_time_first, real_tokens
 from ..torch_internals import asked_outside_the_graph
@@ -336,7 +336,9 @@ class Site:
         return {**self.__dict__, "wrappers": [], "last": None}
 
     def marked(self) -> bool:
-        return any(hasattr(wrapper(), HUGGING_FACE_MARK) for wrapper in self.wrappers)
+        return any(
+            (one := wrapper()) is not None and has_other_noise(one) for wrapper in self.wrappers
+        )
 
     def forwards(self) -> list[Forward]:
         """Those that tell this site, the innermost last."""

@@ -6,14 +6,13 @@ Nothing here changes transformers until a NEFTuneCallback is made or patch_train
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .apply import apply_neftune
+from ..noise import check_alpha
 from .handle import NEFTuneHandle
 from .training import LOG_PREFIX, TrainingNoise
 
@@ -110,56 +109,140 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
         self.detach()
 
 
-_replaced: dict[
-    str, Any
-] = {}  # what patch_trainer put aside: name in transformers.trainer → the original
-
-
-def _activate(
-    model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None
-) -> NEFTuneHandle:
-    """Has the signature of transformers.integrations.neftune.activate_neftune; Trainer keeps the
-    handle as its hook's.
+class _Configured(NEFTuneCallback):
+    """TrainingArguments(neftune_noise_alpha=...) for one train(): its alpha is read when training
+    begins, after a hyperparameter search has set its trial's.
     """
-    return apply_neftune(
-        model if accelerator is None else accelerator.unwrap_model(model), neftune_noise_alpha
+
+    def __init__(self, trainer: Trainer, patch: "TrainerPatch") -> None:
+        super().__init__()
+        self.trainer: Any = trainer
+        self.patch = patch
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+    ) -> None:
+        alpha = getattr(args, "neftune_noise_alpha", None)
+        if alpha is None:  # a trainer may keep it to itself
+            alpha = getattr(self.trainer, "neftune_noise_alpha", None)
+        if alpha is None:
+            return
+        self.noise_alpha = check_alpha(alpha)
+        super().on_train_begin(args, state, control, model=model)
+        self.patch.handle = self.handle
+        if state.is_world_process_zero and self.handle is not None:
+            print(f"noise by neftune_kernels, {self.handle.describe()}", flush=True)
+
+    def detach(self) -> None:
+        if self.handle is not None and not self.handle.removed:
+            self.patch.keep(self.handle)
+        super().detach()
+
+
+class TrainerPatch:
+    """What patch_trainer returns."""
+
+    def __init__(self) -> None:
+        self.handle: NEFTuneHandle | None = None  # of the training that runs
+        self._last: dict[str, Any] | None = None
+
+    @property
+    def last_stats(self) -> dict[str, Any] | None:
+        """stats() of the training that runs, else of the last that ended; None before one. See
+        :meth:`NEFTuneHandle.stats`.
+        """
+        if self.handle is not None and not self.handle.removed:
+            return self.handle.stats()
+        return self._last
+
+    def keep(self, handle: NEFTuneHandle) -> None:
+        self.handle = None
+        try:
+            self._last = handle.stats()
+        except RuntimeError:  # after a device's error nothing can be computed, and that is raised
+            self._last = None
+
+    def undo(self) -> None:
+        """TrainingArguments(neftune_noise_alpha=...) means transformers' own hook again; a second
+        call does nothing.
+        """
+        unpatch_trainer()
+
+
+# What patch_trainer put aside: (where, name) → the original
+_replaced: dict[tuple[Any, str], Any] = {}
+_patches: list[TrainerPatch] = []  # at most one, in force
+
+
+def _activate(model: nn.Module, *_: Any, **__: Any) -> None:
+    """In place of transformers' hook: our callback adds the noise when training begins."""
+
+
+def _activate_method(self: Trainer, model: nn.Module) -> nn.Module:
+    """The same where it is a method of Trainer (transformers 4), which returns the model."""
+    return model
+
+
+def _deactivate(*_: Any, **__: Any) -> None:
+    """The callback has taken its noise off."""
+
+
+def _places() -> list[tuple[Any, str, Any]]:
+    """(where, name, ours) of what activates transformers' own hook."""
+    module: Any = transformers.trainer
+    functions = (module, "activate_neftune", _activate), (module, "deactivate_neftune", _deactivate)
+    methods = (
+        (Trainer, "_activate_neftune", _activate_method),
+        (Trainer, "_deactivate_neftune", _deactivate),
+    )
+    for places in (functions, methods):  # transformers 5, transformers 4
+        if all(hasattr(where, name) for where, name, _ in places):
+            return list(places)
+    raise RuntimeError(
+        f"transformers {transformers.__version__} activates NEFTune in a way that patch_trainer() "
+        "does not know: give the trainer a NEFTuneCallback"
     )
 
 
-def _deactivate(model: nn.Module, hook_handle: NEFTuneHandle, accelerator: Any = None) -> None:
-    hook_handle.remove()
-
-
-def patch_trainer() -> Callable[[], None]:
+def patch_trainer() -> TrainerPatch:
     """Make `TrainingArguments(neftune_noise_alpha=...)` use this package in place of transformers'
     own hook, for the whole process.
 
     For configurations that can only set that argument (axolotl, LLaMA-Factory, ms-swift): call it
-    once before the trainer trains. A NEFTuneCallback beside it updates the same noise; there are
-    never two. A second call does nothing.
+    once before the trainer trains. Noise, log and cleaning up are those of
+    :class:`NEFTuneCallback`; a trial of a hyperparameter search trains with its own alpha. The
+    first process says once per run what it does. Where the trainer has a NEFTuneCallback, that one
+    alone adds noise. A second call does nothing.
 
     Returns:
-        A function that undoes it.
+        An object with undo(), and last_stats: the handle's stats() of the last training.
+
+    Raises:
+        RuntimeError: a transformers that activates its hook in another way (4.55 to 5.23 are
+            known).
 
     Example:
         >>> from neftune_kernels.integrations.transformers import patch_trainer
-        >>> undo = patch_trainer()  # TrainingArguments(neftune_noise_alpha=5.0) is exact now
-        >>> undo()
+        >>> patch = patch_trainer()  # TrainingArguments(neftune_noise_alpha=5.0) is exact now
+        >>> patch.last_stats is None  # nothing has trained
+        True
+        >>> patch.undo()
     """
-    module: Any = transformers.trainer
-    if not _replaced:
-        for name, ours in (("activate_neftune", _activate), ("deactivate_neftune", _deactivate)):
-            _replaced[name] = getattr(module, name)
-            setattr(module, name, ours)
+    if not _patches:
+        for where, name, ours in _places():
+            _replaced[where, name] = getattr(where, name)
+            setattr(where, name, ours)
+        _patches.append(TrainerPatch())
         _watch_training()
-    return unpatch_trainer
+    return _patches[0]
 
 
 def unpatch_trainer() -> None:
     """Undo patch_trainer; nothing happens where it was not called."""
-    for name, original in _replaced.items():
-        setattr(transformers.trainer, name, original)
+    for (where, name), original in _replaced.items():
+        setattr(where, name, original)
     _replaced.clear()
+    _patches.clear()
 
 
 def _watch_training() -> None:
@@ -174,6 +257,8 @@ def _watch_training() -> None:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         handler = self.callback_handler
         ours = [callback for callback in handler.callbacks if isinstance(callback, NEFTuneCallback)]
+        if _patches and not ours:
+            ours = [_Configured(self, _patches[0])]
         # reporters come after us in the log's order, so that they report our figures
         handler.callbacks = ours + [
             callback for callback in handler.callbacks if callback not in ours
@@ -184,9 +269,9 @@ def _watch_training() -> None:
             for callback in handler.callbacks:
                 if isinstance(callback, NEFTuneCallback):
                     callback.detach()
-            configured = getattr(self, "neftune_hook_handle", None)
-            if isinstance(configured, NEFTuneHandle):
-                configured.remove()
+            handler.callbacks = [
+                callback for callback in handler.callbacks if not isinstance(callback, _Configured)
+            ]
 
     watched._neftune_kernels = True  # type: ignore[attr-defined]
     Trainer.train = watched  # type: ignore[method-assign]
