@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo gpu clean
 
 setup: $(READY)
 
@@ -85,6 +85,12 @@ fuzz: setup
 # Wrong code that the tests must see; goes on where it stopped. Writes bench/results/mutants.md.
 mutants: setup
 	NEFTUNE_REQUIRE_CPP=1 $(BIN)/python -m bench.mutants $(ARGS)
+
+# Every model type of transformers that takes tokens; goes on where it stopped. Writes
+# bench/results/zoo.md; ARGS="llama bert" judges those alone and prints what was found.
+zoo: setup
+	$(BIN)/python -m bench.zoo $(ARGS)
+	$(BIN)/python -m bench.zoo_table
 
 # On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
 gpu:

@@ -1,0 +1,486 @@
+"""The verdict on one model and one way to tell it samples: EXACT, WARNED, REFUSED, SILENT WRONG or
+CRASH, by bench/witness.py.
+"""
+
+import ast
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neftune_kernels import add_noise, apply_neftune
+
+from .witness import (
+    ALPHA,
+    Lookup,
+    Sequence,
+    Watched,
+    arrival,
+    noise_of,
+    watching,
+)
+
+Call = Callable[[nn.Module, dict[str, Any]], Any]
+FINE = ("EXACT", "WARNED", "REFUSED")
+FAULTS = ("SILENT WRONG", "CRASH", "FALSE ALARM", "NO WAY OUT", "NOT EXACT")
+
+
+class Subject(NamedTuple):
+    """A model, how it is called, and what is told of the sequences it looks up."""
+
+    model: nn.Module
+    given: dict[str, Any]
+    sequences: list[Sequence]
+    words: list[dict[str, Any]]  # of each sequence, as handle.told() takes them; {}: nothing
+    call: Call = lambda model, given: model(**given)
+    options: Mapping[str, Any] = {}  # of apply_neftune, where the plain call is not the question
+
+
+class Verdict(NamedTuple):
+    word: str
+    detail: str = ""
+    message: str = ""  # of the warning or error
+    remedy: str = ""
+    arrivals: str = ""  # factor and module
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_of(value)
+
+
+def kept(output: Any) -> list[Tensor]:
+    return [one.detach().clone() for one in tensors_of(output)]
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """0 where all bits are the same, else the largest difference over the largest value."""
+    if len(ours) != len(theirs):
+        return float("inf")
+    largest = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        if one.shape != other.shape:
+            return float("inf")
+        if torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)):
+            continue
+        scale = max(float(one.abs().max()), float(other.abs().max()), 1e-30)
+        largest = max(largest, float((one - other).abs().max()) / scale)
+    return largest
+
+
+class State:
+    """Buffers and RNG before a forward, so that every forward of a model starts alike."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.buffers = [one.detach().clone() for one in model.buffers()]
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for now, before in zip(self.model.buffers(), self.buffers, strict=False):
+                if now.shape == before.shape:
+                    now.copy_(before)
+        torch.manual_seed(0)
+
+
+class Ran(NamedTuple):
+    watched: Watched
+    outputs: list[Tensor]
+    output: Any
+
+
+def run(
+    subject: Subject,
+    state: State,
+    targets: set[nn.Module] | None = None,
+    by_hand: Mapping[int, float] | None = None,
+) -> Ran:
+    state.put_back()
+    with watching(subject.sequences, targets, by_hand) as watched:
+        output = subject.call(subject.model, subject.given)
+    return Ran(watched, kept(output), output)
+
+
+def targets_of(subject: Subject, clean: Watched) -> set[nn.Module]:
+    """Of the modules that look a sequence up, the model's input embedding."""
+    chosen: set[nn.Module] = set()
+    for number in range(len(subject.sequences)):
+        modules = {one.module for one in clean.lookups if one.sequence == number}
+        if len(modules) > 1:
+            inputs = set()
+            parts: Any = subject.model.modules()
+            for one in parts:
+                if hasattr(one, "get_input_embeddings"):
+                    try:
+                        inputs.add(one.get_input_embeddings())
+                    except (NotImplementedError, AttributeError, TypeError):
+                        continue
+            modules = (modules & inputs) or modules
+        chosen |= modules
+    return chosen
+
+
+class Expected(NamedTuple):
+    """The model without us: clean, and with noise put in by hand."""
+
+    clean: Ran
+    noisy: Ran  # what the package is to give
+    targets: set[nn.Module]
+    factors: dict[int, float]  # of each sequence, what the model multiplies its lookup by
+    shares: dict[int, float]  # of each sequence, the alpha that was put in by hand
+
+
+class Unusable(Exception):
+    """The model cannot be judged: nothing was looked up."""
+
+
+def expectation(subject: Subject, state: State) -> Expected:
+    clean = run(subject, state)
+    again = run(subject, state)
+    if difference(clean.outputs, again.outputs):
+        raise Unusable("two clean forwards from one seed differ")
+    if not clean.watched.lookups:
+        raise Unusable("no lookup of the ids was seen")
+    targets = targets_of(subject, clean.watched)
+    clean = run(subject, state, targets)
+    shares = dict.fromkeys(range(len(subject.sequences)), ALPHA)
+    noisy = run(subject, state, targets, shares)
+    factors = {}
+    for number, lookup in enumerate(noisy.watched.lookups):
+        found = arrival(clean.watched, noisy.watched, number, subject.sequences)
+        factors[lookup.sequence] = found.factor
+    for number, factor in factors.items():
+        if abs(factor - 1) > 1e-5:
+            shares[number] = ALPHA / _as_written(factor)
+    if any(alpha != ALPHA for alpha in shares.values()):
+        noisy = run(subject, state, targets, shares)
+    return Expected(clean, noisy, targets, factors, shares)
+
+
+def _as_written(factor: float) -> float:
+    """The number that the model multiplies by, from one measured in float32: a short decimal, or
+    the root of an integer.
+    """
+    for candidate in (float(f"{factor:.4g}"), round(factor**2) ** 0.5):
+        if candidate and abs(candidate / factor - 1) < 1e-5:
+            return candidate
+    return factor
+
+
+# ---- one attempt
+
+
+class Attempt(NamedTuple):
+    exact: bool
+    detail: str
+    messages: list[str]  # warnings
+    error: BaseException | None
+    arrivals: str = ""
+
+
+def ours(error: BaseException) -> bool:
+    """Whether the error was raised by the package on purpose: its last frame is the package's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    named = (ValueError, TypeError, RuntimeError, AttributeError)
+    return bool(frames) and "/neftune_kernels/" in frames[-1].filename and isinstance(error, named)
+
+
+def attempt(subject: Subject, state: State, expected: Expected, options: dict[str, Any]) -> Attempt:
+    """apply_neftune and two forwards; the model is left as it was."""
+    handle: Any = None
+    options = dict(options)
+    alpha = options.pop("noise_alpha", ALPHA)
+    told = options.pop("told", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            handle = apply_neftune(subject.model, alpha, **subject.options, **options)
+            if told is not None:
+                with handle.told(**told):
+                    first = run(subject, state, expected.targets)
+                    ran = run(subject, state, expected.targets)
+            else:
+                first = run(subject, state, expected.targets)
+                ran = run(subject, state, expected.targets)
+        except Exception as error:
+            return Attempt(False, "", _messages(caught), error)
+        finally:
+            if handle is not None:
+                handle.remove()
+    detail, arrivals = _compare(subject, expected, ran)
+    if not detail and difference(first.outputs, ran.outputs):
+        detail = "the first forward differs from the second"
+    return Attempt(not detail, detail, _messages(caught), None, arrivals)
+
+
+def _messages(caught: list[warnings.WarningMessage]) -> list[str]:
+    words = ("NEFTune", "noise", "padding_idx counts")
+    texts = [str(one.message) for one in caught]
+    return list(dict.fromkeys(one for one in texts if any(word in one for word in words)))
+
+
+def _compare(subject: Subject, expected: Expected, ran: Ran) -> tuple[str, str]:
+    """(what is wrong, or nothing; where the noise arrived)"""
+    if len(ran.watched.lookups) != len(expected.noisy.watched.lookups):
+        return "other lookups than without noise", ""
+    wrong, arrived = [], []
+    for number, lookup in enumerate(ran.watched.lookups):
+        found = arrival(expected.clean.watched, ran.watched, number, subject.sequences)
+        arrived.append(f"{found.factor:.6g} at {found.at}")
+        if not (found.error <= 1 and abs(found.factor - 1) < 1e-5):
+            wrong.append(_describe(subject, expected, ran, number, found.factor, lookup))
+    off = difference(ran.outputs, expected.noisy.outputs)
+    scaled = any(abs(one - 1) > 1e-5 for one in expected.factors.values())
+    if off and not wrong and not (scaled and off < 1e-4):
+        wrong.append(f"output differs from noise by hand by {off:.2g}")
+    return "; ".join(dict.fromkeys(wrong)), ", ".join(dict.fromkeys(arrived))
+
+
+def _describe(
+    subject: Subject, expected: Expected, ran: Ran, number: int, factor: float, lookup: Lookup
+) -> str:
+    if factor == factor:
+        return f"the noise arrives {factor:.4g} times too loud"
+    sequence = subject.sequences[lookup.sequence]
+    begun = expected.clean.watched.lookups[number].begun
+    pairs = zip(
+        expected.clean.watched.events[begun:], ran.watched.events[lookup.begun :], strict=False
+    )
+    noise = noise_of(lookup, subject.sequences)
+    for before, after in pairs:
+        if before.tensor.numel() != noise.numel() or torch.equal(before.tensor, after.tensor):
+            continue
+        delta = (after.tensor - before.tensor).reshape(noise.shape).abs().amax(-1)
+        per_token = [
+            f"{float(one / paper):.3g}" if paper > 0 else ("pad:0" if one == 0 else "pad:noisy")
+            for one, paper in zip(delta, noise.abs().amax(-1), strict=True)
+        ]
+        return f"|noise| over the paper's by token: {' '.join(_runs(per_token))}"
+    return f"no noise arrives ({sequence.ids.numel()} ids)"
+
+
+def _runs(values: list[str]) -> list[str]:
+    made: list[list[Any]] = []
+    for one in values:
+        if made and made[-1][0] == one:
+            made[-1][1] += 1
+        else:
+            made.append([one, 1])
+    return [f"{one}x{times}" for one, times in made[:8]]
+
+
+# ---- remedies
+
+
+def remedies(
+    text: str, subject: Subject, expected: Expected
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a message tells its reader to do, the most literal first."""
+    if found := re.search(r"embedding_multiplier=([\d.e+-]*\d)", text):
+        yield f"embedding_multiplier={found[1]}", {"embedding_multiplier": float(found[1])}
+    for found in re.finditer(r"samples=(\[.*\]|\{[^{}]*\})", text):
+        try:
+            yield f"samples={found[1]}", {"samples": ast.literal_eval(found[1])}
+        except (SyntaxError, ValueError):
+            continue
+    if "batch_first=False" in text:
+        yield "batch_first=False", {"batch_first": False}
+    if "embedding=" in text and len(expected.targets) == 1:
+        paths = [name for name, one in subject.model.named_modules() if one in expected.targets]
+        yield f'embedding="{paths[0]}"', {"embedding": paths[0]}
+    factors = {one for one in expected.factors.values() if one == one}
+    if "divide noise_alpha" in text and len(factors) == 1:
+        alpha = ALPHA / _as_written(factors.pop())
+        yield f"noise_alpha={alpha:.6g}", {"noise_alpha": alpha}
+    if "samples=" in text or "told(" in text:
+        if len(subject.words) == 1:
+            yield "told(...)", {"told": subject.words[0]}
+        said = [
+            {**words, "input_ids": sequence.ids}
+            for words, sequence in zip(subject.words, subject.sequences, strict=True)
+        ]
+        yield "samples=a callable", {"samples": _reader(said)}
+
+
+def _reader(said: list[dict[str, Any]]) -> Callable[[dict[str, Any]], Any]:
+    """samples= may return the words of one sequence."""
+    return lambda given: next(iter(said), None)
+
+
+def follow(
+    text: str,
+    subject: Subject,
+    state: State,
+    expected: Expected,
+    so_far: dict[str, Any],
+    depth: int,
+) -> tuple[str, bool, str]:
+    """(what was done, whether it ended EXACT, the last complaint)"""
+    last = text
+    for name, options in remedies(text, subject, expected):
+        if any(so_far.get(key) == value for key, value in options.items() if key != "samples"):
+            continue
+        merged = {**so_far, **options}
+        tried = attempt(subject, state, expected, merged)
+        complaint = str(tried.error) if tried.error is not None else " | ".join(tried.messages)
+        if tried.error is not None and not ours(tried.error):
+            last = f"{type(tried.error).__name__}: {tried.error}"
+            continue
+        if tried.exact and set(tried.messages) <= set(text.split(" | ")):
+            return name, True, ""
+        last = complaint or tried.detail or last
+        if complaint and depth:
+            more, good, last = follow(complaint, subject, state, expected, merged, depth - 1)
+            if good:
+                return f"{name}, then {more}", True, ""
+    outside = "inputs_embeds" in text and _takes_embeds(subject)
+    if outside and _with_embeds(subject, state, expected):
+        return "add_noise as inputs_embeds", True, ""
+    return "", False, last
+
+
+def _takes_embeds(subject: Subject) -> bool:
+    return len(subject.sequences) == 1 and "input_ids" in subject.given
+
+
+def _with_embeds(subject: Subject, state: State, expected: Expected) -> bool:
+    """The noise outside the model: what arrives is compared through the whole output."""
+    table: Any = next(iter(expected.targets))
+    words = {name: value for name, value in subject.words[0].items() if value is not None}
+    ids = subject.given["input_ids"]
+    given = {name: value for name, value in subject.given.items() if name != "input_ids"}
+    lookup = expected.noisy.watched.lookups[0]
+    try:
+        embedded = add_noise(table(ids), ALPHA, seed=lookup.seed, **words)
+        state.put_back()
+        output = subject.call(subject.model, {**given, "inputs_embeds": embedded})
+    except Exception:
+        return False
+    return difference(kept(output), expected.noisy.outputs) < 1e-5
+
+
+# ---- the verdict
+
+
+def judge(subject: Subject, state: State, expected: Expected) -> Verdict:
+    tried = attempt(subject, state, expected, {})
+    text = " | ".join(tried.messages)
+    if tried.error is not None:
+        if not ours(tried.error):
+            frames = traceback.extract_tb(tried.error.__traceback__)
+            where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}"
+            return Verdict("CRASH", f"{type(tried.error).__name__} at {where}: {tried.error}")
+        text = str(tried.error)
+        done, good, last = follow(text, subject, state, expected, {}, 2)
+        return Verdict("REFUSED" if good else "NO WAY OUT", last, text, done)
+    if tried.exact:
+        word = "FALSE ALARM" if tried.messages else "EXACT"
+        return Verdict(word, "", text, "", tried.arrivals)
+    if not tried.messages:
+        return Verdict("SILENT WRONG", tried.detail, "", "", tried.arrivals)
+    done, good, last = follow(text, subject, state, expected, {}, 2)
+    detail = tried.detail if good else f"{tried.detail}; after the remedies: {last}"
+    return Verdict("WARNED" if good else "NO WAY OUT", detail, text, done, tried.arrivals)
+
+
+# ---- what else must hold
+
+
+def _looks(model: nn.Module) -> list[Any]:
+    """All that apply_neftune may touch, to be compared after its removal."""
+    return [
+        (
+            type(one),
+            sorted(name for name in vars(one) if not name.startswith("_backward")),
+            len(one._forward_hooks),
+            len(one._forward_pre_hooks),
+        )
+        for one in model.modules()
+    ]
+
+
+def gradients(model: nn.Module, output: Any) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss = sum(one.float().pow(2).mean() for one in tensors_of(output) if one.requires_grad)
+    if isinstance(loss, Tensor):
+        loss.backward()
+    found = {
+        name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None
+    }
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def around(
+    subject: Subject, state: State, expected: Expected, options: dict[str, Any]
+) -> list[str]:
+    """Of eval, no-grad, state_dict, gradient and removal those that do not hold; the model's plain
+    apply_neftune is exact.
+    """
+    model = subject.model
+    wrong = []
+    model.eval()
+    eval_clean = run(subject, state).outputs
+    model.train()
+    with torch.no_grad():  # attention may take another kernel
+        silent_clean = run(subject, state, expected.targets).outputs
+    state.put_back()
+    with watching(subject.sequences, expected.targets, expected.shares):
+        theirs = gradients(model, subject.call(model, subject.given))
+    before, keys = _looks(model), list(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handle = apply_neftune(model, ALPHA, **subject.options, **options)
+        values = model.state_dict()
+        if list(values) != keys or not all(
+            one.data_ptr() == other.data_ptr()
+            for one, other in zip(values.values(), model.state_dict().values(), strict=True)
+        ):
+            wrong.append("state_dict")
+        state.put_back()
+        with watching(subject.sequences, expected.targets):
+            mine = gradients(model, subject.call(model, subject.given))
+        model.eval()
+        if difference(run(subject, state).outputs, eval_clean):
+            wrong.append("eval")
+        model.train()
+        with torch.no_grad():
+            silent = run(subject, state, expected.targets).outputs
+        if difference(silent, silent_clean):
+            wrong.append("no-grad")
+        handle.remove()
+    if wrong_gradient(model, mine, theirs, expected.targets):
+        wrong.append("gradient")
+    if _looks(model) != before:
+        wrong.append("removal leaves something")
+    if difference(run(subject, state, expected.targets).outputs, expected.clean.outputs):
+        wrong.append("removal")
+    return wrong
+
+
+def wrong_gradient(
+    model: nn.Module,
+    mine: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    targets: set[nn.Module],
+) -> bool:
+    """The embedding's own may be summed in another order: 2⁻¹⁶ of its largest."""
+    if mine.keys() != theirs.keys():
+        return True
+    tables = {id(one) for target in targets for one in target.parameters()}
+    names = {name for name, one in model.named_parameters() if id(one) in tables}
+    return any(
+        difference([mine[name]], [theirs[name]]) > (2.0**-16 if name in names else 0.0)
+        for name in mine
+    )

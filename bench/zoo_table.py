@@ -1,0 +1,137 @@
+"""bench/results/zoo.md from what `make zoo` judged: `python -m bench.zoo_table`."""
+
+import json
+import pathlib
+import platform
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+
+import neftune_kernels
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULT = ROOT / "bench/results/zoo.md"
+DONE = ROOT / "build/zoo.jsonl"
+# The worst of an entry's verdicts is its own.
+WORST_FIRST = (
+    "CRASH",
+    "SILENT WRONG",
+    "NO WAY OUT",
+    "FALSE ALARM",
+    "WARNED",
+    "REFUSED",
+    "EXACT",
+)
+HEADING = """\
+# Every model type of transformers that takes tokens
+
+A tiny random model of each, its outermost head and its base class, under `apply_neftune(model, 5)`:
+right and left padding with real ids under it, packed by position_ids, no mask. Judged by what
+arrives at the first block against alpha / sqrt(L d) u, and by the whole output against the clean
+model with that noise put in by hand; then eval, no-grad, state_dict, gradient and removal.
+
+EXACT: the paper's noise, no warning. WARNED, REFUSED: the message was right, and what it tells to
+do ended EXACT. NO WAY OUT: it did not. FALSE ALARM: exact, with a warning that is not true.
+"""
+
+
+def roles(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, entry[name]) for name in ("head", "base") if name in entry]
+
+
+def words(entry: dict[str, Any]) -> dict[str, list[str]]:
+    """Verdict → where: "LlamaModel left"."""
+    found: dict[str, list[str]] = {}
+    for _, role in roles(entry):
+        for layout, verdict in role.get("layouts", {}).items():
+            found.setdefault(verdict["word"], []).append(f"{role['class']} {layout}")
+    return found
+
+
+def worst(entry: dict[str, Any]) -> str | None:
+    """None: no model of it was judged."""
+    found = words(entry)
+    return next((word for word in WORST_FIRST if word in found), None)
+
+
+def reason(entry: dict[str, Any]) -> str:
+    for _, role in roles(entry):
+        for key in ("unbuilt", "broken"):
+            if key in role:
+                return str(role[key])
+        for verdict in role.get("layouts", {}).values():
+            return str(verdict.get("detail", ""))
+    return "nothing was tried"
+
+
+def first_of(entry: dict[str, Any], word: str) -> dict[str, Any]:
+    verdicts = [verdict for _, role in roles(entry) for verdict in role.get("layouts", {}).values()]
+    return next(one for one in verdicts if one["word"] == word)
+
+
+def written(entries: list[dict[str, Any]], sources: str, versions: str) -> str:
+    judged = {one["name"]: word for one in entries if (word := worst(one)) is not None}
+    totals = Counter(judged.values())
+    around = {
+        one["name"]: sorted({kind for _, role in roles(one) for kind in role.get("around", [])})
+        for one in entries
+    }
+    lines = [HEADING]
+    lines += ["| verdict | entries |", "|---|---|"]
+    lines += [f"| {word} | {totals[word]} |" for word in WORST_FIRST]
+    lines += [f"| not judged | {len(entries) - len(judged)} of {len(entries)} |", ""]
+    lines += [versions, ""]
+    lines += [
+        "## Not EXACT",
+        "",
+        "| entry | verdict | where | what | done |",
+        "|---|---|---|---|---|",
+    ]
+    for one in sorted(entries, key=lambda one: str(one["name"])):
+        word = judged.get(one["name"])
+        if word in (None, "EXACT"):
+            continue
+        assert word is not None
+        verdict = first_of(one, word)
+        where = words(one)[word]
+        shown = f"{where[0]} and {len(where) - 1} more" if len(where) > 1 else where[0]
+        what = _cell(verdict.get("detail") or verdict.get("message", ""))
+        lines.append(f"| {one['name']} | {word} | {shown} | {what} | {verdict.get('remedy', '')} |")
+    faulty = {name: kinds for name, kinds in around.items() if kinds}
+    lines += ["", "## eval, no-grad, state_dict, gradient, removal", ""]
+    lines += [f"- {name}: {', '.join(kinds)}" for name, kinds in sorted(faulty.items())]
+    lines += [] if faulty else ["No fault."]
+    lines += ["", "## Not judged", ""]
+    lines += [
+        f"- {one['name']}: {_cell(reason(one))}"
+        for one in sorted(entries, key=lambda one: str(one["name"]))
+        if one["name"] not in judged
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _cell(text: str) -> str:
+    flat = " ".join(text.replace("|", "/").split())
+    return flat if len(flat) <= 160 else flat[:157] + "..."
+
+
+def main() -> None:
+    import transformers
+
+    read = [json.loads(line) for line in DONE.read_text().splitlines()]
+    sources = read[-1]["sources"]
+    entries = list({one["name"]: one for one in read if one["sources"] == sources}.values())
+    seconds = sum(one.get("seconds", 0.0) for one in entries)
+    versions = (
+        f"{time.strftime('%Y-%m-%d')}, transformers {transformers.__version__}, torch "
+        f"{torch.__version__}, neftune_kernels {neftune_kernels.version.__version__}, sources "
+        f"{sources}, Python {platform.python_version()}; {seconds / 60:.0f} minutes of one core; "
+        "written by `make zoo`."
+    )
+    RESULT.write_text(written(entries, sources, versions))
+
+
+if __name__ == "__main__":
+    main()

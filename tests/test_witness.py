@@ -1,0 +1,149 @@
+"""The sweeps' judge (bench/judge.py) on models of our own, one of each kind of quirk: what arrives
+at the first block is the paper's noise, or a message leads there.
+"""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from bench import judge
+from bench.judge import Subject
+from bench.witness import packed, padded
+from neftune_kernels.integrations import quirks
+
+VOCAB, HIDDEN = 64, 32
+ROWS, COLUMNS = 3, 16
+IDS = torch.randint(1, VOCAB, (ROWS, COLUMNS), generator=torch.Generator().manual_seed(2))
+RIGHT = torch.arange(COLUMNS) < torch.tensor([[16], [9], [4]])
+DOCUMENTS = [7, 5, 4]
+
+
+class Plain(nn.Module):
+    """Adds positions to the lookup, as most do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.places = nn.Embedding(COLUMNS, HIDDEN)
+        self.block = nn.Linear(HIDDEN, HIDDEN)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.block(self.embed(input_ids) + self.places(torch.arange(input_ids.shape[1])))
+
+
+class Rows(nn.Embedding):
+    """A class of somebody's own, with a factor inside its forward."""
+
+    def forward(self, input):
+        return super().forward(input) * 3.0
+
+
+class Inside(Plain):
+    def __init__(self):
+        super().__init__()
+        self.embed = Rows(VOCAB, HIDDEN)
+
+
+class Turned(Plain):
+    """Its first block takes (T, B, d)."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.block(self.embed(input_ids).transpose(0, 1))
+
+
+class Unnamed(nn.Module):
+    """No get_input_embeddings()."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.block = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.block(self.embed(input_ids))
+
+
+def layouts():
+    mask = RIGHT.long()
+    positions = torch.cat([torch.arange(one) for one in DOCUMENTS])[None]
+    row = IDS[:1]
+    return {
+        "right": ({"input_ids": IDS, "attention_mask": mask}, padded(IDS, RIGHT)),
+        "left": ({"input_ids": IDS, "attention_mask": mask.flip(1)}, padded(IDS, RIGHT.flip(1))),
+        "packed": ({"input_ids": row, "position_ids": positions}, packed(row, DOCUMENTS)),
+        "none": ({"input_ids": IDS}, padded(IDS, torch.ones_like(RIGHT))),
+    }
+
+
+def subject(model, layout):
+    given, sequence = layouts()[layout]
+    words = {name: value for name, value in given.items() if name != "input_ids"}
+    return Subject(model.train(), given, [sequence], [words])
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("kind", [Plain, Inside, Turned], ids=lambda kind: kind.__name__)
+def test_exact(kind, layout):
+    if layout == "packed" and "position_ids" not in inspect.signature(kind.forward).parameters:
+        return
+    one = subject(kind(), layout)
+    state = judge.State(one.model)
+    expected = judge.expectation(one, state)
+    verdict = judge.judge(one, state, expected)
+    assert (verdict.word, verdict.detail, verdict.message) == ("EXACT", "", "")
+    assert not judge.around(one, state, expected, {})
+
+
+def test_refused_with_a_remedy_that_ends_exact():
+    one = subject(Unnamed(), "right")
+    state = judge.State(one.model)
+    verdict = judge.judge(one, state, judge.expectation(one, state))
+    assert verdict.word == "REFUSED"
+    assert verdict.remedy == 'embedding="embed"'
+
+
+@pytest.mark.parametrize("layout", ["right", "left", "none"])
+def test_noise_of_another_length_is_seen(layout):
+    """The judge is told other lengths than the model: it must not call that exact."""
+    one = subject(Plain(), layout)
+    shorter = RIGHT.clone()
+    shorter[0, -1] = False
+    one = one._replace(sequences=[padded(IDS, shorter)])
+    state = judge.State(one.model)
+    verdict = judge.judge(one, state, judge.expectation(one, state))
+    assert verdict.word == "SILENT WRONG"
+
+
+def test_a_factor_that_only_the_noise_sees_is_seen():
+    """The noise is twice as loud behind our back: by a hook in front of the first block."""
+    one = subject(Plain(), "right")
+    state = judge.State(one.model)
+    expected = judge.expectation(one, state)
+    clean = one.model.embed.weight.detach().clone()
+
+    def louder(module, args, output):
+        rows = nn.functional.embedding(args[0], clean)
+        return rows + 2 * (output - rows)
+
+    one.model.embed.register_forward_hook(louder)
+    verdict = judge.judge(one, state, expected)
+    assert verdict.word == "SILENT WRONG"
+    assert "2 times" in verdict.detail
+
+
+def test_every_row_of_the_quirks_has_a_test():
+    """tests/test_quirks.py writes each row's published forward down; a row without one goes."""
+    import test_quirks
+
+    named = {(module.split(".")[0], f"{name}.forward") for module, name, *_ in test_quirks.CASES}
+    named |= {
+        ("transformers", name) for package, name in named if package == "transformers_modules"
+    }
+    assert set(quirks.ROWS) <= named
