@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign gpu clean
 
 setup: $(READY)
 
@@ -91,6 +91,10 @@ mutants: setup
 zoo: setup
 	$(BIN)/python -m bench.zoo $(ARGS)
 	$(BIN)/python -m bench.zoo_table
+
+# Models of other packages, each in an environment of its own; writes bench/results/foreign.md.
+foreign: setup
+	$(BIN)/python -m bench.foreign $(ARGS)
 
 # On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
 gpu:
