@@ -287,6 +287,8 @@ def arrival(
             strict=True,
         )  # fmt: skip
         for one, other in both:
+            if torch.equal(one, other):  # beside it, untouched
+                continue
             factor, error = _factor(other.double() - one.double(), noise, scale, epsilon)
             if error < best.error:
                 best = Arrival(factor, name, error)
