@@ -22,7 +22,8 @@ from .axes import Axes, reads_time_first, watch, watches
 from .find import Found, ancestors_of, decoder_of, find_embeddings, padding_of, snapshot
 from .listening import Listener, heard, listeners_of
 from .multipliers import known_multiplier
-from .noisy import class_to_restore, describe, make_noisy, make_plain
+from .noisy import class_to_restore, describe, drop_hooks, make_noisy, make_plain
+from .probe import is_left
 from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
 from .telling import Read, check_samples, check_words
 
@@ -180,6 +181,8 @@ class NEFTuneHandle:
         self._noisy = [weakref.ref(module) for module in found]
         wrappers = [wrapper for one in found.values() for wrapper in (one.site, *one.wrappers)]
         self._wrappers = [(weakref.ref(wrapper), snapshot(wrapper)) for wrapper in wrappers]
+        for module in self._modules():
+            drop_hooks(module, is_left)
         changed = self._listen(self._wanted(roots, found))
         self._watch_axes(roots)
         self._multiply(roots, found)
@@ -503,6 +506,7 @@ class NEFTuneHandle:
             if self._is_ours(listener.state)
         ]
         for module in modules:
+            drop_hooks(module, is_left)
             for axes in watches(module):
                 if self._is_ours(axes.state):
                     watch(module, axes, False)

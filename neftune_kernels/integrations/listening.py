@@ -11,7 +11,7 @@ from .multipliers import DTYPES
 from .noisy import drop_hooks
 from .probe import Measured, measure
 from .quirks import looks_up_inside, quirks_of, row_of
-from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved
+from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved, probing
 
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
 MOVED = (
@@ -69,7 +69,7 @@ class Listener:
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
-        if RUNNING.probing:
+        if RUNNING.probing is not None and probing():
             return
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -94,7 +94,7 @@ class Listener:
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Called even when the forward raised."""
-        if RUNNING.probing:
+        if RUNNING.probing is not None and probing():
             return
         forward = self._leave(module)
         if torch.compiler.is_compiling() or forward is None or output is None or forward.ran:
@@ -131,9 +131,11 @@ class Listener:
         ]
         for one, found in measure(module, args, kwargs, sites).items():
             measured: Any = one.__dict__["_neftune"]
-            measured.multiplier_known = measured.measured = True
             if found.factor is not None and found.factor > 0:
                 measured.factors = dict.fromkeys(DTYPES, found.factor)
+            # last, as an interrupt may come between
+            measured.measured = True
+            measured.multiplier_known = True
             message = _what_was_found(type(module).__name__, found)
             if message:
                 state.warn_once(message)

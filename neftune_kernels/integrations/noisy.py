@@ -26,7 +26,7 @@ from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
 from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
 from .find import Found, base_class, is_compiled, is_own_method
-from .running import RUNNING, Forward, NoisyCall, Site, State
+from .running import RUNNING, Forward, NoisyCall, Site, State, probing
 from .sequences import is_ids
 
 DATA_PARALLEL = (
@@ -69,7 +69,7 @@ def _given(
 
     output: the site's, where the noise is added behind it.
     """
-    if RUNNING.probing:
+    if RUNNING.probing is not None and probing():
         return None
     state = site.state
     compiling = torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .find import is_compiled
-from .running import RUNNING
+from .running import RUNNING, probing
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "mems", "hx", "state")
 ROUNDINGS = 4  # of a product, in the coarser of the two dtypes
@@ -52,7 +52,7 @@ def measure(
     handles = [site.register_forward_hook(watch.looked_up, prepend=True) for site in sites]
     devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
     python = random.getstate()
-    RUNNING.probing = True
+    RUNNING.probing = measure.__code__
     failed = ""
     try:
         handles += [
@@ -68,7 +68,7 @@ def measure(
     except Exception as error:
         failed = f"its forward cannot be run once more ({type(error).__name__})"
     finally:
-        RUNNING.probing = False
+        RUNNING.probing = None
         for handle in handles:
             handle.remove()
         random.setstate(python)
@@ -132,13 +132,15 @@ class _Watch:
         self.over: set[nn.Module] = set()
 
     def looked_up(self, site: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if site in self.embedded or not isinstance(output, Tensor):
+        if not probing() or site in self.embedded or not isinstance(output, Tensor):
             return
         self.embedded[site] = output.detach().clone()  # what follows may be in place
         rows = self.embedded[site].reshape(-1, output.shape[-1])
         self.distinct[site] = rows.shape[0] > 0 and not bool((rows == rows[:1]).all())
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not probing():  # what an interrupt left
+            return
         self._compare((args, kwargs))
         if len(self.over) == len(self.sites):
             raise _Arrived
@@ -260,3 +262,8 @@ def _exactly(embedded: Tensor, arrived: Tensor, factor: float, eps: float) -> fl
 def _nearest(factor: float, columns: int, eps: float) -> float:
     one = _candidates(factor, columns)[0]
     return one if abs(one - factor) <= eps * abs(factor) else factor
+
+
+def is_left(hook: Any) -> bool:
+    """Whether a hook is one that an interrupted look left on a module."""
+    return isinstance(getattr(hook, "__self__", None), _Watch)

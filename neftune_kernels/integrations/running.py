@@ -5,6 +5,7 @@ running forwards, and sites with their last call.
 import inspect
 import itertools
 import threading
+import types
 import uuid
 import warnings
 import weakref
@@ -232,10 +233,24 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self.forwards: list[Forward] = []  # of heard models, one inside the other
         self.told: list[tuple[State, Words]] = []  # by handle.told(), likewise
-        self.probing = False  # a model is looked at: no noise, and nobody is told
+        # of the function that looks at a model: no noise meanwhile, and nobody is told
+        self.probing: types.CodeType | None = None
 
 
 RUNNING = _Running()  # of this thread
+
+
+def probing() -> bool:
+    """Whether a model is being looked at; an interrupt may have ended that without a word."""
+    if RUNNING.probing is None:
+        return False
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is RUNNING.probing:
+            return True
+        frame = frame.f_back
+    RUNNING.probing = None
+    return False
 
 
 def forget_interrupted(entering: Any = None) -> None:
