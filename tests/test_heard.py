@@ -150,6 +150,37 @@ def test_two_dictionaries_of_one_forward():
     assert torch.equal(other, noisy(short, model.embed.weight, seeds[1], masks[1]))
 
 
+def test_a_decoder_that_is_told_its_mask_by_another_name():
+    """FSMT's: its model's decoder_attention_mask arrives there under a name of its own."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
+
+        def forward(self, input_ids, mine):
+            return self.embed_tokens(input_ids)
+
+    class Both(nn.Module):
+        config = type("Config", (), {"is_encoder_decoder": True, "pad_token_id": None})()
+
+        def __init__(self):
+            super().__init__()
+            self.decoder = Decoder()
+
+        def get_decoder(self):
+            return self.decoder
+
+        def forward(self, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask):
+            return self.decoder(decoder_input_ids, decoder_attention_mask == 0)
+
+    model = Both().train()
+    apply_neftune(model, 5.0, embedding_multiplier=1.0)
+    out = model(IDS, torch.ones_like(KEEP), OTHER, KEEP)
+    seed = model.decoder.embed_tokens._neftune.last.noise.seed
+    assert torch.equal(out, noisy(OTHER, model.decoder.embed_tokens.weight, seed, KEEP))
+
+
 def test_masks_among_others():
     """**kwargs of a forward that names no mask."""
 

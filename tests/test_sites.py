@@ -597,3 +597,76 @@ def test_order_beside_enable_input_require_grads(fused, order, prepend):
     assert torch.equal(seen[-1], clean if earlier else noisy)
     hook.remove()
     assert not model(IDS, MASK).isnan().any()
+
+
+# ---- where there is no get_input_embeddings()
+
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"places": nn.Embedding(8, 4), "words": nn.Embedding(64, 4)})
+        self.projected = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("returned", [None, nn.Parameter(torch.zeros(8, 4))])
+def test_the_error_lists_the_tables_with_paths_and_sizes(returned):
+    model = Tables()
+    listed = r'embedding="inner.words" \(64, 4\), embedding="inner.places" \(8, 4\)$'
+    with pytest.raises(ValueError, match="Tables has no get_input_embeddings.*" + listed):
+        apply_neftune(model)
+    model.get_input_embeddings = lambda: returned
+    with pytest.raises(ValueError, match=listed):
+        apply_neftune(model)
+    model.inner = nn.ModuleList(nn.Embedding(8, 4) for _ in range(9))
+    with pytest.raises(ValueError, match=r'embedding="inner.7" \(8, 4\) and 1 more'):
+        apply_neftune(model)
+    with pytest.raises(ValueError, match="it holds no nn.Embedding"):
+        apply_neftune(nn.Linear(2, 2))
+
+
+class Pipeline(nn.Sequential):
+    """SentenceTransformer's way: a list of modules that hand a dictionary on."""
+
+
+Pipeline.__module__ = "sentence_transformers.SentenceTransformer"
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(64, 4)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.words(input_ids)
+
+
+class Part(nn.Module):
+    """Calls its model's forward by name, as sentence-transformers 6 does: no hook runs."""
+
+    def __init__(self, models=1):
+        super().__init__()
+        self.models = nn.ModuleList(Model() for _ in range(models))
+
+    def forward(self, features):
+        features["embedded"] = self.models[0].forward(features["input_ids"])
+        return features
+
+
+def test_a_list_of_modules_around_a_model():
+    pipeline = Pipeline(Part(), nn.Identity()).train()
+    handle = apply_neftune(pipeline, 5.0, embedding_multiplier=1.0)
+    ids = torch.randint(1, 64, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = pipeline({"input_ids": ids, "attention_mask": mask})["embedded"]
+    words = pipeline[0].models[0].words
+    seed = words._neftune.last.noise.seed
+    assert torch.equal(out, noisy_embedding(ids, words.weight, 5.0, attention_mask=mask, seed=seed))
+    assert handle.stats()["length_min"] == 2
+    with pytest.raises(ValueError, match='embedding="0.models.0.words"'):
+        apply_neftune(Pipeline(Part(2)))

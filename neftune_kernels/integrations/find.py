@@ -223,10 +223,17 @@ def find_embeddings(model: nn.Module, path: str | None, fused: bool | None = Non
     except (AttributeError, NotImplementedError):
         module = None
     if module is None and not _is_encoder_decoder(model):
+        inner = _inside_of_a_pipeline(model)
+        if inner is not None:
+            return find_embeddings(inner, None, fused)
         raise ValueError(
             f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the "
-            f"module with "
-            'embedding="path.to.embed" or pass the module itself'
+            f"module with embedding=, {_tables(model)}"
+        )
+    if module is not None and not isinstance(module, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__}.get_input_embeddings() returns {type(module).__name__} and no "
+            f"module: name the embedding of its tokens with embedding=, {_tables(model)}"
         )
     if not _is_encoder_decoder(model):
         return _with_tied(model, _all_found(module, fused), fused)  # type: ignore[arg-type]
@@ -246,6 +253,46 @@ def find_embeddings(model: nn.Module, path: str | None, fused: bool | None = Non
             f"module with embedding="
         )
     return list(found.values())
+
+
+# Lists of modules, of which one is a model of transformers.
+PIPELINES = ("sentence_transformers",)
+
+
+def _inside_of_a_pipeline(model: nn.Module) -> nn.Module | None:
+    """The only model in it that has input embeddings; None where there are none, or several."""
+    if type(model).__module__.split(".")[0] not in PIPELINES:
+        return None
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if any(module in set(one.modules()) for one in found):
+            continue
+        try:
+            embedding = module.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embedding, nn.Module):
+            found.append(module)
+    return found[0] if len(found) == 1 else None
+
+
+LISTED = 8
+
+
+def _tables(model: nn.Module) -> str:
+    """The embeddings in a model by path and size, the largest first: the table of words is."""
+    tables = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, nn.Embedding)
+    ]
+    tables.sort(key=lambda table: -table[1].num_embeddings)
+    if not tables:
+        return "by its path or itself; it holds no nn.Embedding"
+    listed = [
+        f'embedding="{path}" ({one.num_embeddings}, {one.embedding_dim})'
+        for path, one in tables[:LISTED]
+    ]
+    more = f" and {len(tables) - LISTED} more" if len(tables) > LISTED else ""
+    return f"the largest first: {', '.join(listed)}{more}"
 
 
 def _with_tied(model: nn.Module, found: list[Found], fused: bool | None) -> list[Found]:

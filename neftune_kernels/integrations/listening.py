@@ -223,7 +223,9 @@ def heard(inside: list[nn.Module], around: list[nn.Module]) -> list[nn.Module]:
     Beside the speakers the outermost, where it is nobody's that we know: it may be told of samples
     in a dictionary, or by names that a warning can read out.
     """
-    speaking = speakers(inside or around) or inside[:1]
+    speaking = speakers(inside or around)
+    if not speaking:  # FSMT's decoder is told its mask by another name than its model
+        speaking = [*speakers(around), *inside[:1]]
     outermost = around[:1]
     if outermost and outermost[0] not in speaking and (not speaking or is_foreign(outermost[0])):
         return [*outermost, *speaking]

@@ -405,26 +405,25 @@ class Site:
             if self.hooked:
                 self.state.warn_once(OUTSIDE)
             return real_tokens(input, padding_idx, UNSAID), False
-        known = untold = None
+        known: Forward | None = None
+        untold, decoder = UNSAID, False
         for forward in reversed(forwards):
             found = forward.reads(input)
             if found is None:
                 continue
             index, ids, where = found
             told = forward.told(index, input)
-            decoder = forward.sequences[index].decoder
-            known = known or forward
-            if told.unsaid and not decoder:
-                continue
-            told = _at(told, where, ids)
+            if not told.unsaid:
+                told = _at(told, where, ids)
             if not told.padding_unsaid:
                 return self._fitting(told, input), False
-            untold = untold or told
-            if decoder:
-                return _untold(told, input, padding_idx, forward.padding, True), False
+            known = known or forward
+            decoder = decoder or forward.sequences[index].decoder
+            untold = told if untold.unsaid else untold
         if known is not None:
-            self._nothing_told(forwards, input)
-            return _untold(untold or UNSAID, input, padding_idx, known.padding), False
+            if not decoder:
+                self._nothing_told(forwards, input)
+            return _untold(untold, input, padding_idx, known.padding, decoder), False
         return self._of_no_argument(forwards, input, padding_idx)
 
     def _nothing_told(self, forwards: list[Forward], input: Tensor) -> None:
