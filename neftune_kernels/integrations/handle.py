@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import layout as layouts
 from ..backends import BACKENDS, choose_backend
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..modules import TWO_NOISES, check_batch_first, has_other_noise
 from ..noise import check_alpha, check_variant, check_word
-from ..samples import make_layout
 from .arguments import Padding
 from .axes import Axes, reads_time_first, watch, watches
+from .check import Check, check, clean_lookup, ratio_of_rms
 from .find import Found, ancestors_of, decoder_of, find_embeddings, padding_of, snapshot
 from .listening import Listener, heard, listeners_of
 from .multipliers import known_multiplier
@@ -300,6 +299,9 @@ class NEFTuneHandle:
             for reference, before in self._wrappers
         )
 
+    def count_compilation(self) -> None:
+        self._live_state().compilations += 1
+
     def warn(self, message: str) -> None:
         """As a forward does that is being traced, which cannot itself."""
         state = self._live_state()
@@ -527,6 +529,52 @@ class NEFTuneHandle:
         else:
             self._restore(before)
 
+    def check(self, **batch: Any) -> Check:
+        """Is my noise on, and right? One batch through the model, measured.
+
+        The model is run in training mode with noise, and once more without grad up to its first
+        block; its mode, generators, buffers and this handle's counters are put back. Nothing is
+        differentiated.
+
+        Args:
+            batch: what the model that apply_neftune was given is called with, by name.
+
+        Returns:
+            A dictionary that prints as a table. ok: whether every site's noise is the paper's;
+            noise_alpha; said: warnings of that forward, and what to paste where something is
+            wrong; sites, a dictionary each: site (its path), way (fused or behind), backend,
+            replica, multiplier (what alpha is divided by), heard (the argument that tells the
+            samples), lengths of the samples with a real token, padding (True: it has no noise),
+            arrives (noise at the first block over the paper's), measured (the multiplier that was
+            measured, None where it could not be), noise_to_embedding.
+
+        Raises:
+            RuntimeError: the handle was removed, or its model is gone.
+
+        Example:
+            >>> from neftune_kernels import apply_neftune
+            >>> class Model(nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.embed = nn.Embedding(10, 4)
+            ...     def forward(self, input_ids, attention_mask=None):
+            ...         return self.embed(input_ids)
+            >>> model = Model()
+            >>> handle = apply_neftune(model, 5.0, embedding="embed")
+            >>> ids = torch.tensor([[1, 2, 3], [4, 0, 0]])
+            >>> checked = handle.check(input_ids=ids, attention_mask=ids != 0)
+            >>> checked["ok"], checked["sites"][0]["lengths"], checked["sites"][0]["heard"]
+            (True, [3, 1], 'attention_mask')
+        """
+        state, root = self._live_state(), self.root()
+        if root is None:
+            raise RuntimeError("the model of this NEFTuneHandle is gone")
+        self.refresh()
+        names = {module: name for name, module in reversed(list(root.named_modules()))}
+        sites = [module for reference in self._noisy if (module := reference()) is not None]
+        paths = {names.get(module, "?") or type(module).__name__: module for module in sites}
+        return check(root, state, paths, batch)
+
     def stats(self) -> dict[str, Any]:
         """What the noise was, computed now: nothing is counted or synchronised in forward but two
         Python integers.
@@ -537,8 +585,9 @@ class NEFTuneHandle:
             Of the last noisy forward (of encoder and decoder together), None before one: samples
             (with a real token), length_min, length_mean, length_max (real tokens), magnitude_min,
             magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
-            |noise| over its sample's magnitude, below 1 if uniform) and backend. Forwards inside
-            torch.compile are not counted.
+            |noise| over its sample's magnitude, below 1 if uniform), noise_to_embedding (rms of the
+            noise over rms of the embeddings it was added to, as they are now) and backend.
+            compiled_forwards: how often a noisy forward was compiled; its calls are not counted.
         """
         state = self._live_state()
         stats: dict[str, Any] = {
@@ -546,20 +595,25 @@ class NEFTuneHandle:
             "samples": None,
             **dict.fromkeys(MEASURED),
             "max_noise_ratio": None,
+            "noise_to_embedding": None,
             "backend": None,
+            "compiled_forwards": state.compilations,
+            "skipped": dict(state.skipped),
         }
-        stats["skipped"] = dict(state.skipped)
         modules = [module for reference in self._noisy if (module := reference()) is not None]
-        sites = [module.__dict__.get("_neftune") for module in modules]
-        lasts = [site.last for site in sites if site is not None and site.last is not None]
+        lasts = [
+            (site.last, module)
+            for module in modules
+            if (site := module.__dict__.get("_neftune")) is not None and site.last is not None
+        ]
         if not lasts:
             return stats
-        measured = [_measure(last) for last in lasts]
+        measured = [_measure(*one) for one in lasts]
         lengths, magnitudes = (
             torch.cat([found[0] for found in measured]),
             torch.cat([found[1] for found in measured]),
         )
-        stats |= {"samples": lengths.numel(), "backend": lasts[-1].backend.name}
+        stats |= {"samples": lengths.numel(), "backend": lasts[-1][0].backend.name}
         if lengths.numel() == 0:
             return stats
         values = [
@@ -569,6 +623,10 @@ class NEFTuneHandle:
         ]
         stats |= dict(zip(MEASURED, values, strict=True))
         stats["max_noise_ratio"] = max(found[2] for found in measured)
+        stats["noise_to_embedding"] = ratio_of_rms(
+            torch.cat([found[3].flatten().cpu() for found in measured]),
+            torch.cat([found[4].flatten().cpu() for found in measured]),
+        )
         stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
         return stats
 
@@ -630,23 +688,22 @@ def check_backend(backend: str | None, embedding: Any) -> None:
     choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
 
 
-def _measure(last: NoisyCall) -> tuple[Tensor, Tensor, float]:
-    """float64 lengths and magnitudes of the call's samples with a real token, and the largest
-    |noise| over its magnitude.
+def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """float64 lengths and magnitudes of the call's samples with a real token, the largest |noise|
+    over its magnitude, noise and embeddings of the real tokens.
     """
-    assert isinstance(last.noise.seed, Tensor)
-    device = last.noise.seed.device
-    layout = make_layout(last.shape, device, last.samples, last.backend)
-    sample, _, length = layouts.per_token(layout, last.shape, device)
+    sample, _, length = last.tokens()
     real = length > 0
     # One for each sample with a real token.
     lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1].double()
-    if lengths.numel() == 0:
-        return lengths.cpu(), lengths.cpu(), 0.0
     magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
-    zeros = torch.zeros((), dtype=torch.float32, device=device)
+    zeros = torch.zeros((), dtype=torch.float32, device=sample.device)
     zeros = zeros.expand(*last.shape, last.embedding_dim)
     noise = embeds_with_noise(zeros, last.samples, last.noise._replace(backend=last.backend.name))
+    noise = noise.view(-1, last.embedding_dim)[real]
+    embedded = clean_lookup(module, last.ids).reshape(-1, last.embedding_dim)[real]
+    if lengths.numel() == 0:
+        return lengths.cpu(), lengths.cpu(), 0.0, noise, embedded
     bound = float(last.noise.alpha) / (length[real].double() * last.embedding_dim).sqrt()
-    largest = noise.view(-1, last.embedding_dim)[real].abs().amax(-1)
-    return lengths.cpu(), magnitudes.cpu(), float((largest / bound).max())
+    largest = float((noise.abs().amax(-1) / bound).max())
+    return lengths.cpu(), magnitudes.cpu(), largest, noise, embedded

@@ -26,7 +26,7 @@ from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
 from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
 from .find import Found, base_class, is_compiled, is_own_method
-from .running import RUNNING, Forward, NoisyCall, Site, State, probing
+from .running import RUNNING, Forward, NoisyCall, Site, State, count_compilation, probing
 from .sequences import is_ids
 
 DATA_PARALLEL = (
@@ -132,6 +132,7 @@ def _on(device: torch.device, samples: Samples) -> Samples:
 def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Tensor) -> None:
     """What the call was, for stats() and for a checkpoint that recomputes it."""
     if torch.compiler.is_compiling():
+        count_compilation(site.state.handle_number)
         return
     if given.key and not in_backward():
         site.firsts.keep(given.key, given, noisy)
@@ -145,7 +146,13 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
     # A quantised weight's own dtype says nothing.
     chosen = choose_backend(state.backend, noisy.device, noisy.dtype)
     site.last = NoisyCall(
-        input.shape, noisy.shape[-1], given.noise_alpha, given.samples, given.noise, chosen
+        input.shape,
+        noisy.shape[-1],
+        given.noise_alpha,
+        given.samples,
+        given.noise,
+        chosen,
+        input,
     )
 
 

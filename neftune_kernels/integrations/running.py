@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..backends import Backend
 from ..distributed import data_parallel_index
+from ..layout import per_token
 from ..modules import has_other_noise
 from ..noise import UNIFORM, Noise, Variant, check_alpha
-from ..samples import UNSAID, Samples, check_time_first, real_tokens
+from ..samples import UNSAID, Samples, check_time_first, make_layout, real_tokens
 from ..torch_internals import asked_outside_the_graph
 from .advice import paste
 from .arguments import Padding, from_arguments, tail
@@ -38,6 +39,12 @@ class NoisyCall(NamedTuple):
     samples: Samples
     noise: Noise
     backend: Backend
+    ids: Tensor
+
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(sample, position, length) of every token, each (N,); length 0 marks padding."""
+        layout = make_layout(self.shape, self.ids.device, self.samples, self.backend)
+        return per_token(layout, self.shape, self.ids.device)
 
 
 class Settings(NamedTuple):
@@ -63,6 +70,7 @@ class State:
         self.origin = uuid.uuid4().hex  # copies keep it: their sites are taken for ours by remove()
         self.calls = 0
         self.outside = False  # a lookup outside its model's forward has had noise since the last
+        self.compilations = 0  # traces of noisy forwards
         self.embedded: torch.Size | None = None  # the shape of the last noisy lookup's output
         self.skipped: Counter[str] = Counter()
         self.skipped_last: str | None = None
@@ -565,6 +573,13 @@ def warn_outside(handle_number: int, message: str) -> None:
     handle = handles.get(handle_number)
     if handle is not None:
         handle.warn(message)
+
+
+@asked_outside_the_graph
+def count_compilation(handle_number: int) -> None:
+    handle = handles.get(handle_number)
+    if handle is not None:
+        handle.count_compilation()
 
 
 @asked_outside_the_graph

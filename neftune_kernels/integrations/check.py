@@ -1,0 +1,254 @@
+"""Is my noise on, and right? One batch, measured: each site's noise, and what arrives of it."""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..lookup import embeds_with_noise
+from ..noise import alpha_tensor
+from ..samples import Samples
+from .probe import Measured, measure
+from .running import NoisyCall, Site, State
+
+CLOSE = 0.02  # of the paper's magnitude: what low precision rounds away stays below
+COLUMNS = (
+    "site",
+    "way",
+    "backend",
+    "replica",
+    "multiplier",
+    "heard",
+    "lengths",
+    "padding",
+    "arrives",
+)
+
+
+class Check(dict[str, Any]):
+    """What :meth:`NEFTuneHandle.check` measured; a table when printed."""
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *(tuple(_cell(site, name) for name in COLUMNS) for site in self["sites"])]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        verdict = "exact" if self["ok"] else "NOT as the paper's: see below"
+        told = [f"- {message}" for message in self["said"]]
+        return "\n".join([*lines, f"noise_alpha {self['noise_alpha']:g}: {verdict}", *told])
+
+
+def _cell(site: dict[str, Any], name: str) -> str:
+    value = site[name]
+    if value is None:
+        return "-"
+    if name == "lengths":
+        shown = ", ".join(map(str, value[:6]))
+        return shown + (", ..." if len(value) > 6 else "")
+    if name == "padding":
+        return "clean" if value else "NOISED"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def check(
+    root: nn.Module, state: State, sites: dict[str, nn.Module], batch: dict[str, Any]
+) -> Check:
+    """sites: by their paths. The model is left as it was: mode, generators, buffers, counters."""
+    caught: list[str] = []
+    calls: dict[nn.Module, _Call] = {}
+    with _as_it_was(root, state, list(sites.values())), _heard(caught):
+        root.train()
+        hooks = [
+            module.register_forward_hook(_keep(module, calls), with_kwargs=True)
+            for module in sites.values()
+        ]
+        try:
+            with torch.enable_grad():
+                root(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = []
+        factors = _arriving(root, batch, list(calls))
+        for path, module in sites.items():
+            rows.append(_row(path, module, batch, calls.get(module), factors.get(module)))
+    said = list(dict.fromkeys(caught))
+    for row in rows:
+        arrives, padding = row["arrives"], row["padding"]
+        if arrives is None:
+            said.append(
+                f"{row['site']}: no noise in this forward ({row['why'] or 'it did not run'})"
+            )
+        elif abs(arrives - 1) > CLOSE and row["measured"] is not None:
+            said.append(
+                f"{row['site']}: the noise arrives {arrives:.4g} times as loud as the paper's: "
+                f"apply_neftune(..., embedding_multiplier={row['measured']!r})"
+            )
+        if padding is False:
+            said.append(f"{row['site']}: padding is noised")
+    ok = bool(rows) and all(
+        row["arrives"] is not None and abs(row["arrives"] - 1) <= CLOSE and row["padding"]
+        for row in rows
+    )
+    return Check(ok=ok, noise_alpha=state.noise_alpha, sites=rows, said=said)
+
+
+class _Call(NamedTuple):
+    last: NoisyCall
+    output: Tensor
+
+
+def _keep(module: nn.Module, calls: dict[nn.Module, _Call]) -> Any:
+    """Hook behind all others: the site's first noisy lookup with what came out of it."""
+    site: Site = module.__dict__["_neftune"]
+    before = site.last
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if site.last is not before and site.last is not None and isinstance(output, Tensor):
+            calls.setdefault(module, _Call(site.last, output.detach().clone()))
+
+    return hook
+
+
+def _arriving(
+    root: nn.Module, batch: dict[str, Any], sites: list[nn.Module]
+) -> dict[nn.Module, Measured]:
+    """By what each site's lookup arrives multiplied; none where that cannot be measured."""
+    return measure(root, (), batch, sites) if sites else {}
+
+
+def _row(
+    path: str,
+    module: nn.Module,
+    batch: dict[str, Any],
+    call: _Call | None,
+    arriving: Measured | None,
+) -> dict[str, Any]:
+    site: Site = module.__dict__["_neftune"]
+    state = site.state
+    row: dict[str, Any] = dict.fromkeys((*COLUMNS, "measured", "noise_to_embedding", "why"))
+    row |= {"site": path, "way": "fused" if site.fused else "behind"}
+    if call is None:
+        return row | {"why": state.skipped_last}
+    last, noisy = call
+    row |= {
+        "backend": last.backend.name,
+        "replica": int(last.noise.offsets.replica),
+        "heard": _heard_from(last.samples, batch, state),
+    }
+    clean = clean_lookup(module, last.ids)
+    said = state.embedding_multiplier
+    known = said if said is not None else site.factors.get(noisy.dtype, 1.0)
+    measured = None if arriving is None else arriving.factor
+    row |= {"multiplier": float(known), "measured": measured}
+    paper, length = _paper(last, noisy.device)
+    real = length > 0
+    width = noisy.shape[-1]
+    at_lookup = (noisy.double() - clean.double()).reshape(-1, width)
+    row["padding"] = not bool(at_lookup[~real].any())
+    if not bool(real.any()):
+        return row | {"lengths": []}
+    factor = known if measured is None else measured
+    arrived, wanted = at_lookup[real] * factor, paper.reshape(-1, width)[real]
+    row["arrives"] = float((arrived * wanted).sum() / wanted.square().sum())
+    embedded = clean.double().reshape(-1, width)[real]
+    row["noise_to_embedding"] = ratio_of_rms(at_lookup[real], embedded)
+    row["lengths"] = _lengths(last, noisy.device)
+    return row
+
+
+def clean_lookup(module: nn.Module, ids: Tensor) -> Tensor:
+    """What a site looks up without noise; nothing is counted."""
+    state = module.__dict__["_neftune"].state
+    counted = state.skipped.copy(), state.skipped_last
+    modes = [(one, one.training) for one in module.modules()]
+    try:
+        module.eval()
+        with torch.no_grad():
+            found: Tensor = module(ids)
+    finally:
+        for one, training in modes:
+            one.training = training
+        state.skipped, state.skipped_last = counted
+    return found
+
+
+def ratio_of_rms(noise: Tensor, embedded: Tensor) -> float | None:
+    below = float(embedded.double().square().mean())
+    return (float(noise.double().square().mean()) / below) ** 0.5 if below else None
+
+
+def _paper(last: NoisyCall, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The call's noise at noise_alpha itself, and each token's length; 0 for padding."""
+    zeros = torch.zeros((), device=device).expand(*last.shape, last.embedding_dim)
+    noise = last.noise._replace(alpha=alpha_tensor(last.noise_alpha), backend=last.backend.name)
+    return embeds_with_noise(zeros, last.samples, noise).double(), last.tokens()[2]
+
+
+def _lengths(last: NoisyCall, device: torch.device) -> list[int]:
+    sample, _, length = last.tokens()
+    real = length > 0
+    pairs = torch.stack((sample[real], length[real])).unique(dim=1)
+    return [int(one) for one in pairs[1]]
+
+
+def _heard_from(samples: Samples, batch: dict[str, Any], state: State) -> str:
+    """What told the samples, by the argument's name where it is one as it was given."""
+    if state.read is not None:
+        return "samples="
+    fields = ("attention_mask", "lengths", "cu_seqlens", "position_ids")
+    told = [(name, value) for name in fields if (value := getattr(samples, name)) is not None]
+    names = [
+        next((key for key, one in batch.items() if one is value), name) for name, value in told
+    ]
+    if names:
+        return " and ".join(names)
+    return f"padding_idx {samples.padding_idx}" if samples.padded_ids is not None else "nothing"
+
+
+@contextlib.contextmanager
+def _heard(caught: list[str]) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    caught += [str(one.message) for one in seen if issubclass(one.category, UserWarning)]
+
+
+@contextlib.contextmanager
+def _as_it_was(root: nn.Module, state: State, sites: list[nn.Module]) -> Iterator[None]:
+    """Puts back what a forward in training mode changes."""
+    modes = [(module, module.training) for module in root.modules()]
+    buffers = [(one, one.clone()) for one in root.buffers() if not one.is_meta]
+    devices = {one.device.index for one in root.parameters() if one.device.type == "cuda"}
+    lasts = [(site, site.last) for one in sites if (site := one.__dict__["_neftune"])]
+    counted = (
+        state.calls,
+        state.skipped.copy(),
+        state.skipped_last,
+        set(state.warned),
+        state.outside,
+        state.embedded,
+    )
+    state.warned.clear()  # what was said before is said again, to whom asks
+    python = random.getstate()
+    try:
+        with torch.random.fork_rng([one for one in devices if one is not None]):
+            yield
+    finally:
+        random.setstate(python)
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        for site, last in lasts:
+            site.last = last
+        state.calls, state.skipped, state.skipped_last = counted[:3]
+        state.warned, state.outside, state.embedded = counted[3:]
