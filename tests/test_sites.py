@@ -621,7 +621,7 @@ def test_the_error_lists_the_tables_with_paths_and_sizes(returned):
     model.inner = nn.ModuleList(nn.Embedding(8, 4) for _ in range(9))
     with pytest.raises(ValueError, match=r'embedding="inner.7" \(8, 4\) and 1 more'):
         apply_neftune(model)
-    with pytest.raises(ValueError, match="it holds no nn.Embedding"):
+    with pytest.raises(ValueError, match="holds no nn.Embedding"):
         apply_neftune(nn.Linear(2, 2))
 
 
@@ -632,7 +632,7 @@ class Pipeline(nn.Sequential):
 Pipeline.__module__ = "sentence_transformers.SentenceTransformer"
 
 
-class Model(nn.Module):
+class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(64, 4)
@@ -649,7 +649,7 @@ class Part(nn.Module):
 
     def __init__(self, models=1):
         super().__init__()
-        self.models = nn.ModuleList(Model() for _ in range(models))
+        self.models = nn.ModuleList(Encoder() for _ in range(models))
 
     def forward(self, features):
         features["embedded"] = self.models[0].forward(features["input_ids"])

@@ -228,7 +228,7 @@ def find_embeddings(model: nn.Module, path: str | None, fused: bool | None = Non
             return find_embeddings(inner, None, fused)
         raise ValueError(
             f"{type(model).__name__} has no get_input_embeddings(), or it returns None: name the "
-            f"module with embedding=, {_tables(model)}"
+            f'module with embedding="path.to.embed", {_tables(model)}'
         )
     if module is not None and not isinstance(module, nn.Module):
         raise ValueError(
@@ -286,7 +286,7 @@ def _tables(model: nn.Module) -> str:
     ]
     tables.sort(key=lambda table: -table[1].num_embeddings)
     if not tables:
-        return "by its path or itself; it holds no nn.Embedding"
+        return "or pass it itself; this model holds no nn.Embedding"
     listed = [
         f'embedding="{path}" ({one.num_embeddings}, {one.embedding_dim})'
         for path, one in tables[:LISTED]
