@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..lookup import embeds_with_noise
+from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..noise import alpha_tensor
 from ..samples import Samples
+from .find import base_class
 from .probe import Measured, measure
 from .running import NoisyCall, Site, State
 
@@ -143,6 +144,8 @@ def _row(
         "heard": _heard_from(last.samples, batch, state),
     }
     clean = clean_lookup(module, last.ids)
+    if clean is None:
+        return row | {"why": "its weight is not whole in this process"}
     said = state.embedding_multiplier
     known = said if said is not None else site.factors.get(noisy.dtype, 1.0)
     measured = None if arriving is None else arriving.factor
@@ -163,15 +166,22 @@ def _row(
     return row
 
 
-def clean_lookup(module: nn.Module, ids: Tensor) -> Tensor:
-    """What a site looks up without noise; nothing is counted."""
-    state = module.__dict__["_neftune"].state
+def clean_lookup(module: nn.Module, ids: Tensor) -> Tensor | None:
+    """What a site looks up without noise, by its class's forward: no hook runs, nothing is counted.
+
+    None where the weight is not whole in this process.
+    """
+    site: Site = module.__dict__["_neftune"]
+    weight = getattr(module if site.base is None else site.base, "weight", None)
+    if weight is None or type(weight) not in PLAIN_WEIGHTS or weight.is_meta or weight.dim() != 2:
+        return None
+    state = site.state
     counted = state.skipped.copy(), state.skipped_last
     modes = [(one, one.training) for one in module.modules()]
     try:
         module.eval()
         with torch.no_grad():
-            found: Tensor = module(ids)
+            found: Tensor = base_class(module).forward(module, ids)
     finally:
         for one, training in modes:
             one.training = training

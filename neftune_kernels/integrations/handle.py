@@ -586,7 +586,8 @@ class NEFTuneHandle:
             (with a real token), length_min, length_mean, length_max (real tokens), magnitude_min,
             magnitude_mean, magnitude_max (alpha/√(L·d)), max_noise_ratio (largest
             |noise| over its sample's magnitude, below 1 if uniform), noise_to_embedding (rms of the
-            noise over rms of the embeddings it was added to, as they are now) and backend.
+            noise over rms of the embeddings it was added to, as they are now; None where the weight
+            is sharded) and backend.
             compiled_forwards: how often a noisy forward was compiled; its calls are not counted.
         """
         state = self._live_state()
@@ -623,10 +624,8 @@ class NEFTuneHandle:
         ]
         stats |= dict(zip(MEASURED, values, strict=True))
         stats["max_noise_ratio"] = max(found[2] for found in measured)
-        stats["noise_to_embedding"] = ratio_of_rms(
-            torch.cat([found[3].flatten().cpu() for found in measured]),
-            torch.cat([found[4].flatten().cpu() for found in measured]),
-        )
+        ratios = [found[3] for found in measured if found[3] is not None]
+        stats["noise_to_embedding"] = max(ratios, default=None)
         stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
         return stats
 
@@ -688,9 +687,9 @@ def check_backend(backend: str | None, embedding: Any) -> None:
     choose_backend(backend, weight.device, torch.float32 if quantised else weight.dtype)
 
 
-def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float, float | None]:
     """float64 lengths and magnitudes of the call's samples with a real token, the largest |noise|
-    over its magnitude, noise and embeddings of the real tokens.
+    over its magnitude, and noise over embeddings, of the real tokens.
     """
     sample, _, length = last.tokens()
     real = length > 0
@@ -701,9 +700,12 @@ def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float,
     zeros = zeros.expand(*last.shape, last.embedding_dim)
     noise = embeds_with_noise(zeros, last.samples, last.noise._replace(backend=last.backend.name))
     noise = noise.view(-1, last.embedding_dim)[real]
-    embedded = clean_lookup(module, last.ids).reshape(-1, last.embedding_dim)[real]
     if lengths.numel() == 0:
-        return lengths.cpu(), lengths.cpu(), 0.0, noise, embedded
+        return lengths.cpu(), lengths.cpu(), 0.0, None
+    clean = clean_lookup(module, last.ids)
+    ratio = None
+    if clean is not None:
+        ratio = ratio_of_rms(noise, clean.reshape(-1, last.embedding_dim)[real])
     bound = float(last.noise.alpha) / (length[real].double() * last.embedding_dim).sqrt()
     largest = float((noise.abs().amax(-1) / bound).max())
-    return lengths.cpu(), magnitudes.cpu(), largest, noise, embedded
+    return lengths.cpu(), magnitudes.cpu(), largest, ratio

@@ -15,7 +15,7 @@ from .telling import Read
 
 LOG_PREFIX = "neftune/"
 IN_A_TRAINER = "In a trainer these are keywords of NEFTuneCallback(embedding=..., samples=...)"
-LOGGED = (*MEASURED, "max_noise_ratio", "noise_to_embedding")
+LOGGED = (*MEASURED, "max_noise_ratio")
 
 
 class TrainingNoise:
