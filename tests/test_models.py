@@ -2,6 +2,7 @@
 magnitude; eval untouched.
 """
 
+import itertools
 import warnings
 
 import pytest
@@ -611,14 +612,16 @@ def test_models_that_look_up_time_first():
             return self.embed(input_ids.permute(1, 0))
 
     ids, mask = batch("right")
-    for model in (transformers.XLNetModel(config).train(), TimeFirst()):
+    for model, given in itertools.product(
+        (transformers.XLNetModel(config).train(), TimeFirst()), (mask, None)
+    ):
         apply_neftune(model)
         embedding = model.get_input_embeddings()
         with Recorded(embedding) as (out,), warnings.catch_warnings():
             warnings.simplefilter("error")
-            model(ids, attention_mask=mask)
+            model(ids, attention_mask=given)
         expected = noisy_embedding(
-            ids, embedding.weight, 5.0, attention_mask=mask, seed=last_seed(embedding)
+            ids, embedding.weight, 5.0, attention_mask=given, seed=last_seed(embedding)
         )
         assert torch.equal(out[-1], expected.transpose(0, 1))  # others are a look at it
 

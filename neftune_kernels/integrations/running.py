@@ -421,7 +421,7 @@ class Site:
                 continue
             index, ids, where = found
             told = forward.told(index, input)
-            if not told.unsaid:
+            if not told.unsaid or where is transposed:
                 told = _at(told, where, ids)
             if not told.padding_unsaid:
                 return self._fitting(told, input), False
