@@ -113,6 +113,26 @@ def test_ids_that_the_forward_makes_twice():
     assert torch.equal(out[1], noisy((IDS * 5) % VOCAB, weight, seeds[1]))
 
 
+@pytest.mark.filterwarnings("ignore:it is not known whether")
+def test_ids_that_an_inner_forward_makes_twice():
+    """The second are no more the outer model's than the inner one's."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Net(lambda ids, _: [(ids * 3) % VOCAB, (ids * 5) % VOCAB])
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.inner(input_ids, attention_mask)
+
+    model = Outer().train()
+    apply_neftune(model, 5.0, embedding="inner.embed")
+    with pytest.warns(UserWarning, match="none of the tokens"):
+        model(IDS, KEEP)
+    seed, weight = model.inner.embed._neftune.last.noise.seed, model.inner.embed.weight
+    assert torch.equal(model.inner.arrived[1], noisy((IDS * 5) % VOCAB, weight, seed))
+
+
 @pytest.mark.parametrize("of", [lambda types: types, lambda types: types.clone()])
 def test_token_types_get_no_noise(of):
     types = (torch.arange(8) > 3).long().expand(3, 8)

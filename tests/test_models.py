@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from tiny_models import make_llava
 from torch import nn
 
 from neftune_kernels import NEFTuneEmbedding, apply_neftune, neftune_noise, noisy_embedding
@@ -381,32 +382,11 @@ def test_whisper(proves):
     proves("Whisper", "forward", "encoder and decoder")
 
 
-def llava():
-    torch.manual_seed(0)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    text = transformers.LlamaConfig(**GROUPED)
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=3,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    return transformers.LlavaForConditionalGeneration(config).train()
-
-
 def test_llava(proves):
     """Image placeholders are tokens of the sequence and count in L; their embeddings, noise and
     all, are replaced by the image's.
     """
-    model = llava()
+    model = make_llava(transformers, transformers.LlamaConfig(**GROUPED))
     ids = torch.randint(4, VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
     ids[:, 2:6] = 3  # four patches
     mask = torch.ones_like(ids)

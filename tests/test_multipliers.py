@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 import torch
+from tiny_models import make_llava
 from torch import nn
 
 from neftune_kernels import apply_neftune, noisy_embedding
@@ -256,25 +257,6 @@ def t5gemma(library):
     return library.T5GemmaEncoderModel(config)
 
 
-def llava(library, text):
-    vision = library.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    config = library.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=3,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    return library.LlavaForConditionalGeneration(config)
-
-
 def kosmos(library):
     rooms = library.models.kosmos2
     config = rooms.configuration_kosmos2.Kosmos2TextConfig(**KOSMOS)
@@ -313,12 +295,12 @@ NAMED = {  # how it is built, its first block, what the noise is divided by
     ),
     "FalconH1": (lambda t: t.FalconH1Model(t.FalconH1Config(**FALCON)), "layers.0", 5.0),
     "FalconH1 in Llava": (
-        lambda t: llava(t, t.FalconH1Config(**FALCON)),
+        lambda t: make_llava(t, t.FalconH1Config(**FALCON)),
         "model.language_model.layers.0",
         1.0,
     ),
     "Granite in Llava": (
-        lambda t: llava(t, t.GraniteConfig(**GROUPED, embedding_multiplier=12.0)),
+        lambda t: make_llava(t, t.GraniteConfig(**GROUPED, embedding_multiplier=12.0)),
         "model.language_model.layers.0",
         12.0,
     ),

@@ -148,6 +148,16 @@ def test_a_compiled_first_forward_says_so():
         torch.compile(net, backend="eager", fullgraph=True)(IDS, attention_mask=MASK)
 
 
+def test_a_second_model_of_one_class_compiles_too():
+    """What is asked outside the graph is asked of each model's own handle."""
+    torch._dynamo.reset()
+    for _ in range(3):
+        net = Net(lambda net, x: x * 8).train()
+        handle = apply_neftune(net, 5.0, embedding_multiplier=8.0)
+        torch.compile(net, backend="eager", fullgraph=True)(IDS, attention_mask=MASK)
+        assert handle.stats()["compiled_forwards"] == 1
+
+
 def test_no_look_where_there_is_no_noise():
     net = Net(lambda net, x: x * 8).train()
     apply_neftune(net, 5.0)

@@ -1,5 +1,6 @@
 """Packages that tell samples under names of their own, by their published signatures."""
 
+import pickle
 import warnings
 
 import pytest
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from neftune_kernels import apply_neftune, noisy_embedding
+from neftune_kernels.integrations.listening import Listener
+from neftune_kernels.integrations.running import State
 
 VOCAB, HIDDEN = 64, 32
 IDS = torch.randint(1, VOCAB, (2, 8), generator=torch.Generator().manual_seed(2))
@@ -125,3 +128,10 @@ def test_a_namesake_has_no_row(case):
     plain = noisy_embedding(IDS, model.embed.weight, 5.0, attention_mask=mask, seed=seed)
     assert torch.equal(out, plain)
     assert not torch.equal(out, F.embedding(IDS, model.embed.weight))
+
+
+def test_a_listener_of_a_model_with_a_row_pickles():
+    module, name, forward, *_ = CASES[0]
+    listener = Listener(State(), built(module, name, forward))
+    assert listener.quirks.samples is not None
+    assert pickle.loads(pickle.dumps(listener)).quirks is listener.quirks

@@ -1,13 +1,12 @@
 """Lines to paste where NEFTune does not understand of which samples tokens are."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arguments import KNOWN_NAMES
-from .sequences import NO_IDS, is_ids, tokens_in
+from .sequences import NO_IDS, is_ids, tensors_in, tokens_in
 
 TELL = "tell NEFTune the samples with apply_neftune(..., samples=...) or handle.told(...)"
 WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -25,7 +24,7 @@ def paste(given: dict[str, Any], ids: Tensor, many: bool = False) -> str:
     own = "" if name is None else f'"input_ids": "{name}", '
     lines = [
         _line(own, word, name, value)
-        for name, value in _tensors(given)
+        for name, value in tensors_in(given)
         if value is not ids and (word := _could_be(name, value, ids)) is not None
     ]
     if not lines:
@@ -46,16 +45,6 @@ def _samples(own: str, word: str, name: str) -> str:
     if own:
         return f'samples=[{{{own}"{word}": "{name}"}}]'
     return f'samples={{"{word}": "{name}"}}'
-
-
-def _tensors(given: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in given.items():
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, Mapping):
-            yield from (
-                (f"{name}.{inner}", one) for inner, one in value.items() if isinstance(one, Tensor)
-            )
 
 
 def _could_be(name: str, value: Tensor, ids: Tensor) -> str | None:

@@ -1,7 +1,6 @@
 """Is my noise on, and right? One batch, measured: each site's noise, and what arrives of it."""
 
 import contextlib
-import random
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..noise import alpha_tensor
 from ..samples import Samples
 from .find import base_class
-from .probe import Measured, measure
+from .probe import Measured, measure, undisturbed
 from .running import NoisyCall, Site, State
 
 CLOSE = 0.02  # of the paper's magnitude: what low precision rounds away stays below
@@ -166,6 +165,16 @@ def _row(
     return row
 
 
+@contextlib.contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    modes = [(one, one.training) for one in module.modules()]
+    try:
+        yield
+    finally:
+        for one, training in modes:
+            one.training = training
+
+
 def clean_lookup(module: nn.Module, ids: Tensor) -> Tensor | None:
     """What a site looks up without noise, by its class's forward: no hook runs, nothing is counted.
 
@@ -177,14 +186,11 @@ def clean_lookup(module: nn.Module, ids: Tensor) -> Tensor | None:
         return None
     state = site.state
     counted = state.skipped.copy(), state.skipped_last
-    modes = [(one, one.training) for one in module.modules()]
     try:
-        module.eval()
-        with torch.no_grad():
+        with _modes_kept(module), torch.no_grad():
+            module.eval()
             found: Tensor = base_class(module).forward(module, ids)
     finally:
-        for one, training in modes:
-            one.training = training
         state.skipped, state.skipped_last = counted
     return found
 
@@ -233,9 +239,6 @@ def _heard(caught: list[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_it_was(root: nn.Module, state: State, sites: list[nn.Module]) -> Iterator[None]:
     """Puts back what a forward in training mode changes."""
-    modes = [(module, module.training) for module in root.modules()]
-    buffers = [(one, one.clone()) for one in root.buffers() if not one.is_meta]
-    devices = {one.device.index for one in root.parameters() if one.device.type == "cuda"}
     lasts = [(site, site.last) for one in sites if (site := one.__dict__["_neftune"])]
     counted = (
         state.calls,
@@ -246,18 +249,10 @@ def _as_it_was(root: nn.Module, state: State, sites: list[nn.Module]) -> Iterato
         state.embedded,
     )
     state.warned.clear()  # what was said before is said again, to whom asks
-    python = random.getstate()
     try:
-        with torch.random.fork_rng([one for one in devices if one is not None]):
+        with _modes_kept(root), undisturbed(root):
             yield
     finally:
-        random.setstate(python)
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
         for site, last in lasts:
             site.last = last
         state.calls, state.skipped, state.skipped_last = counted[:3]

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -75,8 +74,8 @@ class NEFTuneHandle:
     )
 
     def __init__(self, state: State) -> None:
-        state.handle_number = next(numbers)
-        handles[state.handle_number] = self
+        state.handle_key = str(next(numbers))
+        handles[state.handle_key] = self
         self._state: State | None = state
         self._before: _Before | None = None
         self._entered: list[_Before | None] = []
@@ -99,6 +98,10 @@ class NEFTuneHandle:
             )
         super().__setattr__(name, value)
 
+    def _sites(self) -> list[nn.Module]:
+        """The modules with our noise that are alive."""
+        return [module for reference in self._noisy if (module := reference()) is not None]
+
     def root(self) -> nn.Module | None:
         """The model applied to last, if it is alive."""
         return self._roots[-1][0]() if self._roots else None
@@ -110,15 +113,13 @@ class NEFTuneHandle:
         for root, _ in self._live_roots():
             for name, module in root.named_modules():
                 names.setdefault(module, name or type(module).__name__)
-        sites = [module for reference in self._noisy if (module := reference()) is not None]
-        told = "".join(f"\n  {names.get(one, '?')}: {describe(one)}" for one in sites)
+        told = "".join(f"\n  {names.get(one, '?')}: {describe(one)}" for one in self._sites())
         return f"NEFTuneHandle(noise_alpha={self.noise_alpha:g}{told})"
 
     def describe(self) -> str:
         """The first site in a line: "alpha 5, replica 0, backend cpp, fused, on"."""
         self._live_state()
-        sites = (module for reference in self._noisy if (module := reference()) is not None)
-        return next((describe(one) for one in sites), "no embedding")
+        return next((describe(one) for one in self._sites()), "no embedding")
 
     # ---- following the model
 
@@ -299,16 +300,6 @@ class NEFTuneHandle:
             for reference, before in self._wrappers
         )
 
-    def count_compilation(self) -> None:
-        self._live_state().compilations += 1
-
-    def warn(self, message: str) -> None:
-        """As a forward does that is being traced, which cannot itself."""
-        state = self._live_state()
-        if message not in state.warned:
-            state.warned.add(message)
-            warnings.warn(message, stacklevel=2)
-
     def _live_state(self) -> State:
         if self._state is None:
             raise RuntimeError("this NEFTuneHandle was removed: call apply_neftune again")
@@ -396,9 +387,8 @@ class NEFTuneHandle:
 
     @backend.setter
     def backend(self, value: str | None) -> None:
-        for module in (reference() for reference in self._noisy):
-            if module is not None:
-                check_backend(value, module)
+        for module in self._sites():
+            check_backend(value, module)
         self._set(backend=value)
 
     @property
@@ -571,8 +561,9 @@ class NEFTuneHandle:
             raise RuntimeError("the model of this NEFTuneHandle is gone")
         self.refresh()
         names = {module: name for name, module in reversed(list(root.named_modules()))}
-        sites = [module for reference in self._noisy if (module := reference()) is not None]
-        paths = {names.get(module, "?") or type(module).__name__: module for module in sites}
+        paths = {
+            names.get(module, "?") or type(module).__name__: module for module in self._sites()
+        }
         return check(root, state, paths, batch)
 
     def stats(self) -> dict[str, Any]:
@@ -601,10 +592,9 @@ class NEFTuneHandle:
             "compiled_forwards": state.compilations,
             "skipped": dict(state.skipped),
         }
-        modules = [module for reference in self._noisy if (module := reference()) is not None]
         lasts = [
             (site.last, module)
-            for module in modules
+            for module in self._sites()
             if (site := module.__dict__.get("_neftune")) is not None and site.last is not None
         ]
         if not lasts:

@@ -10,7 +10,7 @@ from .arguments import Padding, parameter_names, tells_samples
 from .multipliers import DTYPES
 from .noisy import drop_hooks
 from .probe import Measured, measure
-from .quirks import looks_up_inside, quirks_of, row_of
+from .quirks import NO_QUIRKS, QUIRKS, Quirks, key_of, looks_up_inside, row_of
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved, probing
 
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
@@ -50,13 +50,16 @@ class Listener:
         self.model: Any = weakref.ref(model)
         self.name = type(model).__name__
         self.names = tuple(parameter_names(model))
-        self.row = row_of(model)
-        self.tells = self.row is not None or tells_samples(model)
-        self.pads = quirks_of(model).pads_window
-        self.transposes = quirks_of(model).ids_transposed
+        self.key = key_of(model)
+        self.tells = self.quirks.samples is not None or tells_samples(model)
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.padding = Padding()
+
+    @property
+    def quirks(self) -> Quirks:
+        """By its key, as the table's functions do not pickle."""
+        return QUIRKS.get(self.key, NO_QUIRKS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": _no_model}
@@ -78,7 +81,7 @@ class Listener:
             forget_interrupted(self)
         outermost = not any(forward.state is state for forward in RUNNING.forwards)
         if outermost and compiling:
-            if module.training and torch.is_grad_enabled() and has_moved(state.handle_number):
+            if module.training and torch.is_grad_enabled() and has_moved(state.handle_key):
                 raise RuntimeError(MOVED)
         elif outermost and state.handle is not None:
             self._follow_the_model(module)

@@ -132,7 +132,7 @@ def _on(device: torch.device, samples: Samples) -> Samples:
 def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Tensor) -> None:
     """What the call was, for stats() and for a checkpoint that recomputes it."""
     if torch.compiler.is_compiling():
-        count_compilation(site.state.handle_number)
+        count_compilation(site.state.handle_key)
         return
     if given.key and not in_backward():
         site.firsts.keep(given.key, given, noisy)

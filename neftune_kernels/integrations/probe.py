@@ -3,6 +3,7 @@
 Nothing is differentiated: a gradient shrink has another factor in its backward than in its forward.
 """
 
+import contextlib
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -43,15 +44,7 @@ def measure(
     if why := _why_not(model, args, kwargs):
         return {site: Measured(why=why) for site in sites}
     watch = _Watch(sites)
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta
-    ]
     handles = [site.register_forward_hook(watch.looked_up, prepend=True) for site in sites]
-    devices = {one.device for one in model.parameters() if one.device.type == "cuda"}
-    python = random.getstate()
     RUNNING.probing = measure.__code__
     failed = ""
     try:
@@ -60,7 +53,7 @@ def measure(
             for module in model.modules()
             if module is not model
         ]
-        with torch.no_grad(), torch.random.fork_rng([one.index for one in devices]):
+        with torch.no_grad(), undisturbed(model):
             output = model.forward(*_copied(args), **_copied(kwargs))
             watch.left(output)
     except _Arrived:
@@ -71,6 +64,24 @@ def measure(
         RUNNING.probing = None
         for handle in handles:
             handle.remove()
+    return {site: found for site in sites if (found := watch.result(site, failed)) is not None}
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward in training mode moves: generators and buffers."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
+    devices = {one.device.index for one in model.parameters() if one.device.type == "cuda"}
+    python = random.getstate()
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
         random.setstate(python)
         with torch.no_grad():
             for module, name, buffer, before in buffers:
@@ -78,7 +89,6 @@ def measure(
                     module._buffers[name] = buffer
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-    return {site: found for site in sites if (found := watch.result(site, failed)) is not None}
 
 
 def _why_not(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import uuid
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +79,12 @@ class State:
         self.unmeasured = False  # a site's multiplier is to be measured at the next forward
         self.looks = 0  # of the probe
         self.handle: Any = None  # the NEFTuneHandle, which stands above this room
-        self.handle_number = -1
+        self.handle_key = ""  # a text: Dynamo makes a number that changes a symbol
         self.assign(Settings())
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is not steered by our handle
-        return {**self.__dict__, "handle": None, "handle_number": -1}
+        return {**self.__dict__, "handle": None, "handle_key": ""}
 
     def assign(self, settings: Settings) -> None:
         """Each setting becomes an attribute of its own: Dynamo guards on what a forward reads."""
@@ -112,13 +113,17 @@ class State:
             self.embedding_multiplier,
         )
 
-    def warn_once(self, message: str, advice: str = "") -> None:
-        """advice: what changes with each call, and says the same for all that."""
+    def warn_once(self, message: str, advice: Callable[[], str] | None = None) -> None:
+        """advice: what comes behind it, made of the call where it is said."""
         if torch.compiler.is_compiling():
-            warn_outside(self.handle_number, message)
-        elif message not in self.warned:
+            warn_outside(self.handle_key, message)
+        else:
+            self.say_once(message, advice)
+
+    def say_once(self, message: str, advice: Callable[[], str] | None = None) -> None:
+        if message not in self.warned:
             self.warned.add(message)
-            warnings.warn(message + advice, stacklevel=3)
+            warnings.warn(message + (advice() if advice else ""), stacklevel=4)
 
     def resolve_replica(self, embedding: nn.Module) -> int:
         if self.replica is not None:
@@ -162,7 +167,7 @@ class Forward:
     @property
     def sequences(self) -> list[Sequence]:
         if self._sequences is None:
-            row = self.listener.row
+            row = self.listener.quirks.samples
             given = self.given if row is None else {**self.given, **row(self.given)}
             self._sequences = sequences_of(given, self.decoder, not self.state.batch_first)
         return self._sequences
@@ -173,7 +178,7 @@ class Forward:
             given = self.sequences[index].given
 
             def warn(message: str) -> None:
-                self.state.warn_once(message, f". {_capital(paste(self.given, input))}")
+                self.state.warn_once(message, lambda: f". {_capital(paste(self.given, input))}")
 
             self._samples[index] = from_arguments(given, self.padding, warn)
         return self._samples[index]
@@ -185,7 +190,11 @@ class Forward:
             if ids is None:
                 continue
             where = place(input, ids)
-            if where is None and self.listener.transposes and input.shape == ids.t().shape:
+            if (
+                where is None
+                and self.listener.quirks.ids_transposed
+                and input.shape == ids.t().shape
+            ):
                 where = transposed
             if where is not None:
                 return index, ids, where
@@ -436,7 +445,7 @@ class Site:
 
     def _nothing_told(self, forwards: list[Forward], input: Tensor) -> None:
         if not any(forward.listener.tells for forward in forwards):
-            self.state.warn_once(UNTOLD, f": {paste(forwards[0].given, input)}")
+            self.state.warn_once(UNTOLD, lambda: f": {paste(forwards[0].given, input)}")
 
     def _of_no_argument(
         self, forwards: list[Forward], input: Tensor, padding_idx: int
@@ -446,9 +455,8 @@ class Site:
         if padding is not None and _is_window(forwards[-1], input, padding):
             # LED embeds the padding of its attention's window
             return Samples(attention_mask=input != padding), True
-        for forward in reversed(forwards):
-            if not forward.claims(input):
-                continue
+        claiming = [forward for forward in reversed(forwards) if forward.claims(input)]
+        for forward in claiming:
             told = forward.told(0, input)
             if told.unsaid and not forward.decoder:
                 continue
@@ -458,9 +466,9 @@ class Site:
             if ids is not None and ids.shape != input.shape:
                 told = told.at(lambda values: values.reshape(input.shape), ids.shape)
             return self._fitting(told, input), False
-        if any(not forward.claims(input) for forward in forwards):
-            advice = paste(forwards[-1].given, input, many=True)
-            self.state.warn_once(UNKNOWN, f": {advice}")
+        if len(claiming) < len(forwards):
+            given = forwards[-1].given
+            self.state.warn_once(UNKNOWN, lambda: f": {paste(given, input, many=True)}")
         else:
             self._nothing_told(forwards, input)
         return _untold(UNSAID, input, padding_idx, forwards[-1].padding), False
@@ -557,32 +565,37 @@ def _untold(
 
 
 def _is_window(forward: Forward, input: Tensor, padding: int) -> bool:
-    """Whether nothing but padding is looked up, by a forward that has looked its tokens up."""
-    if torch.compiler.is_compiling() or not input.numel():
-        return forward.listener.pads
-    return bool((input == padding).all()) if input.is_cpu else forward.listener.pads
+    """Whether nothing but padding is looked up: by value on the CPU, else as the table says."""
+    if torch.compiler.is_compiling() or not input.numel() or not input.is_cpu:
+        pads: bool = forward.listener.quirks.pads_window
+        return pads
+    return bool((input == padding).all())
 
 
 numbers = itertools.count()
 # for questions asked outside the graph
-handles: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+handles: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
+
+
+def _state_of(handle_key: str) -> State | None:
+    return getattr(handles.get(handle_key), "_state", None)
 
 
 @asked_outside_the_graph
-def warn_outside(handle_number: int, message: str) -> None:
-    handle = handles.get(handle_number)
-    if handle is not None:
-        handle.warn(message)
+def warn_outside(handle_key: str, message: str) -> None:
+    state = _state_of(handle_key)
+    if state is not None:
+        state.say_once(message)
 
 
 @asked_outside_the_graph
-def count_compilation(handle_number: int) -> None:
-    handle = handles.get(handle_number)
-    if handle is not None:
-        handle.count_compilation()
+def count_compilation(handle_key: str) -> None:
+    state = _state_of(handle_key)
+    if state is not None:
+        state.compilations += 1
 
 
 @asked_outside_the_graph
-def has_moved(handle_number: int) -> bool:
-    handle = handles.get(handle_number)
+def has_moved(handle_key: str) -> bool:
+    handle = handles.get(handle_key)
     return handle is not None and handle.has_moved()

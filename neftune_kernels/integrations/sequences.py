@@ -9,6 +9,7 @@ from torch import Tensor
 from ..samples import PER_TOKEN
 from .arguments import KNOWN_NAMES
 from .places import Place, place
+from .telling import turned_values
 
 Given = dict[str, Any]
 NO_IDS = (*KNOWN_NAMES, "labels", "token_type_ids", "cache_position")
@@ -42,17 +43,11 @@ def sequences_of(given: Given, decoder: bool, time_first: bool) -> list[Sequence
 
 
 def _sequence(given: Given, decoder: bool, time_first: bool) -> Sequence:
-    ids = given.get("input_ids")
     if time_first:
-        given = {name: turned(name, value) for name, value in given.items()}
-        ids = given.get("input_ids")
+        own = [name for name, _ in tokens_in(given)]
+        given = turned_values(given, (*PER_TOKEN, "seq_idx", *own))
+    ids = given.get("input_ids")
     return Sequence(ids if isinstance(ids, Tensor) else None, given, decoder)
-
-
-def turned(name: str, value: Any) -> Any:
-    """An argument of ids (T, B) as it would be of ids (B, T)."""
-    shaped_as_ids = name in (*PER_TOKEN, "seq_idx") or (is_ids(value) and name not in NO_IDS)
-    return value.t() if shaped_as_ids and isinstance(value, Tensor) and value.dim() == 2 else value
 
 
 def _mappings(values: Any) -> Iterator[Mapping[str, Any]]:
@@ -64,16 +59,21 @@ def _mappings(values: Any) -> Iterator[Mapping[str, Any]]:
             yield from (one for one in value if isinstance(one, Mapping))
 
 
-def tokens_in(given: Given) -> Iterator[tuple[str, Tensor]]:
-    """Arguments that may be token ids, by their names; those in dictionaries as "a.b"."""
+def tensors_in(given: Given) -> Iterator[tuple[str, Tensor]]:
+    """By their names; those in dictionaries as "a.b"."""
     for name, value in given.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
             yield from (
-                (f"{name}.{inner}", one)
-                for inner, one in value.items()
-                if inner not in NO_IDS and is_ids(one)
+                (f"{name}.{inner}", one) for inner, one in value.items() if isinstance(one, Tensor)
             )
-        elif name not in NO_IDS and is_ids(value):
+
+
+def tokens_in(given: Given) -> Iterator[tuple[str, Tensor]]:
+    """Those that may be token ids."""
+    for name, value in tensors_in(given):
+        if is_ids(value) and name.rpartition(".")[2] not in NO_IDS:
             yield name, value
 
 

@@ -1,6 +1,6 @@
 """What a user says of the samples in words of ours: samples= and handle.told()."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,12 +152,12 @@ def samples_of(words: Words, ids: Tensor, batch_first: bool = True) -> Samples:
     return Samples(**said)
 
 
-def turned_values(said: Words) -> Words:
-    """Masks and position ids of ids (T, B), as those of ids (B, T); all else as it is."""
+def turned_values(said: Words, names: Collection[str] = PER_TOKEN) -> Words:
+    """What is shaped as ids (T, B), as it would be of ids (B, T); all else as it is."""
     return said | {
         word: value.t()
         for word, value in said.items()
-        if word in PER_TOKEN and isinstance(value, Tensor) and value.dim() == 2
+        if word in names and isinstance(value, Tensor) and value.dim() == 2
     }
 
 
