@@ -192,6 +192,20 @@ def test_a_module_that_reads_time_first_warns_once():
                 told(IDS[:3])  # as many rows as columns: nothing can be told
 
 
+def test_a_module_that_reads_something_else_time_first_does_not_warn():
+    """Of as many rows, but not what was looked up."""
+
+    class Other(Net):
+        def forward(self, input_ids, attention_mask=None):
+            return self.rnn(self.embed(input_ids)[:, :2])[0]
+
+    model = Other().train()
+    apply_neftune(model, 5.0, embedding="embed", embedding_multiplier=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ROWS)
+
+
 @pytest.mark.filterwarnings("ignore:no forward around the embedding")
 def test_an_attention_that_got_its_input_transposed_does_not_warn():
     class Attends(nn.Module):

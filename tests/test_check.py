@@ -36,6 +36,8 @@ class Net(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, others=None):
         embedded = self.words(input_ids) * self.factor
+        if not torch.compiler.is_compiling():
+            random.random()  # as layer drop does
         return self.head(self.norm(embedded.transpose(1, 2)).transpose(1, 2))
 
 
@@ -71,6 +73,14 @@ def test_what_is_wrong_is_said_with_the_line_to_paste():
     handle.noise_alpha = 0
     checked = handle.check(**BATCH)
     assert not checked["ok"] and "noise_alpha is 0" in checked["said"][0]
+
+
+def test_noise_of_somebody_else_in_the_padding_is_seen():
+    model = Net().train()
+    model.words.register_forward_hook(lambda module, args, output: output + 0.1)
+    checked = of(model, embedding_multiplier=1.0)
+    assert not checked["ok"] and checked["sites"][0]["padding"] is False
+    assert "words: padding is noised" in checked["said"] and "NOISED" in str(checked)
 
 
 def test_everything_is_as_it_was():

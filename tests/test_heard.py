@@ -142,6 +142,14 @@ def test_token_types_get_no_noise(of):
     assert stats["calls"] == 1 and stats["skipped"] == {"token_type_ids": 1}
 
 
+def test_ids_that_equal_their_token_types_are_ids():
+    types = (torch.arange(8) > 3).long().expand(3, 8).contiguous()
+    (out,), (seed,), weight, _ = heard(
+        lambda ids, types: [ids], input_ids=types.clone(), token_type_ids=types
+    )
+    assert torch.equal(out, noisy(types, weight, seed, KEEP))
+
+
 def test_two_dictionaries_of_one_forward():
     """As queries and passages are given: each with its own mask."""
 
