@@ -42,8 +42,9 @@ def apply_neftune(
     `torch.no_grad()` (rollouts, reference models) unless `noise_without_grad`. Lengths come from
     the arguments of the models around the embedding, positional or by keyword, the first of:
     cu_seq_lens_q, seq_idx, position_ids with attention_mask, attention_mask. Without any, every
-    token but padding_idx is real, in a decoder of an encoder-decoder every token up to the last
-    that is not padding. What cannot be read warns once. Encoder and decoder of an encoder-decoder
+    token is real but padding_idx, and the config's pad_token_id at the rows' ends; in a decoder of
+    an encoder-decoder every token up to the last that is not padding. What cannot be read warns
+    once. Encoder and decoder of an encoder-decoder
     get noise each with its own mask. What takes the embedding's place later (PEFT's wrappers, a
     resized embedding) is found at the next forward. What the model multiplies embeddings by after
     its lookup divides alpha, so that the noise arrives as loud as the paper's.
