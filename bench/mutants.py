@@ -38,6 +38,7 @@ OUTCOMES = WORK / "outcomes.json"
 LIBRARY = pathlib.Path("neftune_kernels", "_C.abi3.so")
 SHARED_BY_TESTS = ("tests/conftest.py", "tests/oracle.py")
 SECONDS = 900  # the longest one pytest may take: a mutant that does not end is killed
+NO_VERDICT = (3, 4, 5)  # pytest's own: an internal error, a wrong command, no test
 RUNS = {
     "python": ({}, ["-m", "pytest"], "not long"),
     "interpreter": ({"TRITON_INTERPRET": "1"}, ["-m", "pytest"], "gpu and not long"),
@@ -176,6 +177,8 @@ def run_tests(mutant: Mutant) -> Outcome:
     except subprocess.TimeoutExpired:
         return Outcome(True, "it does not end", SECONDS)
     seconds = round(time.monotonic() - start, 1)
+    if done.returncode in NO_VERDICT:
+        raise SystemExit(f"pytest could not run {mutant.suite}:\n{done.stdout}{done.stderr}")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     by = failed[1] if failed else f"exit status {done.returncode}" if done.returncode else ""
     return Outcome(done.returncode != 0, by, seconds)

@@ -916,6 +916,15 @@ def test_id_out_of_range_among_many(backend, threads):
     ).all(), "the next call is not harmed"
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_first_of_several_ids_out_of_range_is_named(backend, threads, count):
+    threads(count)
+    weight, batch = make_weight(64, torch.float32), make_batch("full", rows=64, columns=128)
+    batch.input_ids[1, 3], batch.input_ids[1, 4], batch.input_ids[-1, -1] = 12, 13, -14
+    with pytest.raises(IndexError, match=r"\b12\b"):
+        noisy_embedding(batch.input_ids, weight, 5.0, seed=0, backend=backend)
+
+
 @pytest.mark.parametrize("embed_scale", [1.0, 2.0])
 @pytest.mark.parametrize("rows", [2, 100])
 def test_id_out_of_range_in_training(rows, embed_scale):

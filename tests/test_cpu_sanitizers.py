@@ -7,14 +7,13 @@ NEFTUNE_REQUIRE_CPP=1 makes a missing g++ a failure instead of a skip.
 
 import os
 import pathlib
-import platform
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sanitizers import COMPILERS
 from test_install import run, source_copy
 
 from setup import COMPILE_FLAGS, SIMD_FLAGS, TORCH_TARGET_VERSION, kernel, torch_folder
@@ -32,25 +31,9 @@ SHIM_OPTIONS = [
 ]
 
 
-def newest_clang():
-    """Debian's clang++-19 and the like, else what is called clang++."""
-    versions = range(40, 15, -1)  # 16 is the first that reads all of the shim's C++20
-    found = (name for n in versions if shutil.which(name := f"clang++-{n}"))
-    return next(found, "clang++")
-
-
-COMPILERS = {"g++": "g++", "clang++": newest_clang()}
-GNU_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-SANITIZERS = {"g++": GNU_SANITIZERS, "clang++": [*GNU_SANITIZERS, "-shared-libsan"]}
-RUNTIMES = {  # what must be in the process before Python: clang's one library holds both
-    "g++": ("libasan.so", "libubsan.so"),
-    "clang++": (f"libclang_rt.asan-{platform.machine()}.so",),
-}
-
-
 def require(compiler):
-    if shutil.which(COMPILERS[compiler]) is None:
-        reason = f"no {compiler} here: the CPU kernels are not compiled by it"
+    if missing := COMPILERS[compiler].missing():
+        reason = f"{missing}: the CPU kernels are not compiled by it"
         if compiler == "g++" and os.environ.get("NEFTUNE_REQUIRE_CPP") == "1":
             pytest.fail(f"NEFTUNE_REQUIRE_CPP=1, but {reason}")
         pytest.skip(reason)
@@ -69,7 +52,7 @@ def options_of(source, compiler):
 
 def warnings_of(compiler, source, options):
     """Of the front end, in a second: "" for none."""
-    command = [COMPILERS[compiler], *options, "-fsyntax-only", source]
+    command = [COMPILERS[compiler].command, *options, "-fsyntax-only", source]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode != 0) == bool(done.stderr)
     return done.stderr
@@ -93,20 +76,21 @@ def test_no_warnings_of_the_cuda_bodies(source):
     assert warnings_of("clang++", ROOT / "csrc" / "cuda" / source, options) == ""
 
 
-@pytest.fixture(scope="module", params=["g++", pytest.param("clang++", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=list(COMPILERS))
 def sanitized(request, tmp_path_factory):
     """A compiler, and a copy of the sources and tests whose library has its sanitizers in it."""
-    require(compiler := request.param)
+    require(name := request.param)
+    compiler = COMPILERS[name]
     folder = tmp_path_factory.mktemp("sanitized")
     source_copy(folder)
     shutil.copytree(ROOT / "tests", folder / "tests")
 
-    def compiled(name):
-        source = folder / name
+    def compiled(source):
+        source = folder / source
         run(
-            COMPILERS[compiler],
-            *options_of(source, compiler),
-            *("-O0", "-g1", "-fPIC", *SANITIZERS[compiler]),  # -O1 takes thrice as long to compile
+            compiler.command,
+            *options_of(source, name),
+            *("-O0", "-g1", "-fPIC", *compiler.sanitizers),  # -O1 takes thrice as long to compile
             *("-c", source, "-o", source.with_suffix(".o")),
         )
         return source.with_suffix(".o")
@@ -115,30 +99,18 @@ def sanitized(request, tmp_path_factory):
         objects = list(pool.map(compiled, kernel().sources))
     library = folder / "neftune_kernels" / "_C.abi3.so"
     libraries = (f"-L{torch_folder() / 'lib'}", "-ltorch_cpu")
-    shared = (COMPILERS[compiler], "-shared", *SANITIZERS[compiler])
-    run(*shared, *objects, *libraries, "-o", library)
+    run(compiler.command, "-shared", *compiler.sanitizers, *objects, *libraries, "-o", library)
     return compiler, folder
 
 
 def run_tests(sanitized, *arguments):
     """How many tests of the copy passed, all of them under the sanitizers."""
     compiler, folder = sanitized
-    runtimes = [
-        run(COMPILERS[compiler], f"-print-file-name={name}").strip() for name in RUNTIMES[compiler]
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))),
-        "NEFTUNE_REQUIRE_CPP": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qs", "-p", "no:cacheprovider", *arguments],
+    done = compiler.run_python(
+        *("-m", "pytest", "-qs", "-p", "no:cacheprovider", *arguments),
         cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
+        PYTHONPATH=os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))),
+        NEFTUNE_REQUIRE_CPP="1",
     )
     assert done.returncode == 0, done.stderr[:3000] + done.stdout[-3000:]
     return int(re.search(r"(\d+) passed", done.stdout)[1])

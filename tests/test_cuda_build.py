@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels without a GPU: their bodies under g++ with sanitizers, wrong kernels that
+"""The CUDA C++ kernels without a GPU: their bodies under sanitizers, wrong kernels that
 must be seen, nvcc's library, its symbols.
 
 NEFTUNE_REQUIRE_CUDA_BUILD=1 makes a missing compiler a failure instead of a skip.
@@ -14,13 +14,13 @@ import zipfile
 
 import pytest
 import torch
+from sanitizers import COMPILERS
 from test_install import run, source_copy
 
 from setup import find_toolkit
 
 ROOT = pathlib.Path(__file__).parent.parent
 TORCH = pathlib.Path(torch.__file__).parent
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SHIM_FLAGS = [
     *(
         "-std=c++20",
@@ -37,8 +37,8 @@ SHIM_FLAGS = [
         "-Werror",
         "-Wno-unused-function",
         "-Wno-unknown-pragmas",
+        "-Wno-unused-const-variable",  # the shim drops __launch_bounds__ and what it names
         "-fno-omit-frame-pointer",
-        *SANITIZERS,
     ),
     *("-include", str(ROOT / "tests" / "cuda_shim.h")),
 ]
@@ -53,21 +53,31 @@ def skip_or_fail(reason):
 # ---- the kernels' bodies on the CPU
 
 
-def compile_for_cpu(source, target, *options):
-    run("g++", *SHIM_FLAGS, *options, "-x", "c++", "-c", source, "-o", target)
+def compile_for_cpu(compiler, source, target, *options):
+    flags = (*SHIM_FLAGS, *compiler.sanitizers, *options)
+    run(compiler.command, *flags, "-x", "c++", "-c", source, "-o", target)
 
 
-def link_for_cpu(objects, library):
-    run("g++", "-shared", *SANITIZERS, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", library)
+def link_for_cpu(compiler, objects, library):
+    libraries = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")
+    run(compiler.command, "-shared", *compiler.sanitizers, *objects, *libraries, "-o", library)
+
+
+@pytest.fixture(scope="module", params=list(COMPILERS))
+def compiler(request):
+    found = COMPILERS[request.param]
+    if missing := found.missing():
+        reason = f"{missing}: it does not compile the CUDA kernels' bodies"
+        skip_or_fail(reason) if request.param == "g++" else pytest.skip(reason)
+    return found
 
 
 @pytest.fixture(scope="module")
-def operators(tmp_path_factory):
+def operators(tmp_path_factory, compiler):
     """ops.cpp compiled for the CPU."""
-    if shutil.which("g++") is None:
-        skip_or_fail("no g++ here: the CUDA kernels' bodies are not run")
     target = tmp_path_factory.mktemp("shim") / "ops.o"
     compile_for_cpu(
+        compiler,
         ROOT / "csrc/cuda/ops.cpp",
         target,
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -78,45 +88,45 @@ def operators(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shim(operators):
-    compile_for_cpu(ROOT / "csrc/cuda/kernels.cu", operators.with_name("kernels.o"))
-    library = operators.with_name("shim.so")
-    link_for_cpu([operators, operators.with_name("kernels.o")], library)
-    return library
+def in_shim(operators, compiler):
+    """Runs Python with the kernels' bodies compiled for the CPU: as they are, or with one text of
+    one source replaced, from a copy of the sources in that folder.
+    """
+
+    def library(sources, target, *options):
+        kernels = target.with_name("kernels.o")
+        compile_for_cpu(compiler, sources / "cuda/kernels.cu", kernels, *options)
+        link_for_cpu(compiler, [operators, kernels], target)
+        return target
+
+    unchanged = library(ROOT / "csrc", operators.with_name("shim.so"))
+
+    def run_python(*command, mutation=None, folder=None):
+        shim = unchanged
+        if mutation is not None:
+            file, old, new = mutation
+            shutil.copytree(ROOT / "csrc", folder / "csrc")
+            path = folder / "csrc" / file
+            text = path.read_text()
+            assert old in text, f"{file} has no {old!r}"
+            path.write_text(text.replace(old, new))
+            shim = library(folder / "csrc", folder / "shim.so", "-Wno-error")
+        variables = {"NEFTUNE_CUDA_SHIM": str(shim), "PYTHONPATH": str(ROOT)}
+        return compiler.run_python(*command, cwd=ROOT, **variables)
+
+    return run_python
 
 
-def in_shim(library, *command):
-    sanitizers = [
-        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True)
-        for name in ("asan", "ubsan")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(found.stdout.strip() for found in sanitizers),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "NEFTUNE_CUDA_SHIM": str(library),
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_equality_matrix_under_sanitizers(shim):
-    done = in_shim(
-        shim, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_cuda.py"
-    )
+def test_equality_matrix_under_sanitizers(in_shim):
+    options = ("-q", "-m", "gpu", "-p", "no:cacheprovider")
+    done = in_shim("-m", "pytest", *options, "tests/test_cuda.py")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed >= 100, done.stdout[-2000:]
 
 
 @pytest.mark.long
-def test_cpu_matrix_under_sanitizers(shim):
+def test_cpu_matrix_under_sanitizers(in_shim):
     """Every test of the CPU's kernels against the reference, but for the errors that only a CPU
     raises.
     """
@@ -124,7 +134,6 @@ def test_cpu_matrix_under_sanitizers(shim):
         "not out_of_range and not empty_table and not no_columns and not knows_its_instruction_sets"
     )
     done = in_shim(
-        shim,
         "-m",
         "pytest",
         "-q",
@@ -206,16 +215,7 @@ OUTSIDE = {
 QUICK = ("multiplier", "mask dropped", "id at the end")
 
 
-def mutated(operators, folder, file, old, new):
-    """The library with one text of its sources replaced."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    path = folder / "csrc" / file
-    text = path.read_text()
-    assert old in text, f"{file} has no {old!r}"
-    path.write_text(text.replace(old, new))
-    compile_for_cpu(folder / "csrc/cuda/kernels.cu", folder / "kernels.o", "-Wno-error")
-    link_for_cpu([operators, folder / "kernels.o"], folder / "shim.so")
-    return folder / "shim.so"
+BY_GCC = pytest.mark.parametrize("compiler", ["g++"], indirect=True)
 
 
 def names(mutations):
@@ -224,22 +224,24 @@ def names(mutations):
     ]
 
 
-def test_standard_cases_pass(shim):
-    done = in_shim(shim, "tests/test_cuda.py")
+def test_standard_cases_pass(in_shim):
+    done = in_shim("tests/test_cuda.py")
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@BY_GCC
 @pytest.mark.parametrize("name", names(MUTATIONS))
-def test_wrong_kernels_are_seen(operators, tmp_path, name):
-    done = in_shim(mutated(operators, tmp_path, *MUTATIONS[name]), "tests/test_cuda.py")
+def test_wrong_kernels_are_seen(in_shim, tmp_path, name):
+    done = in_shim("tests/test_cuda.py", mutation=MUTATIONS[name], folder=tmp_path)
     assert (
         done.returncode != 0 and "AssertionError" in done.stderr and "Sanitizer" not in done.stderr
     ), done.stderr[-2000:]
 
 
+@BY_GCC
 @pytest.mark.parametrize("name", names(OUTSIDE))
-def test_stray_accesses_are_seen(operators, tmp_path, name):
-    done = in_shim(mutated(operators, tmp_path, *OUTSIDE[name]), "tests/test_cuda.py")
+def test_stray_accesses_are_seen(in_shim, tmp_path, name):
+    done = in_shim("tests/test_cuda.py", mutation=OUTSIDE[name], folder=tmp_path)
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, (
         done.stderr[-2000:]
     )
