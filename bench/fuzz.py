@@ -35,6 +35,7 @@ from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 RESULT = pathlib.Path(__file__).parent / "results" / "fuzz.md"
 DONE = ROOT / "build" / "fuzz.json"
 CHUNK = 1000  # calls
+SHARED = 8  # calls large enough for 1, 2 and 3 threads, beside each chunk
 HISTORIES = 40  # of the state machine, beside each chunk
 STEPS = 10  # rules of a history, each followed by all invariants
 
@@ -57,6 +58,8 @@ def run_chunk(number: int) -> None:
     """Raises where a property does not hold."""
     options = settings(properties.QUICK, max_examples=CHUNK, print_blob=True)
     seed(number)(options(given(properties.cases())(properties.check_call)))()
+    options = settings(properties.QUICK, max_examples=SHARED)
+    seed(number)(options(given(*properties.SHARED_OUT)(properties.check_threads)))()
     machine: Any = type("Algebra", (properties.Algebra,), {})  # its seed is its own
     options = settings(properties.QUICK, max_examples=HISTORIES, stateful_step_count=STEPS)
     run_state_machine_as_test(seed(number)(machine), settings=options)
@@ -68,9 +71,10 @@ def write_result(sources: str, chunks: int, seconds: float) -> None:
         "# Drawn calls against the oracle",
         "",
         f"{chunks * CHUNK} calls, each by neftune_noise, add_noise, noisy_embedding and the",
-        f"module, half of them with the weight's gradient; and {chunks * HISTORIES} histories of",
-        f"{STEPS} steps in which samples are padded, packed, split, merged, sharded, muted,",
-        "negated and doubled. No bit differed.",
+        "module, half of them with the weight's gradient;",
+        f"{chunks * SHARED} large ones, each by 1, 2 and 3 threads; and",
+        f"{chunks * HISTORIES} histories of {STEPS} steps in which samples are padded, packed,",
+        "split, merged, sharded, muted, negated and doubled. No bit differed.",
         "",
         f"Backends: reference, {levels}. Chunks 0 to {chunks - 1}, sources {sources}.",
         "",

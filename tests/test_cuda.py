@@ -29,6 +29,7 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     test_bad_bounds_and_lengths_reach_nothing,
     test_compiled_on_a_gpu,
     test_cuda_graph_replays_fresh_noise,
+    test_drawn_calls,
     test_empty,
     test_every_dtype_and_width,
     test_every_mask,

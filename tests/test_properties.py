@@ -105,8 +105,11 @@ def check_threads(rows: int, width: int, level: str, seed: int) -> None:
         torch.set_num_threads(before)
 
 
+SHARED_OUT = st.integers(100, 300), st.sampled_from([63, 128, 200]), st.sampled_from(KERNELS), SEEDS
+
+
 @settings(QUICK, max_examples=8)
-@given(st.integers(100, 300), st.sampled_from([63, 128, 200]), st.sampled_from(KERNELS), SEEDS)
+@given(*SHARED_OUT)
 def test_threads(rows, width, level, seed):
     """Above 32 768 elements a thread."""
     if level == "cpp":

@@ -22,7 +22,7 @@ import golden_vectors
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLOAT_DTYPES, MASK_KINDS, make_batch, same_bits
+from conftest import FLOAT_DTYPES, MASK_KINDS, equals_oracle, make_batch, same_bits
 from numbering_forms import forms
 
 from neftune_kernels import (
@@ -293,6 +293,35 @@ def assert_golden(device, case, backend):
 @pytest.mark.parametrize("case", golden_cases(VECTORS))
 def test_golden_vectors_by_the_public_function(public, case):
     assert_golden(public, case, "triton")
+
+
+def test_drawn_calls(device):
+    """What hypothesis draws, against the oracle; tests/test_properties.py for the CPU's kernels."""
+    hypothesis = pytest.importorskip("hypothesis")
+    import oracle
+    from drawn_calls import cases, noise_of, wide
+    from test_properties import QUICK
+
+    ours = FLOAT_DTYPES if not INTERPRETED else (torch.float32, torch.float16)
+
+    @hypothesis.settings(QUICK, max_examples=15 if EXECUTED else 60)  # as IR a second each
+    @hypothesis.given(cases())
+    def check(case):
+        hypothesis.assume(case.dtype in ours and case.variant["distribution"] == "uniform")
+        said = {**case.layout, **case.offsets, "noise_mask": case.noise_mask}
+        said |= {"padding_idx": case.padding_idx, "sign": case.variant["sign"], "seed": case.seed}
+        said |= {"embed_scale": case.embed_scale}
+        try:
+            out = by_kernel(device, case.input_ids, case.weight, case.alpha, **said)
+        except NotServed:
+            assert case.alpha > 1e30, "only a step beyond float32 is left to the caller"
+            return
+        name, noise = str(case.dtype).removeprefix("torch."), noise_of(case, by_ids=True)
+        rows = wide(case.weight[case.input_ids.long()]).reshape(noise.shape)
+        truth = oracle.embedded_with_noise(rows, noise, name, case.embed_scale)
+        assert equals_oracle(out, truth)
+
+    check()
 
 
 @pytest.mark.parametrize("embedding_dim", (1, 7, 8, 20, 64, 100, 576, 896, 4096, 4104))
