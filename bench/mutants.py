@@ -10,6 +10,7 @@ status is 1 where a mutant survives that is not explained as equivalent, or an e
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -60,6 +61,10 @@ class Mutant(NamedTuple):
         return " ".join((self.run, *self.tests))
 
 
+class NoVerdict(Exception):
+    """Neither passed nor failed: pytest did not run the tests."""
+
+
 class Outcome(NamedTuple):
     killed: bool
     by: str  # the first test that failed
@@ -73,9 +78,15 @@ def read_list(tree: pathlib.Path = ROOT) -> list[Mutant]:
     if len(set(names)) != len(names) or len(names) > 150:
         raise SystemExit(f"{LIST.name}: names must differ, and be 150 at most, got {len(names)}")
     for mutant in mutants:
-        found = (tree / mutant.file).read_text().count(mutant.old)
+        source = (tree / mutant.file).read_text()
+        found = source.count(mutant.old)
         if found != 1 or mutant.old == mutant.new:
             raise SystemExit(f"{mutant.name!r}: {mutant.file} holds its old text {found} times")
+        if mutant.file.endswith(".py"):
+            try:
+                ast.parse(source.replace(mutant.old, mutant.new))
+            except SyntaxError as error:
+                raise SystemExit(f"{mutant.name!r} is no Python: {error}") from error
         for test in mutant.tests:
             file, *names = test.split("::")
             source = (tree / file).read_text()
@@ -178,7 +189,7 @@ def run_tests(mutant: Mutant) -> Outcome:
         return Outcome(True, "it does not end", SECONDS)
     seconds = round(time.monotonic() - start, 1)
     if done.returncode in NO_VERDICT:
-        raise SystemExit(f"pytest could not run {mutant.suite}:\n{done.stdout}{done.stderr}")
+        raise NoVerdict(f"{mutant.suite}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     by = failed[1] if failed else f"exit status {done.returncode}" if done.returncode else ""
     return Outcome(done.returncode != 0, by, seconds)
@@ -278,6 +289,9 @@ def main() -> int:
             outcome = decided(key_of(mutant), decide(mutant))
         except subprocess.CalledProcessError:
             wrong.append(f"it does not compile: {mutant.name}")
+            continue
+        except NoVerdict as error:
+            wrong.append(f"pytest could not run {mutant.name}: {error}")
             continue
         write_result(mutants, outcomes)
         said = f"killed by {outcome.by}" if outcome.killed else "SURVIVED"

@@ -95,6 +95,14 @@ def test_every_counter_and_key_word_is_used(seed, replica, sample, position):
     assert equals_oracle(noise, oracle.noise([(sample, position, 1)], 20, 5.0, seed, replica))
 
 
+def test_samples_and_positions_count_mod_2_32():
+    """In the reference itself, whoever numbers the places."""
+    sample, position = torch.tensor([7, 7 + 2**32, 7]), torch.tensor([2, 2, 2 + 2**32])
+    places = (sample, position, torch.tensor([3, 3, 3]))
+    rows = reference.neftune_noise(places, 20, 5.0, torch.tensor(3))
+    assert torch.equal(rows[1], rows[0]) and torch.equal(rows[2], rows[0])
+
+
 @pytest.mark.parametrize("embedding_dim", [1, 2, 7, 8, 9, 20, 64, 100, 576])
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_noise_equals_oracle(kind, embedding_dim):
