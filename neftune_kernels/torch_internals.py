@@ -47,12 +47,14 @@ def asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def saved_tensors_hooked() -> bool:
-    """Whether saved tensors go through hooks, as inside a non-reentrant checkpoint's first pass.
+def saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """The functions through which saved tensors go (pack, unpack), as inside a non-reentrant
+    checkpoint's first pass; None where there are none.
 
-    torch.autograd.graph can set such hooks and has no public word for whether there are any.
+    torch.autograd.graph can set such hooks and has no public word for those that are set.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
 
 
 # ---- torch.distributed: each name is looked up when asked, as a torch may be built without it

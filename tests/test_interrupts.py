@@ -24,6 +24,12 @@ SAMPLE = 200
 SLACK = 8  # lines more or less by what Python has cached
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Tiny models: threads would only wait for each other."""
+    threads(1)
+
+
 class Embedding(nn.Embedding):
     """A forward of its own: its noise is added behind it."""
 

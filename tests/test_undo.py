@@ -3,6 +3,8 @@ checkpoints, threads.
 """
 
 import copy
+import functools
+import re
 import threading
 import warnings
 
@@ -10,7 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from neftune_kernels import add_noise, apply_neftune
 from neftune_kernels.integrations.running import RUNNING
@@ -28,6 +34,12 @@ class Scaled(nn.Embedding):
 
 
 KINDS = (nn.Embedding, Scaled)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Tiny models: threads would only wait for each other."""
+    threads(1)
 
 
 class Model(nn.Module):
@@ -406,19 +418,183 @@ def test_what_changes_before_the_backward_changes_nothing_of_it(change, kind, in
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_noise_that_comes_or_goes_before_the_backward_raises(kind, inside):
-    model = Checkpointed(kind, inside).train()
-    handle = apply_neftune(model, 0.0)
-    out = forward(model, inside)
-    handle.noise_alpha = 5.0
-    with pytest.raises(RuntimeError, match="recomputes the embedding inside backward, but"):
-        out.sum().backward()
-    out = forward(model, inside)
+class Segment(nn.Module):
+    """Its lookup in a checkpoint that has something else to train."""
+
+    def __init__(self, kind, frozen, way):
+        super().__init__()
+        self.embed = kind(VOCAB, HIDDEN)
+        self.mix = nn.Linear(HIDDEN, HIDDEN)
+        self.way = way
+        self.embed.requires_grad_(not frozen)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None):
+        def segment(scale):
+            return self.mix(self.embed(input_ids) * scale).square()
+
+        return self.way(segment, torch.ones((), requires_grad=True))
+
+
+SAVED = {torch.ops.aten.embedding.default, torch.ops.aten.addmm.default}
+
+
+def save_some(context, operator, *args, **kwargs):
+    policy = CheckpointPolicy
+    return policy.MUST_SAVE if operator in SAVED else policy.PREFER_RECOMPUTE
+
+
+WAYS = {
+    "none": lambda segment, scale: segment(scale),
+    "non-reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "to its end": functools.partial(checkpoint, use_reentrant=False, early_stop=False),
+    "unchecked": functools.partial(checkpoint, use_reentrant=False, determinism_check="none"),
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "reentrant twice": lambda segment, scale: checkpoint(
+        functools.partial(checkpoint, segment, use_reentrant=True), scale, use_reentrant=True
+    ),
+    "reentrant in the other": lambda segment, scale: checkpoint(
+        functools.partial(checkpoint, segment, use_reentrant=True), scale, use_reentrant=False
+    ),
+    "selective": functools.partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, save_some),
+    ),
+}
+NOT_REENTRANT = ("non-reentrant", "to its end", "unchecked", "selective")
+
+
+def apply_anew(model, handle, alpha=5.0):
     handle.remove()
-    with pytest.raises(RuntimeError, match="taken off the model between|different metadata|number"):
+    apply_neftune(model, alpha, noise_without_grad=True)
+
+
+BETWEEN = CHANGES | {
+    "remove": lambda model, handle: handle.remove(),
+    "remove and apply": apply_anew,
+    "remove and apply 0": lambda model, handle: apply_anew(model, handle, 0.0),
+    "behind": lambda model, handle: setattr(handle, "fused", False),
+    "no noise without grad": lambda model, handle: setattr(handle, "noise_without_grad", False),
+}
+RAISE = {"remove", "remove and apply", "remove and apply 0", "behind"}
+
+
+def gradients_of(way, kind, frozen, change, alone=False):
+    torch.manual_seed(0)
+    model = Segment(kind, frozen, way).train()
+    handle = apply_neftune(model, 5.0, noise_without_grad=True, embedding_multiplier=1.0)
+    torch.manual_seed(7)
+    out = model(IDS, MASK)
+    change(model, handle)
+    wanted = [model.mix.weight] + ([] if frozen or alone else [model.embed.weight])
+    if alone:
+        return torch.autograd.grad(out.sum(), wanted)
+    out.sum().backward()
+    return [one.grad for one in wanted]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("change", BETWEEN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_recomputes_its_first_pass_or_raises(kind, change, frozen):
+    """Never silently another noise, where nothing but the checkpoint knows of a first pass too."""
+    raises = change in RAISE and (change != "behind" or kind is nn.Embedding)
+    expected = gradients_of(WAYS["none"], kind, frozen, CHANGES["nothing"])
+    for way in sorted(set(WAYS) - {"none"}):
+        # torch.autograd.grad reaches no node of the embedding, and no reentrant checkpoint
+        for alone in (False, True) if way in NOT_REENTRANT else (False,):
+            try:
+                found = gradients_of(WAYS[way], kind, frozen, BETWEEN[change], alone)
+            except RuntimeError as error:
+                said = "NEFTune was taken off|number of tensors|found in storage|first pass had no"
+                assert raises and re.search(said, str(error)), way
+                continue
+            assert not raises and all(map(torch.equal, found, expected)), way
+
+
+@pytest.mark.parametrize("way", sorted(set(WAYS) - {"none"}))
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_that_comes_before_the_backward(kind, way):
+    """Where a site knows that its first pass had none, the second has none; else it raises."""
+
+    def gradient(handle_of, come):
+        torch.manual_seed(0)
+        model = Segment(kind, True, WAYS[way]).train()
+        handle = handle_of(model)
+        torch.manual_seed(7)
+        out = model(IDS, MASK)
+        come(model, handle)
         out.sum().backward()
+        return model.mix.weight.grad
+
+    clean = gradient(lambda model: None, CHANGES["nothing"])
+    try:
+        found = gradient(
+            lambda model: apply_neftune(model, 0.0, embedding_multiplier=1.0),
+            CHANGES["alpha"],
+        )
+        assert way in NOT_REENTRANT and torch.equal(found, clean)
+    except RuntimeError as error:
+        assert way not in NOT_REENTRANT
+        assert "recomputes the embedding inside backward" in str(error)
+    with pytest.raises(RuntimeError, match="recomputes the embedding inside backward"):
+        gradient(
+            lambda model: None,
+            lambda model, handle: apply_neftune(model, 5.0, embedding_multiplier=1.0),
+        )
+
+
+def test_a_first_pass_without_noise_and_one_with_it_of_one_seed():
+    """Which one is recomputed cannot be known."""
+    model = Segment(nn.Embedding, True, WAYS["non-reentrant"]).train()
+    handle = apply_neftune(model, 5.0, embedding_multiplier=1.0)
+    for first, second in ((5.0, 0.0), (0.0, 5.0)):
+        outputs = []
+        for alpha in (first, second):
+            handle.noise_alpha = alpha
+            torch.manual_seed(7)
+            outputs.append(model(IDS, MASK))
+        with pytest.raises(RuntimeError, match="drew the same seed.*seed them differently"):
+            sum(outputs).sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_was_told_is_told_again(frozen):
+    """Though nobody tells it any more."""
+    gradients = []
+    for way in ("none", "non-reentrant", "reentrant"):
+        torch.manual_seed(0)
+        model = Segment(nn.Embedding, frozen, WAYS[way]).train()
+        handle = apply_neftune(model, 5.0, noise_without_grad=True, embedding_multiplier=1.0)
+        torch.manual_seed(7)
+        with handle.told(attention_mask=MASK):
+            out = model.forward(IDS)
+        with handle.told(attention_mask=MASK.flip(0)):
+            out.sum().backward()
+        gradients.append(model.mix.weight.grad)
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("way", ("non-reentrant", "reentrant"))
+def test_first_passes_of_a_frozen_embedding_go_with_their_graph(way):
+    model = Segment(nn.Embedding, True, WAYS[way]).train()
+    handle = apply_neftune(model, 5.0, noise_without_grad=True, embedding_multiplier=1.0)
+    firsts = model.embed._neftune.firsts
+    outputs = [model(IDS, MASK) for _ in range(100)]
+    assert len(firsts) == 100
+    handle.noise_alpha = 1.0
+    outputs[0].sum().backward()
+    del outputs
+    assert len(firsts) == 0
+    with torch.no_grad():
+        model(IDS, MASK)
+    with torch.autograd.graph.save_on_cpu():
+        kept = [WAYS["none"](model, IDS) for _ in range(100)]
+    del kept
+    assert len(firsts) == 0
 
 
 def test_two_first_passes_of_one_seed_and_another_alpha_raise():

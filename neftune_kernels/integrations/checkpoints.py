@@ -1,11 +1,14 @@
 """The first pass of a checkpointed lookup, kept for the pass that recomputes it in backward.
 
 Recomputing restores the generator, so both passes draw one seed: that is how they know each other.
-The second pass takes alpha, sign and samples of the first, whatever has changed since.
+The second pass takes alpha, sign and samples of the first, whatever has changed since, and where we
+are no longer asked, what autograd keeps of the first pass makes the backward raise.
 """
 
+import inspect
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +16,10 @@ from torch import Tensor
 
 from ..noise import Noise, seed_tensor
 from ..samples import Samples
-from ..torch_internals import in_backward, saved_tensors_hooked
+from ..torch_internals import saved_tensors_hooks, transformed
 
 Key = tuple[Any, ...]
-WITHOUT_GRADIENT = 64  # first passes kept that no node of a graph keeps alive
+AT_HOOKS = 64  # first passes kept by one pair of hooks: who offloads tensors keeps his for ever
 
 CHANGED = (
     "a checkpoint recomputes the embedding inside backward, but its first pass had no noise that "
@@ -51,25 +54,32 @@ class Given(NamedTuple):
     key: Key = ()  # of a first pass, where its seed was drawn
 
 
-class _FirstPass:
-    def __init__(self, given: Given, owner: "FirstPasses") -> None:
+class FirstPass:
+    """One lookup; given None: it had no noise."""
+
+    def __init__(self, given: Given | None, owner: "FirstPasses") -> None:
         self.given = given
         self.owner = owner
         self.ambiguous = False
 
     def check(self, _: Any) -> None:
-        """Hook of the lookup's node in the graph."""
+        """Hook of a node in the graph."""
         if self.owner.removed:
             raise RuntimeError(REMOVED)
 
 
+# By the hooks of saved tensors, which a checkpoint's graph keeps.
+_by_hooks: "weakref.WeakKeyDictionary[Any, deque[FirstPass]]" = weakref.WeakKeyDictionary()
+
+
 class FirstPasses:
-    """Of one site, by the place in the generator's sequence where their seeds were drawn."""
+    """Of one site, by the place in the generator's sequence where their seeds were drawn. They go
+    with the graph that would recompute them.
+    """
 
     def __init__(self) -> None:
         self.removed = False  # the site is none any more
-        self._alive: weakref.WeakValueDictionary[Key, _FirstPass] = weakref.WeakValueDictionary()
-        self._others: deque[_FirstPass] = deque(maxlen=WITHOUT_GRADIENT)
+        self._alive: weakref.WeakValueDictionary[Key, FirstPass] = weakref.WeakValueDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FirstPasses, ()  # a copy has no graphs
@@ -77,28 +87,54 @@ class FirstPasses:
     def __len__(self) -> int:
         return len(self._alive)
 
-    def find(self, key: Key) -> Given | None:
+    def find(self, key: Key) -> FirstPass | None:
         first = self._alive.get(key)
-        if first is None:
-            return None
-        if first.ambiguous:
+        if first is not None and first.ambiguous:
             raise RuntimeError(TWO_WITH_ONE_SEED)
-        return first.given
+        return first
 
-    def keep(self, key: Key, given: Given, output: Tensor) -> None:
-        first, before = _FirstPass(given, self), self._alive.get(key)
+    def keep(self, key: Key, given: Given | None, output: Tensor | None = None) -> None:
+        first, before = FirstPass(given, self), self._alive.get(key)
         first.ambiguous = before is not None and not (
             _same(before.given, given) and not before.ambiguous
         )
         self._alive[key] = first
-        node = output.grad_fn
-        if node is None:
-            self._others.append(first)
+        if output is not None and output.grad_fn is not None:
+            output.grad_fn.register_prehook(first.check)  # which keeps it while the graph is there
+        elif torch.is_grad_enabled():
+            hooks = saved_tensors_hooks()
+            if hooks is not None:
+                _by_hooks.setdefault(hooks[1], deque(maxlen=AT_HOOKS)).append(first)
         else:
-            node.register_prehook(first.check)  # which keeps it while the graph is there
+            _keep_by_reentrant(first)
 
 
-def _same(one: Given, other: Given) -> bool:
+def _keep_by_reentrant(first: FirstPass) -> None:
+    """A reentrant checkpoint is an autograd.Function whose forward runs without grad: the node that
+    it is going to be stands in its frame.
+    """
+    frame = inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            node = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                node.register_prehook(first.check)
+        frame = frame.f_back
+
+
+def save_one_more() -> None:
+    """Saves a tensor where autograd counts them: a non-reentrant checkpoint whose second pass no
+    longer comes to us then finds one less than its first saved, and raises.
+    """
+    if torch.is_grad_enabled() and not transformed() and saved_tensors_hooks() is not None:
+        torch.ones((), requires_grad=True, device="cpu").exp()
+
+
+def _same(one: Given | None, other: Given | None) -> bool:
+    if one is None or other is None:
+        return one is other
     if (one.noise.variant, one.noise.offsets, one.noise.backend) != (
         other.noise.variant,
         other.noise.offsets,
@@ -115,7 +151,7 @@ def may_be_recomputed() -> bool:
     """Whether this lookup may be a checkpoint's first pass: non-reentrant ones hook saved tensors,
     reentrant ones run without grad.
     """
-    return saved_tensors_hooked() or not torch.is_grad_enabled()
+    return saved_tensors_hooks() is not None or not torch.is_grad_enabled()
 
 
 def draw(device: torch.device, keyed: bool) -> tuple[Tensor, Key]:
@@ -132,17 +168,33 @@ def draw(device: torch.device, keyed: bool) -> tuple[Tensor, Key]:
     return seed, (place or (int(seed),)) if keyed else ()
 
 
-def draw_again(passes: FirstPasses, device: torch.device) -> tuple[Tensor, Given] | None:
-    """Seed and noise of the first pass that a pass without noise recomputes, if there is one; else
-    the generator is left as it was.
-    """
-    if not in_backward() or not len(passes):
-        return None
+def at_place(device: torch.device) -> tuple[Key, Callable[[], None]]:
+    """The place at which the generator stands, having drawn there, and how to put it back."""
     module = torch if device.type == "cpu" else torch.get_device_module(device)
     state = module.get_rng_state()
-    seed, key = draw(device, True)
-    given = passes.find(key)
-    if given is None:
-        module.set_rng_state(state)
+    return draw(device, True)[1], lambda: module.set_rng_state(state)
+
+
+def draw_again(passes: FirstPasses, device: torch.device) -> FirstPass | None:
+    """The first pass that this one inside backward recomputes, if it is known. The generator is
+    left where that pass left it.
+    """
+    if not len(passes):
         return None
-    return seed, given
+    key, put_back = at_place(device)
+    try:
+        first = passes.find(key)
+    except RuntimeError:
+        put_back()
+        raise
+    if first is None or first.given is None:
+        put_back()
+    return first
+
+
+def keep_without_noise(passes: FirstPasses, device: torch.device) -> None:
+    """A first pass that has no noise, so that its second has none."""
+    if torch.is_grad_enabled() and saved_tensors_hooks() is not None:
+        key, put_back = at_place(device)
+        put_back()
+        passes.keep(key, None)

@@ -24,7 +24,16 @@ from ..modules import TWO_NOISES, has_other_noise
 from ..noise import Offsets, make_noise
 from ..samples import Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
-from .checkpoints import CHANGED, NO_GRAD, Given, draw, draw_again, may_be_recomputed
+from .checkpoints import (
+    CHANGED,
+    NO_GRAD,
+    Given,
+    draw,
+    draw_again,
+    keep_without_noise,
+    may_be_recomputed,
+    save_one_more,
+)
 from .find import Found, base_class, is_compiled, is_own_method
 from .running import RUNNING, Forward, NoisyCall, Site, State, count_compilation, probing
 from .sequences import is_ids
@@ -75,13 +84,13 @@ def _given(
     compiling = torch.compiler.is_compiling()
     site.has_run()
     reason = state.skip_reason(module)
+    if not compiling and in_backward():
+        return _recomputed(site, module, forwards, input, device, reason)
     if reason is not None:
-        again = None if compiling else draw_again(site.firsts, device)
-        if again is None:
-            _without_noise(site, module, reason)
-            return None
-        seed, given = again
-        return given._replace(noise=given.noise._replace(seed=seed))
+        if not compiling:
+            keep_without_noise(site.firsts, device)
+        _without_noise(site, module, reason)
+        return None
     if state.handle is None and not compiling:
         state.warn_once(COPIED)
     if has_other_noise(module) or site.marked():
@@ -89,22 +98,15 @@ def _given(
     if getattr(module, "_is_replica", False) and state.replica is None:
         raise RuntimeError(DATA_PARALLEL)
     if site.reads_types(forwards, input):
+        if not compiling:
+            keep_without_noise(site.firsts, device)
         _without_noise(site, module, "token_type_ids")
         return None
     base: Any = module if site.base is None else site.base
     weight = getattr(base, "weight", None)
     shared: Any = weight if output is None or is_dtensor(weight) else output
-    recomputing = not compiling and in_backward()
-    if recomputing and vmapped():
-        raise RuntimeError(PER_SAMPLE)
-    keyed = recomputing or (not compiling and may_be_recomputed())
-    seed, key = draw(device, keyed)
+    seed, key = draw(device, not compiling and may_be_recomputed())
     seed = shared_seed(seed, shared)
-    if recomputing:
-        first = site.firsts.find(key)
-        if first is None:
-            raise RuntimeError(NO_GRAD if state.skipped_last == "no grad" else CHANGED)
-        return first._replace(noise=first.noise._replace(seed=seed))
     samples, follows = site.samples(forwards, input, _padding_idx(base))
     dtype = weight.dtype if output is None else output.dtype  # type: ignore[union-attr]
     divisor = site.divisor(forwards, dtype)
@@ -117,6 +119,27 @@ def _given(
     # Dynamo would compile anew for each value that it reads
     noise_alpha = 0.0 if compiling else state.noise_alpha
     return Given(samples, noise, noise_alpha, follows, key)
+
+
+def _recomputed(
+    site: Site,
+    module: nn.Module,
+    forwards: list[Forward],
+    input: Tensor,
+    device: torch.device,
+    reason: str | None,
+) -> Given | None:
+    """What the first pass was given, which a checkpoint runs again inside backward."""
+    if reason is None and vmapped():
+        raise RuntimeError(PER_SAMPLE)
+    if not site.reads_types(forwards, input):
+        first = draw_again(site.firsts, device)
+        if first is not None and first.given is not None:
+            return first.given
+        if first is None and reason is None:
+            raise RuntimeError(NO_GRAD if site.state.skipped_last == "no grad" else CHANGED)
+    _without_noise(site, module, reason or "recomputed without")
+    return None
 
 
 def _on(device: torch.device, samples: Samples) -> Samples:
@@ -134,8 +157,10 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
     if torch.compiler.is_compiling():
         count_compilation(site.state.handle_key)
         return
-    if given.key and not in_backward():
-        site.firsts.keep(given.key, given, noisy)
+    if given.key:
+        if not in_backward():
+            site.firsts.keep(given.key, given, noisy)
+        save_one_more()
     if given.follows:
         return
     state = site.state
