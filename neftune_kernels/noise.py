@@ -217,15 +217,20 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 
 
 def seed_tensor(
-    seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    device: torch.device,
+    owner: str = "",
 ) -> Tensor:
     """The call's seed as a 0-dim int64 tensor on the device; one draw from the device's generator
     when nothing is given.
+
+    owner: who is told of a draw in compiled code.
     """
     if seed is None:
         if torch.compiler.is_compiling() and generator is None:
             return torch.ops.neftune_kernels.draw_seed(
-                torch.empty((), dtype=torch.int64, device=device)
+                torch.empty((), dtype=torch.int64, device=device), owner
             )
         return draw_seed(device, generator)
     if generator is not None:

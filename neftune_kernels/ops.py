@@ -125,7 +125,7 @@ def fake_noisy_documents(noise_mask: Tensor, *args: Any) -> Tensor:
     return noise_mask.new_empty((noise_mask.numel(),), dtype=torch.int64)
 
 
-def fake_draw_seed(like: Tensor) -> Tensor:
+def fake_draw_seed(like: Tensor, owner: str = "") -> Tensor:
     return like.new_empty(())
 
 
@@ -153,8 +153,16 @@ def padding_by_mask(operator: str) -> Callable[..., Any]:
     return call
 
 
-def draw_seed_like(like: Tensor) -> Tensor:
-    return draw_seed(like.device)
+# Called with the owner and the seed of what compiled code draws: nothing else of it runs in Python.
+when_drawn: list[Callable[[str, Tensor], None]] = []
+
+
+def draw_seed_like(like: Tensor, owner: str = "") -> Tensor:
+    seed = draw_seed(like.device)
+    if owner:
+        for told in when_drawn:
+            told(owner, seed)
+    return seed
 
 
 # ---- autograd: the noise is a constant
@@ -377,7 +385,12 @@ OPERATORS = (
     # Its argument is a fresh torch.empty: the compiler merges equal calls whatever their tags say,
     # but never two torch.empty, so that two draws of one graph stay two.
     Operator(
-        "draw_seed", "(Tensor like) -> Tensor", draw_seed_like, fake_draw_seed, None, DRAW_TAGS
+        "draw_seed",
+        '(Tensor like, str owner="") -> Tensor',
+        draw_seed_like,
+        fake_draw_seed,
+        None,
+        DRAW_TAGS,
     ),
 )
 

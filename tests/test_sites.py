@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     offload_wrapper,
 )
 
-from neftune_kernels import add_noise, apply_neftune, noisy_embedding
+from neftune_kernels import NEFTuneEmbedding, add_noise, apply_neftune, noisy_embedding
 
 VOCAB, HIDDEN = 64, 32
 IDS = torch.randint(1, VOCAB, (3, 8), generator=torch.Generator().manual_seed(2))
@@ -192,6 +192,92 @@ def test_per_sample_gradients_by_torch_func_name_the_remedy():
     handle.remove()
 
 
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_opacus(order, mode):
+    """Its hooks know classes exactly: behind, per-sample gradients are those of a plain model with
+    the noise; fused, it says what to do or is right (ExpandedWeights need no class).
+    """
+    pytest.importorskip("opacus")
+    from opacus.grad_sample import get_gsm_class
+
+    def gradients(fused):
+        model = build()
+        handle = apply_neftune(model, 5.0, fused=fused) if order == "before" else None
+        wrapped = get_gsm_class(mode)(model)
+        handle = handle or apply_neftune(model, 5.0, fused=fused)
+        clean = F.embedding(IDS, model.embed.weight)
+        torch.manual_seed(7)
+        out = wrapped(IDS, MASK)
+        assert torch.equal(model.arrived, exact(model, clean)) and handle.stats()["calls"] == 1
+        out.square().sum().backward()
+        return model.embed.weight.grad_sample
+
+    behind = gradients(False)
+    plain = build()
+    torch.manual_seed(7)
+    handle = apply_neftune(plain, 5.0)
+    plain(IDS, MASK).square().sum().backward()
+    torch.testing.assert_close(behind.sum(0), plain.embed.weight.grad)
+    handle.remove()
+    if mode == "ew":
+        assert torch.equal(gradients(None), behind)
+    else:
+        with pytest.raises(RuntimeError, match="Opacus.*fused=False"):
+            gradients(None)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_hooks_that_know_classes_exactly(fused):
+    """As Opacus has them: a formula for nn.Embedding, else the module again inside backward."""
+    model = build()
+    handle = apply_neftune(model, 5.0, fused=fused)
+    samplers = {nn.Embedding: lambda module, ids, gradient: gradient.new_zeros(())}
+
+    def again(module, ids, gradient):
+        def loss(weight, ids):
+            return torch.func.functional_call(module, {"weight": weight}, ids).sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")
+        return per_sample(module.weight.detach(), ids)
+
+    def sample(module, args, output):
+        output.register_hook(
+            lambda gradient: samplers.get(type(module), again)(module, args[0], gradient) and None
+        )
+
+    model.embed.register_forward_hook(sample)
+    out = model(IDS, MASK).sum()
+    if fused is False:
+        out.backward()
+    else:
+        with pytest.raises(RuntimeError, match="Opacus.*fused=False"):
+            out.backward()
+    handle.remove()
+
+
+@pytest.mark.parametrize("remedy", ["behind", "removed", "to_embedding"])
+def test_remedies_for_tools_that_look_at_the_exact_class(remedy):
+    model = build()
+    if remedy == "to_embedding":
+        model.embed = NEFTuneEmbedding.from_embedding(model.embed).to_embedding()
+    else:
+        handle = apply_neftune(model, 5.0, fused=False if remedy == "behind" else None)
+        if remedy == "removed":
+            handle.remove()
+    assert type(model.embed) is nn.Embedding
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        config = {nn.Embedding: torch.ao.quantization.float_qparams_weight_only_qconfig}
+        quantised = torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(model).eval(), config, torch.quint8
+        )
+    assert type(quantised.embed) is torch.ao.nn.quantized.Embedding
+    if remedy != "behind":  # TorchScript compiles no hook with keyword arguments
+        scripted = torch.jit.script(model.embed)
+        assert torch.equal(scripted(IDS), F.embedding(IDS, model.embed.weight))
+
+
 # ---- what is around the embedding
 
 
@@ -270,6 +356,65 @@ def test_what_is_not_declared_is_not_climbed():
     model.embed = offload_wrapper(model.embed)
     apply_neftune(model, 5.0)
     assert "_neftune" in vars(model.embed), "a wrapper that is not declared is the site itself"
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        return self.inner(ids)
+
+
+ENCODER_DECODER_WRAPPERS = {
+    "own module": (Around, "Around"),
+    "not declared": (offload_wrapper, "OffloadWrapper"),
+    "checkpoint_wrapper": (checkpoint_wrapper, "CheckpointWrapper"),
+    "torch.compile": (lambda module: torch.compile(module, backend="eager"), "Embedding"),
+}
+WEIGHT = {
+    "Around": "shared.inner.weight",
+    "OffloadWrapper": "shared._checkpoint_wrapped_module.weight",
+    "CheckpointWrapper": "shared._checkpoint_wrapped_module.weight",
+    "Embedding": "shared._orig_mod.weight",
+}
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER_WRAPPERS)
+def test_encoder_decoders_are_climbed_alike(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
+    wrap, site = ENCODER_DECODER_WRAPPERS[name]
+    model = transformers.T5ForConditionalGeneration(config).train()
+    model.shared = model.encoder.embed_tokens = model.decoder.embed_tokens = wrap(model.shared)
+    plain = {name: type(module) for name, module in model.named_modules()}
+    handle = apply_neftune(model, 5.0)
+    assert {type(one).__name__ for one in handle._sites()} == {site}
+    arrivals = []
+    for stack in (model.encoder, model.decoder):
+        stack.dropout.register_forward_pre_hook(lambda _, args: arrivals.append(args[0].detach()))
+    torch.manual_seed(7)
+    model(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    noisy, decoded = arrivals[:2]
+    assert torch.equal(noisy, exact(model, F.embedding(IDS, model.get_parameter(WEIGHT[site]))))
+    assert not torch.equal(
+        decoded[:, 1:], F.embedding(IDS, model.get_parameter(WEIGHT[site]))[:, :-1]
+    )
+    handle.remove()
+    assert plain == {name: type(module) for name, module in model.named_modules()}
+
+
+def test_a_table_in_an_encoder_that_cannot_be_noised_is_refused():
+    """As in any other model, and not passed over because the decoder has one."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config)
+    model.encoder.embed_tokens = nn.Sequential(nn.Embedding(VOCAB, HIDDEN), nn.Identity())
+    with pytest.raises(ValueError, match=r"must be an nn.Embedding, got torch\.nn.*Sequential"):
+        apply_neftune(model, 5.0)
 
 
 def test_a_site_behind_in_a_compiled_embedding_survives_copies():

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from neftune_kernels import add_noise, apply_neftune
+from neftune_kernels.integrations.checkpoints import AT_HOOKS
 from neftune_kernels.integrations.running import RUNNING
 
 VOCAB, HIDDEN = 32, 16
@@ -433,7 +434,8 @@ class Segment(nn.Module):
 
     def forward(self, input_ids, attention_mask=None):
         def segment(scale):
-            return self.mix(self.embed(input_ids) * scale).square()
+            drawn = torch.rand(HIDDEN)  # as dropout would draw behind the lookup
+            return self.mix(self.embed(input_ids) * drawn * scale).square()
 
         return self.way(segment, torch.ones((), requires_grad=True))
 
@@ -561,6 +563,29 @@ def test_a_first_pass_without_noise_and_one_with_it_of_one_seed():
             sum(outputs).sum().backward()
 
 
+@pytest.mark.parametrize("change", ["nothing", "alpha", "sign", "off", "mode", "remove"])
+def test_compiled_code_in_a_checkpoint_is_right_or_raises(change):
+    """It runs again with the settings of then; only its draw and the checkpoint can tell."""
+    torch._dynamo.reset()
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Segment(nn.Embedding, True, WAYS["none"]).train()
+        handle = apply_neftune(model, 5.0, embedding_multiplier=1.0)
+        torch.manual_seed(7)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        out = checkpoint(run, IDS, MASK, use_reentrant=False)
+        if compiled:
+            BETWEEN[change](model, handle)
+            if change != "nothing":
+                with pytest.raises(RuntimeError, match="has other settings than|number of tensors"):
+                    out.sum().backward()
+                return
+        out.sum().backward()
+        gradients.append(model.mix.weight.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_was_told_is_told_again(frozen):
     """Though nobody tells it any more."""
@@ -591,9 +616,13 @@ def test_first_passes_of_a_frozen_embedding_go_with_their_graph(way):
     assert len(firsts) == 0
     with torch.no_grad():
         model(IDS, MASK)
-    with torch.autograd.graph.save_on_cpu():
-        kept = [WAYS["none"](model, IDS) for _ in range(100)]
-    del kept
+    model.way = WAYS["none"]
+    hooks = torch.autograd.graph.save_on_cpu()  # as an offloader keeps his
+    with hooks:
+        for _ in range(100):
+            model(IDS, MASK)
+    assert len(firsts) == AT_HOOKS
+    del hooks
     assert len(firsts) == 0
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..noise import Noise, seed_tensor
 from ..samples import Samples
-from ..torch_internals import saved_tensors_hooks, transformed
+from ..torch_internals import in_backward, saved_tensors_hooks, transformed
 
 Key = tuple[Any, ...]
 AT_HOOKS = 64  # first passes kept by one pair of hooks: who offloads tensors keeps his for ever
@@ -38,6 +38,10 @@ TWO_WITH_ONE_SEED = (
     "seed and had other samples or another alpha, so which one is recomputed cannot be known: seed "
     "them differently"
 )
+OTHER_SETTINGS = (
+    "a checkpoint recomputes compiled code inside backward, and NEFTune has other settings than in "
+    "its first pass: change them between steps, not between a forward and its backward"
+)
 REMOVED = (
     "NEFTune was taken off the model between a checkpointed forward and its backward, which would "
     "recompute the forward without its noise: call remove() after the backward"
@@ -55,9 +59,9 @@ class Given(NamedTuple):
 
 
 class FirstPass:
-    """One lookup; given None: it had no noise."""
+    """One lookup; given None: it had no noise; anything else: the settings of compiled code."""
 
-    def __init__(self, given: Given | None, owner: "FirstPasses") -> None:
+    def __init__(self, given: Any, owner: "FirstPasses") -> None:
         self.given = given
         self.owner = owner
         self.ambiguous = False
@@ -93,7 +97,7 @@ class FirstPasses:
             raise RuntimeError(TWO_WITH_ONE_SEED)
         return first
 
-    def keep(self, key: Key, given: Given | None, output: Tensor | None = None) -> None:
+    def keep(self, key: Key, given: Any, output: Tensor | None = None) -> None:
         first, before = FirstPass(given, self), self._alive.get(key)
         first.ambiguous = before is not None and not (
             _same(before.given, given) and not before.ambiguous
@@ -132,9 +136,9 @@ def save_one_more() -> None:
         torch.ones((), requires_grad=True, device="cpu").exp()
 
 
-def _same(one: Given | None, other: Given | None) -> bool:
-    if one is None or other is None:
-        return one is other
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Given) or not isinstance(other, Given):
+        return bool(one == other)
     if (one.noise.variant, one.noise.offsets, one.noise.backend) != (
         other.noise.variant,
         other.noise.offsets,
@@ -154,18 +158,40 @@ def may_be_recomputed() -> bool:
     return saved_tensors_hooks() is not None or not torch.is_grad_enabled()
 
 
-def draw(device: torch.device, keyed: bool) -> tuple[Tensor, Key]:
-    """The seed of a lookup, and if `keyed` the place where it was drawn, without a synchronisation
-    on CUDA.
-    """
-    place: Key = ()
-    if keyed and device.type == "cuda":
-        generator = torch.cuda.default_generators[
-            torch.cuda.current_device() if device.index is None else device.index
-        ]
-        place = (device.index, generator.initial_seed(), generator.get_offset())
-    seed = seed_tensor(None, None, device)
+def _place(device: torch.device) -> Key:
+    """Of the generator, where it can be known without a synchronisation; else empty."""
+    if device.type != "cuda":
+        return ()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    return device.index, generator.initial_seed(), generator.get_offset()
+
+
+def draw(device: torch.device, keyed: bool, owner: str = "") -> tuple[Tensor, Key]:
+    """The seed of a lookup, and if `keyed` the place where it was drawn."""
+    place = _place(device) if keyed else ()
+    seed = seed_tensor(None, None, device, owner)
     return seed, (place or (int(seed),)) if keyed else ()
+
+
+def drawn_in_compiled_code(passes: FirstPasses, settings: Any, seed: Tensor) -> None:
+    """Compiled code takes the settings of when it runs: where a checkpoint runs it again after they
+    have changed, this raises.
+    """
+    hooks = saved_tensors_hooks()
+    recomputing = in_backward()
+    if not recomputing and hooks is None:
+        return
+    key = _place(seed.device) or (int(seed),)
+    if recomputing:
+        first = passes.find(key)
+        if first is not None and first.given != settings:
+            raise RuntimeError(OTHER_SETTINGS)
+    else:
+        with torch.enable_grad():  # an operator runs without
+            passes.keep(key, settings)
+    if hooks is not None:  # and below autograd
+        hooks[0](torch.ones((), device="cpu"))
 
 
 def at_place(device: torch.device) -> tuple[Key, Callable[[], None]]:

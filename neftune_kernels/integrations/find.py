@@ -244,8 +244,7 @@ def find_embeddings(model: nn.Module, path: str | None, fused: bool | None = Non
             module = None if stack is None else stack.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             module = getattr(stack, "embed_tokens", None)  # FSMT's decoder is a plain module
-        # an encoder of speech or images embeds no tokens
-        if isinstance(module, nn.Module) and isinstance(innermost(module), nn.Embedding):
+        if isinstance(module, nn.Module) and _embeds_tokens(innermost(module)):
             found.update({one.site: one for one in _all_found(module, fused)})
     if not found:
         raise ValueError(
@@ -253,6 +252,18 @@ def find_embeddings(model: nn.Module, path: str | None, fused: bool | None = Non
             f"module with embedding="
         )
     return list(found.values())
+
+
+def _embeds_tokens(module: nn.Module) -> bool:
+    """An encoder of speech or images embeds none: transformers' and torch's modules are taken where
+    they hold a table, anybody else's always, as they have noise where they look ids up.
+    """
+    if isinstance(module, nn.Embedding):
+        return True
+    package = base_class(module).__module__.split(".")
+    if package[:2] in (["torch", "nn"], ["torch", "ao"]):
+        return any(isinstance(inner, nn.Embedding) for inner in module.modules())
+    return package[0] != "transformers"
 
 
 # Lists of modules, of which one is a model of transformers.

@@ -105,7 +105,7 @@ def _given(
     base: Any = module if site.base is None else site.base
     weight = getattr(base, "weight", None)
     shared: Any = weight if output is None or is_dtensor(weight) else output
-    seed, key = draw(device, not compiling and may_be_recomputed())
+    seed, key = draw(device, not compiling and may_be_recomputed(), state.handle_key)
     seed = shared_seed(seed, shared)
     samples, follows = site.samples(forwards, input, _padding_idx(base))
     dtype = weight.dtype if output is None else output.dtype  # type: ignore[union-attr]

@@ -21,11 +21,12 @@ from ..distributed import data_parallel_index
 from ..layout import per_token
 from ..modules import has_other_noise
 from ..noise import UNIFORM, Noise, Variant, check_alpha
+from ..ops import when_drawn
 from ..samples import UNSAID, Samples, check_time_first, make_layout, real_tokens
 from ..torch_internals import asked_outside_the_graph
 from .advice import paste
 from .arguments import Padding, from_arguments, tail
-from .checkpoints import FirstPasses
+from .checkpoints import FirstPasses, drawn_in_compiled_code
 from .places import Place, place, same, transposed
 from .sequences import Sequence, among_arguments, sequences_of, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
@@ -78,6 +79,7 @@ class State:
         self.warned: set[str] = set()
         self.unmeasured = False  # a site's multiplier is to be measured at the next forward
         self.looks = 0  # of the probe
+        self.compiled_firsts = FirstPasses()  # of compiled code in checkpoints
         self.handle: Any = None  # the NEFTuneHandle, which stands above this room
         self.handle_key = ""  # a text: Dynamo makes a number that changes a symbol
         self.assign(Settings())
@@ -593,6 +595,15 @@ def count_compilation(handle_key: str) -> None:
     state = _state_of(handle_key)
     if state is not None:
         state.compilations += 1
+
+
+def _drawn(handle_key: str, seed: Tensor) -> None:
+    state = _state_of(handle_key)
+    if state is not None:
+        drawn_in_compiled_code(state.compiled_firsts, state.settings(), seed)
+
+
+when_drawn.append(_drawn)
 
 
 @asked_outside_the_graph
