@@ -171,18 +171,7 @@ def test_a_multiplier_of_another_type(bad):
 
 
 def test_a_row_in_a_compiled_forward():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GraniteConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-        embedding_multiplier=12.0,
-    )
-    torch.manual_seed(0)
-    model = transformers.GraniteModel(config).train()
+    model = granite()
     apply_neftune(model, 5.0)
     expected = []
     for _ in range(2):
@@ -192,6 +181,71 @@ def test_a_row_in_a_compiled_forward():
         torch.manual_seed(3)
         out = compiled(input_ids=IDS, attention_mask=MASK).last_hidden_state
         assert torch.equal(out, expected[-1])
+
+
+def granite():
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    config = transformers.GraniteConfig(**small, **heads, embedding_multiplier=12.0)
+    return transformers.GraniteModel(config).train()
+
+
+def embedded_by(model, call, seed=3):
+    """What its table returned."""
+    seen = []
+    table = model.get_input_embeddings()
+    hook = table.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    torch.manual_seed(seed)
+    call()
+    hook.remove()
+    seed = seed_of(table)
+    return seen[0], lambda factor: noisy_embedding(
+        IDS, table.weight, 5.0 / factor, attention_mask=MASK, seed=seed
+    )
+
+
+def test_a_rows_number_that_changes_is_read_again():
+    model = granite()
+    apply_neftune(model, 5.0)
+    model.config.embedding_multiplier = 3.0  # which its forward does not read
+    for factor in (12.0, 6.0, 1.0, 2.0):
+        model.embedding_multiplier = factor
+        out, expected = embedded_by(model, lambda: model(IDS, attention_mask=MASK))
+        assert torch.equal(out, expected(factor))
+    model.resize_token_embeddings(60, mean_resizing=False)
+    out, expected = embedded_by(model, lambda: model(IDS, attention_mask=MASK))
+    assert torch.equal(out, expected(2.0))
+
+
+def test_a_rows_number_that_changes_is_read_again_in_a_compiled_forward():
+    torch._dynamo.reset()
+    model = granite()
+    apply_neftune(model, 5.0)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    eager = granite()
+    apply_neftune(eager, 5.0)
+    for factor in (12.0, 6.0):
+        model.embedding_multiplier = eager.embedding_multiplier = factor
+        results = []
+        for one in (compiled, eager):
+            torch.manual_seed(3)
+            results.append(one(IDS, attention_mask=MASK).last_hidden_state)
+        assert torch.equal(*results)
+
+
+def test_a_row_counts_in_a_forward_that_is_called_by_its_name():
+    """FalconH1 scales what it looks up itself, and no inputs_embeds."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.FalconH1Model(transformers.FalconH1Config(**FALCON)).train()
+    handle = apply_neftune(model, 5.0)
+    with handle.told(attention_mask=MASK):
+        out, expected = embedded_by(model, lambda: model.forward(IDS, attention_mask=MASK))
+        assert torch.equal(out, expected(5.0))
+        out, expected = embedded_by(model, lambda: model.get_input_embeddings()(IDS))
+        assert torch.equal(out, expected(1.0)), "looked up outside, to be inputs_embeds"
 
 
 def test_per_sample_factors_warn():

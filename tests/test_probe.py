@@ -1,7 +1,10 @@
 """The look at a model of an unknown class: what it multiplies embeddings by, found by values."""
 
+import functools
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,11 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from neftune_kernels import apply_neftune, noisy_embedding
+from neftune_kernels.integrations import find, probe
 
 WIDTH = 48
 IDS = torch.randint(1, 50, (3, 8), generator=torch.Generator().manual_seed(2))
 MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
 ROOT = math.sqrt(WIDTH)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    probe.KEPT.clear()
 
 
 class Net(nn.Module):
@@ -168,3 +177,239 @@ def test_no_look_where_there_is_no_noise():
         net(IDS, attention_mask=MASK)
     net.eval()(IDS, attention_mask=MASK)
     assert len(calls) == 4
+
+
+# ---- what is found is kept, and what changes is looked at again
+
+
+class Configured(nn.Module):
+    """Scales by what its config says, in a module beside the table."""
+
+    def __init__(self, scale=8.0, width=WIDTH):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = Config(scale)
+        self.embed = nn.Embedding(50, width)
+        self.scaled = Times(scale)
+        self.first = nn.Linear(width, width)
+        self.seen, self.log, self.calls, self.last = [], {}, 0, None
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None):
+        self.seen.append(1)
+        self.log["calls"] = self.calls = self.calls + 1
+        self.fresh = self.last = object()
+        return self.first(self.scaled(self.embed(input_ids)))
+
+
+class Config:
+    def __init__(self, scale):
+        self.scale = scale
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def looks(net, **given):
+    """How often a forward looked at the model, and what the noise was divided by."""
+    ran = []
+    hook = net.embed.register_forward_hook(lambda module, args, out: ran.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net(IDS, attention_mask=MASK, **given)
+    hook.remove()
+    return len(ran) - 1, net.embed._neftune.factors.get(torch.float32, 1.0)
+
+
+def test_what_is_found_is_kept_per_class_and_configuration():
+    net = Configured().train()
+    apply_neftune(net, 5.0)
+    assert looks(net) == (1, 8.0)
+    other = Configured().train()
+    other.embed.weight.data.mul_(2)
+    apply_neftune(other, 5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other(IDS, attention_mask=MASK)
+    for config, factor in ((Configured(4.0), 4.0), (Configured(8.0, 32), 8.0)):
+        apply_neftune(config.train(), 5.0)
+        assert looks(config) == (1, factor)
+    again = Configured().train()
+    again.eval()(IDS)
+    apply_neftune(again.train(), 5.0)
+    assert looks(again) == (1, 8.0), "it has counted its calls: that is another configuration"
+
+
+def test_what_is_kept_keeps_no_model_alive():
+    net = Configured().train()
+    apply_neftune(net, 5.0)
+    looks(net)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+    class Passing(Configured):
+        pass
+
+    net = Passing().train()
+    apply_neftune(net, 5.0)
+    looks(net)
+    assert Passing in probe.KEPT
+    del net, Passing
+    find._kinds_of.cache_clear(), find._is_peft_class.cache_clear()  # bounded
+    gc.collect()
+    assert list(probe.KEPT) == [Configured]
+
+
+@pytest.mark.parametrize(
+    "attribute", [[nn.Linear(2, 2)], functools.partial(max, 1), nn.Linear(2, 2).forward]
+)
+def test_what_cannot_be_compared_is_looked_at_each_time(attribute):
+    for _ in range(2):
+        net = Configured().train()
+        net.other = attribute
+        apply_neftune(net, 5.0)
+        assert looks(net) == (1, 8.0)
+
+
+DIFFERENT = {
+    "a number": lambda net: setattr(net, "scale", 3),
+    "a class": lambda net: setattr(net, "scaled", type("Times", (Times,), {})(8.0)),
+    "a function": lambda net: setattr(net, "how", lambda x: x),
+    "a number of its config": lambda net: setattr(net.config, "scale", 3.0),
+    "a list": lambda net: net.seen.append(-1),
+    "a flag that equals a number": lambda net: setattr(net, "calls", False),
+    "a tensor of one number": lambda net: net.register_buffer("f", torch.tensor(8.0)),
+    "a dtype": lambda net: net.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_another_configuration_is(what):
+    net, other = Configured(), Configured()
+    assert probe.configuration_of(net) == probe.configuration_of(other) is not None
+    DIFFERENT[what](other)
+    assert probe.configuration_of(net) != probe.configuration_of(other)
+
+
+def swapped(net):
+    net.scaled = Times(2.0)
+
+
+CHANGES = {
+    "a number of the model": lambda net: setattr(net, "outer", 2.0),
+    "a module on the way": swapped,
+    "the table": lambda net: setattr(net, "embed", nn.Embedding(60, WIDTH).train()),
+}
+
+
+class Outer(Configured):
+    outer = None
+
+    def __init__(self):
+        super().__init__()
+        self.outer = 8.0
+
+    def forward(self, input_ids, attention_mask=None):
+        self.calls += 1
+        x = self.embed(input_ids) * self.outer
+        return self.first(self.scaled(x))
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_changes_after_apply_is_looked_at_again(what):
+    net = Outer().train()
+    net.scaled = Times(1.0)
+    apply_neftune(net, 5.0)
+    assert looks(net)[1] == 8.0
+    assert looks(net)[0] == 1, "a number has changed"
+    assert looks(net) == (0, 8.0), "and was only a count of calls"
+    CHANGES[what](net)
+    factor = {"a number of the model": 2.0, "a module on the way": 16.0}.get(what, 8.0)
+    assert looks(net) == (what != "the table" or 1, factor)
+    if what == "a number of the model":
+        for factor in (4.0, 1.0, 2.0):
+            net.outer = factor
+            assert looks(net) == (1, factor), "it is a part of the factor, whenever it changes"
+
+
+def test_attributes_that_a_look_changes_are_put_back():
+    net = Configured().train()
+    apply_neftune(net, 5.0)
+    last = net.last
+    inside = []
+    net.first.register_forward_pre_hook(lambda module, args: inside.append(net.calls))
+    assert looks(net) == (1, 8.0)
+    assert (net.calls, net.seen, net.log) == (1, [1], {"calls": 1}) and net.last is not last
+    net = Configured().train()
+    with torch.no_grad(), probe.undisturbed(net):
+        net(IDS)
+    assert (net.calls, net.seen, net.log, net.last) == (0, [], {}, None)
+    assert not hasattr(net, "fresh")
+
+
+# ---- forwards that are not heard, or not as others
+
+
+def test_a_site_that_is_only_told_says_that_it_does_not_know():
+    net = Configured().train()
+    handle = apply_neftune(net, 5.0)
+    line = "not known whether the model multiplies.*no forward.*heard.*embedding_multiplier=1.0"
+    with handle.told(attention_mask=MASK), pytest.warns(UserWarning, match=line):
+        net.forward(IDS)
+    handle.embedding_multiplier = 8.0
+    with handle.told(attention_mask=MASK), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.forward(IDS)
+    handle.embedding_multiplier = None
+    assert looks(net) == (1, 8.0)
+    with handle.told(attention_mask=MASK), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(7)
+        out = net.forward(IDS)
+    seed = net.embed._neftune.last.noise.seed
+    expected = noisy_embedding(IDS, net.embed.weight, 5.0 / 8, attention_mask=MASK, seed=seed)
+    assert torch.equal(out, net.first(expected * 8.0))
+
+
+def test_a_compiled_site_that_is_only_told_says_so():
+    torch._dynamo.reset()
+    net = Net(lambda net, x: x * 8).train()
+    handle = apply_neftune(net, 5.0)
+    forward = torch.compile(net.forward, backend="eager")
+    with handle.told(attention_mask=MASK), pytest.warns(UserWarning, match="not known whether"):
+        forward(IDS)
+
+
+def test_noise_without_grad_is_divided_too():
+    net = Net(lambda net, x: x * 8).train()
+    apply_neftune(net, 5.0, noise_without_grad=True)
+    with torch.no_grad():
+        assert looks(net) == (1, 8.0)
+
+
+def test_one_token_is_a_number_and_is_looked_at_again():
+    net = Net(lambda net, x: x * 8).train()
+    apply_neftune(net, 5.0)
+    one = torch.full((2, 1), 7)
+    with pytest.warns(UserWarning, match="multiplies its embeddings by 8"):
+        net(one)
+    assert net.embed._neftune.factors[torch.float32] == 8.0 and net.embed._neftune.state.unmeasured
+    assert looks(net) == (1, 8.0) and looks(net) == (0, 8.0)
+
+
+def test_an_embedding_that_trains_alone_says_that_it_does_not_know():
+    net = Net(lambda net, x: x * 8).eval()
+    net.embed.train()
+    apply_neftune(net, 5.0)
+    with pytest.warns(UserWarning, match="not known whether"):
+        net(IDS, attention_mask=MASK)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from .axes import Axes, reads_time_first, watch, watches
 from .check import Check, check, clean_lookup, ratio_of_rms
 from .find import Found, ancestors_of, decoder_of, find_embeddings, padding_of, snapshot
 from .listening import Listener, heard, listeners_of
-from .multipliers import known_multiplier
+from .multipliers import known_multiplier, read_row
 from .noisy import class_to_restore, describe, drop_hooks, make_noisy, make_plain
 from .probe import is_left
 from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
@@ -45,6 +45,21 @@ class _Wanted(NamedTuple):
     padding: Padding
 
 
+class _Followed(NamedTuple):
+    """What a factor was read from, or may have come from."""
+
+    model: weakref.ref[nn.Module]
+    names: tuple[str, ...] | None  # of numbers it holds; None: its row
+    before: tuple[Any, ...]
+
+
+class _Doubted(NamedTuple):
+    """Why a model is looked at again."""
+
+    names: set[tuple[weakref.ref[nn.Module], str]]  # numbers that changed
+    factors: list[dict[torch.dtype, float]]
+
+
 class _Before(NamedTuple):
     """What was in force when apply_neftune was called on a model that had noise already."""
 
@@ -64,12 +79,15 @@ class NEFTuneHandle:
     __slots__ = (
         "__weakref__",
         "_before",
+        "_doubted",
         "_entered",
+        "_followed",
         "_listened",
         "_noisy",
         "_places",
         "_roots",
         "_state",
+        "_uninvolved",
         "_wrappers",
     )
 
@@ -86,6 +104,10 @@ class NEFTuneHandle:
         # (wrapper of a site, what decided about the noise inside it when attached)
         self._wrappers: list[tuple[weakref.ref[nn.Module], tuple[int, bool]]] = []
         self._listened: list[weakref.ref[nn.Module]] = []
+        self._followed: list[_Followed] = []
+        self._doubted: _Doubted | None = None
+        # numbers of modules that change without the factor (a count of calls)
+        self._uninvolved: set[tuple[weakref.ref[nn.Module], str]] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__slots__ and not isinstance(
@@ -257,31 +279,87 @@ class NEFTuneHandle:
             watch(module, axes, wanted)
 
     def _multiply(
-        self, roots: list[tuple[nn.Module, str | None]], found: dict[nn.Module, Found]
+        self, roots: list[tuple[nn.Module, str | None]], sites: Collection[nn.Module]
     ) -> None:
         """What each site's lookup is multiplied by afterwards, as far as it is known."""
         state = self._live_state()
-        state.unmeasured = False
+        state.unmeasured, state.looks, self._followed = False, 0, []
         for root, _ in roots:
             for name, module in root.named_modules(remove_duplicate=False):
-                if module not in found:
+                if module not in sites:
                     continue
                 site: Any = module._neftune
                 how = known_multiplier([parent for parent, _ in ancestors_of(root, name)])
-                if how.known or not site.measured:
-                    site.multiplier_known, site.factors = how.known, dict(how.factors)
+                site.multiplier_known, site.factors = how.known, dict(how.factors)
                 state.unmeasured |= not site.multiplier_known
+                if how.row is not None:
+                    self._followed.append(_followed(how.row, None))
                 inside = [] if how.inside is None else listeners_of(how.inside)
                 listener = next((one for one in inside if one.state is state), None)
                 site.factor_listener = listener
                 if how.warning and state.embedding_multiplier is None:
                     state.warn_once(how.warning)
 
+    def follow(self) -> None:
+        """After a look at the model: what leads to its sites may not change unseen, neither numbers
+        nor modules.
+        """
+        sites = self._sites()
+        if self._doubted is not None and self._doubted.factors == _factors(sites):
+            self._uninvolved |= self._doubted.names
+        self._doubted = None
+        leading = [
+            parent
+            for root, _ in self._live_roots()
+            for name, module in root.named_modules(remove_duplicate=False)
+            if module in sites
+            for parent, _ in ancestors_of(root, name)
+        ]
+        rows = [one for one in self._followed if one.names is None]
+        self._followed = rows + [
+            _followed(one, self._numbers_of(one)) for one in dict.fromkeys(leading)
+        ]
+
+    def _numbers_of(self, module: nn.Module) -> tuple[str, ...]:
+        """The attributes of a module, or its class, that are numbers and may be a factor."""
+        own = weakref.ref(module)
+        held = {
+            name: value
+            for one in (*type(module).__mro__, module)
+            for name, value in vars(one).items()
+        }
+        return tuple(
+            name
+            for name, value in held.items()
+            if type(value) in (bool, int, float)
+            and name != "training"
+            and (own, name) not in self._uninvolved
+        )
+
+    def read_again(self) -> None:
+        """What sites are multiplied by, where something has changed that it may follow."""
+        if self._state is None or self._state.embedding_multiplier is not None:
+            return
+        names: set[tuple[weakref.ref[nn.Module], str]] = set()
+        has_changed = False
+        for model, own, before in self._followed:
+            module = model()
+            if module is None or (now := _read(module, own)) == before:
+                continue
+            has_changed = True
+            pairs = zip(own or (), before, now, strict=False)
+            names |= {(model, name) for name, one, other in pairs if one != other}
+        if has_changed:
+            sites = self._sites()
+            self._doubted = _Doubted(names, _factors(sites))
+            self._multiply(self._live_roots(), sites)
+
     def refresh(self) -> bool:
         """Attach again if something has been put in an embedding's place since: PEFT's wrappers, a
-        resized or another embedding.
+        resized or another embedding. What embeddings are multiplied by is read again.
         """
         if not self.has_moved():
+            self.read_again()
             return False
         # Dynamo fails inside inspect
         attach: Callable[[], None] = self._attach
@@ -618,6 +696,23 @@ class NEFTuneHandle:
         stats["noise_to_embedding"] = max(ratios, default=None)
         stats |= {"length_min": int(stats["length_min"]), "length_max": int(stats["length_max"])}
         return stats
+
+
+def _factors(sites: list[nn.Module]) -> list[dict[torch.dtype, float]]:
+    return [site.__dict__["_neftune"].factors for site in sites]
+
+
+def _followed(model: nn.Module, names: tuple[str, ...] | None) -> _Followed:
+    return _Followed(weakref.ref(model), names, _read(model, names))
+
+
+def _read(model: nn.Module, names: tuple[str, ...] | None) -> tuple[Any, ...]:
+    """What its row says, or its numbers and what modules it holds; asked at every forward."""
+    if names is None:
+        return (read_row(model),)
+    own = vars(model)
+    held = [weakref.ref(one) for one in model._modules.values() if one is not None]
+    return (*[own.get(name) for name in names], *held)
 
 
 def _places(

@@ -9,7 +9,7 @@ from torch import nn
 from .arguments import Padding, parameter_names, tells_samples
 from .multipliers import DTYPES
 from .noisy import drop_hooks
-from .probe import Measured, measure
+from .probe import TOO_FEW, Measured, keep_factors, kept_factors, measure
 from .quirks import NO_QUIRKS, QUIRKS, Quirks, key_of, looks_up_inside, row_of
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved, probing
 
@@ -30,11 +30,6 @@ NOT_RUN = (
     "was not called. Was it bypassed, called by its forward() (which runs no hooks) or "
     "wrapped after apply_neftune? Call apply_neftune again, or name the embedding "
     "that runs with embedding="
-)
-
-COMPILED = (
-    "it is not known whether the model multiplies its embeddings, since its first noisy forward is "
-    "compiled: NEFTune takes 1. Say it: apply_neftune(..., embedding_multiplier=1.0)"
 )
 
 
@@ -120,10 +115,7 @@ class Listener:
     def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the unknown models of sites multiply by, before their first noisy forward."""
         state = self.state
-        if not self.hears(module) or not torch.is_grad_enabled():
-            return
-        if torch.compiler.is_compiling():
-            state.warn_once(COMPILED)
+        if not self.hears(module) or torch.compiler.is_compiling():
             return
         sites = [
             one
@@ -132,22 +124,24 @@ class Listener:
             and site.state is state
             and not site.multiplier_known
         ]
-        for one, found in measure(module, args, kwargs, sites).items():
+        known = kept_factors(module, sites)
+        rest = [one for one in sites if one not in known]
+        looked = measure(module, args, kwargs, rest) if rest else {}
+        keep_factors(module, looked)
+        for one, found in {**known, **looked}.items():
             measured: Any = one.__dict__["_neftune"]
             if found.factor is not None and found.factor > 0:
                 measured.factors = dict.fromkeys(DTYPES, found.factor)
-            # last, as an interrupt may come between
-            measured.measured = True
-            measured.multiplier_known = True
-            message = _what_was_found(type(module).__name__, found)
+            # last, as an interrupt may come between; too few are looked at again
+            measured.multiplier_known = found.why != TOO_FEW
+            message = "" if one in known else _what_was_found(type(module).__name__, found)
             if message:
                 state.warn_once(message)
-        state.looks += 1
+        state.looks += bool(rest)
         unknown = any(not one.__dict__["_neftune"].multiplier_known for one in sites)
         state.unmeasured = unknown and state.looks < LOOKS
-        if unknown and not state.unmeasured:
-            nothing = Measured(why="its forwards looked fewer than two different tokens up")
-            state.warn_once(_what_was_found(type(module).__name__, nothing))
+        if state.handle is not None:
+            state.handle.follow()
 
     def _leave(self, module: nn.Module) -> Forward | None:
         """Take this call's forward off the stack, and what an interrupt inside it left above."""

@@ -26,6 +26,7 @@ class Multiplier(NamedTuple):
     # only what is looked up while this model runs is multiplied; None: wherever it is looked up
     inside: nn.Module | None = None
     warning: str = ""
+    row: nn.Module | None = None  # whose row told; read_row says whether it still does
 
 
 ONE = Multiplier()
@@ -54,9 +55,16 @@ def _by_row(model: nn.Module, quirks: Quirks) -> Multiplier:
         factors = {dtype: quirks.factor(model, dtype) for dtype in DTYPES}
     except AttributeError:  # another version of that class
         return UNKNOWN
-    if all(factor == 1 for factor in factors.values()):
-        return ONE
-    return Multiplier(factors=factors, inside=None if quirks.embeds_too else model)
+    return Multiplier(factors=factors, inside=None if quirks.embeds_too else model, row=model)
+
+
+def read_row(model: nn.Module) -> float | None:
+    """What a model's row says now; None: nothing any more."""
+    factor = quirks_of(model).factor
+    try:
+        return None if factor is None else factor(model, torch.float64)
+    except AttributeError:
+        return None
 
 
 def _is_container(model: nn.Module) -> bool:

@@ -4,7 +4,12 @@ Nothing is differentiated: a gradient shrink has another factor in its backward 
 """
 
 import contextlib
+import enum
+import hashlib
+import itertools
 import random
+import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -38,8 +43,9 @@ def measure(
     """The factor of each site that runs in a forward of the model with these arguments.
 
     The forward is run without grad up to the first tensor that enters a module and is no longer a
-    multiple of the lookup, or of it and something that is the same in all rows. RNG states and
-    buffers are put back. Hooks of others in front of that place run once more.
+    multiple of the lookup, or of it and something that is the same in all rows. RNG states,
+    buffers and modules' attributes are put back. Hooks of others in front of that place run once
+    more.
     """
     if why := _why_not(model, args, kwargs):
         return {site: Measured(why=why) for site in sites}
@@ -69,13 +75,17 @@ def measure(
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward in training mode moves: generators and buffers."""
+    """Puts back what a forward in training mode moves: generators, buffers, and what modules keep
+    as attributes, in lists, dictionaries and sets of theirs too. What it changes inside other
+    objects stays.
+    """
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
     ]
+    kept = [(module, type(module), _attributes(module)) for module in model.modules()]
     devices = {one.device.index for one in model.parameters() if one.device.type == "cuda"}
     python = random.getstate()
     try:
@@ -89,6 +99,131 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+        for module, kind, attributes in kept:
+            if type(module) is kind:  # a lazy module has become what it is to be
+                _put_back(module, attributes)
+
+
+NAMES_OF_TORCH = {*vars(nn.Module()), "_neftune"}  # torch's own and ours
+Attributes = dict[str, tuple[Any, Any]]  # the object, and what it held where it is a container
+
+
+def _attributes(module: nn.Module) -> Attributes:
+    return {
+        name: (value, value.copy() if type(value) in (list, dict, set) else None)
+        for name, value in vars(module).items()
+        if name not in NAMES_OF_TORCH
+    }
+
+
+def _put_back(module: nn.Module, before: Attributes) -> None:
+    own = vars(module)
+    for name in [name for name in own if name not in before and name not in NAMES_OF_TORCH]:
+        del own[name]
+    for name, (value, held) in before.items():
+        own[name] = value
+        if held is not None:
+            value.clear()
+            (value.extend if type(value) is list else value.update)(held)
+
+
+# ---- what was found, by the class of the model and its configuration
+
+KEPT: "weakref.WeakKeyDictionary[type, dict[tuple[bytes, str], float]]"
+KEPT = weakref.WeakKeyDictionary()
+_numbers: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+_next = itertools.count()
+WRITTEN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
+FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType)
+
+
+def kept_factors(model: nn.Module, sites: list[nn.Module]) -> dict[nn.Module, Measured]:
+    """What a look at another model of this class and configuration has found."""
+    known = KEPT.get(type(model))
+    key = configuration_of(model) if known else None
+    if not known or key is None:
+        return {}
+    paths = {module: path for path, module in model.named_modules()}
+    found = {site: known.get((key, paths[site])) for site in sites}
+    return {site: Measured(factor) for site, factor in found.items() if factor is not None}
+
+
+def keep_factors(model: nn.Module, found: dict[nn.Module, Measured]) -> None:
+    factors = {site: one.factor for site, one in found.items() if one.factor and not one.why}
+    key = configuration_of(model) if factors else None
+    if key is None:
+        return
+    paths = {module: path for path, module in model.named_modules()}
+    known = KEPT.setdefault(type(model), {})
+    known |= {(key, paths[site]): factor for site, factor in factors.items()}
+
+
+def configuration_of(model: nn.Module) -> bytes | None:
+    """A digest of all that decides by what a model multiplies, but its arguments: classes, and what
+    modules and their configs hold. None: it holds what cannot be compared by value.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for path, module in model.named_modules():
+            own = {name: one for name, one in vars(module).items() if name not in NAMES_OF_TORCH}
+            tensors = {**module._parameters, **module._buffers}
+            told = path, *_class(type(module)), _written(own, ()), _written(tensors, ())
+            digest.update(repr(told).encode())
+    except (TypeError, RuntimeError):
+        return None
+    return digest.digest()
+
+
+def _number(value: Any) -> int:
+    """Of a class or function: of two objects never the same, also where one is gone."""
+    if value not in _numbers:
+        _numbers[value] = next(_next)
+    return _numbers[value]
+
+
+def _class(kind: type) -> tuple[Any, ...]:
+    """With what may be changed on it: its forward and its numbers."""
+    own = [one for one in kind.__mro__ if one.__module__.split(".")[0] not in ("torch", "builtins")]
+    said = [
+        (name, value)
+        for one in own
+        for name, value in vars(one).items()
+        if type(value) in (bool, int, float)
+    ]
+    forward: Any = getattr(kind, "forward", None)
+    return _number(kind), _number(forward) if forward is not None else -1, said
+
+
+def _written(value: Any, inside: tuple[int, ...]) -> Any:
+    """A value as it is written down; TypeError where it cannot be."""
+    if type(value) in WRITTEN:
+        return value
+    if isinstance(value, FUNCTIONS):
+        return "function", _number(value)
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter):
+            raise TypeError
+        one = value.tolist() if value.numel() == 1 and not value.is_meta else None
+        return tuple(value.shape), value.dtype, one
+    if id(value) in inside:
+        raise TypeError
+    inside = (*inside, id(value))
+    if type(value) in (list, tuple):
+        return [_written(one, inside) for one in value]
+    if type(value) is dict:
+        return [(_written(name, inside), _written(one, inside)) for name, one in value.items()]
+    kind = type(value)
+    if isinstance(value, enum.Enum):
+        return _number(kind), value.name
+    if isinstance(value, nn.Module) or not _is_open(kind):
+        raise TypeError
+    return _number(kind), _written(vars(value), inside)
+
+
+def _is_open(kind: type) -> bool:
+    """Whether vars() shows all that an object holds: a class of Python's own without slots."""
+    own = kind.__mro__[:-1]
+    return not any("__new__" in vars(one) or vars(one).get("__slots__") for one in own)
 
 
 def _why_not(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -187,7 +322,8 @@ class _Watch:
         if site not in self.embedded:
             return Measured(why=failed) if failed else None
         if not self.distinct[site]:
-            return None
+            found = self.found.get(site)
+            return None if found is None else found._replace(why=TOO_FEW)
         return self.found.get(
             site, Measured(why=failed or "what enters its first block is no multiple of the lookup")
         )

@@ -309,6 +309,16 @@ def _runs_here(model: nn.Module | None) -> bool:
     return False
 
 
+def _forward_runs(model: nn.Module | None) -> bool:
+    """Whether a forward of this model is running, called by its name: no hook hears that."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back
+    return False
+
+
 OUTSIDE = (
     "the noisy embedding was called outside its model's forward, so the lengths of the samples are "
     "unknown and every token but padding_idx counts as real: call it inside `with "
@@ -320,6 +330,15 @@ OUTSIDE = (
 UNKNOWN = (
     "the noisy embedding was given ids that are none of the tokens which its model's forward was "
     "told about, so every one of them but padding_idx counts as real"
+)
+NOT_LOOKED_AT = (
+    "it is not known whether the model multiplies its embeddings after looking them up, since no "
+    "forward of two different tokens was heard that could be looked at: NEFTune takes 1. Say it: "
+    "apply_neftune(..., embedding_multiplier=1.0)"
+)
+COMPILED = (
+    "it is not known whether the model multiplies its embeddings, since its first noisy forward is "
+    "compiled: NEFTune takes 1. Say it: apply_neftune(..., embedding_multiplier=1.0)"
 )
 UNTOLD = (
     "no forward around the embedding takes an attention_mask, so every token but padding_idx "
@@ -360,7 +379,6 @@ class Site:
         self.hooked = False  # a model around the site tells us its samples
         self.wrappers: list[weakref.ref[nn.Module]] = []  # around the site
         self.multiplier_known = True  # else it is to be measured
-        self.measured = False  # by a probe
         self.factors: dict[torch.dtype, float] = {}  # that the lookup is multiplied by afterwards
         self.factor_listener: Any = None  # only while its model runs; None: always
         self.last: NoisyCall | None = None
@@ -531,10 +549,19 @@ class Site:
         said = self.state.embedding_multiplier
         if said is not None:
             return said
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            read_factors_again(self.state.handle_key)
+        factor = self.factors.get(dtype, 1.0)
+        if factor == 1:
+            if not self.multiplier_known and not self.factors:
+                self.state.warn_once(COMPILED if compiling else NOT_LOOKED_AT)
+            return 1.0
         listener = self.factor_listener
-        if listener is not None and not any(one.listener is listener for one in forwards):
-            return 1.0  # another model looks its tokens up
-        return self.factors.get(dtype, 1.0)
+        if listener is None or any(one.listener is listener for one in forwards):
+            return factor
+        # else another model looks its tokens up
+        return factor if not compiling and _forward_runs(listener.model()) else 1.0
 
 
 def _at(told: Samples, where: Place, ids: Tensor) -> Samples:
@@ -610,3 +637,10 @@ when_drawn.append(_drawn)
 def has_moved(handle_key: str) -> bool:
     handle = handles.get(handle_key)
     return handle is not None and handle.has_moved()
+
+
+@asked_outside_the_graph
+def read_factors_again(handle_key: str) -> None:
+    handle = handles.get(handle_key)
+    if handle is not None:
+        handle.read_again()
