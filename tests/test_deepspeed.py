@@ -4,6 +4,8 @@ forward, which is where the noise is.
 Skips where DeepSpeed is not installed (requirements-deepspeed.txt).
 """
 
+import warnings
+
 import pytest
 import torch
 from test_distributed import VOCAB, batch, drawn_after, gathered, spawn
@@ -197,3 +199,49 @@ def test_zero3_equals_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     pytest.importorskip("deepspeed")
     spawn(tmp_path, 2, check_zero3)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(2 * VOCAB + 1, 32)
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.embed(input_ids) * 8.0)
+
+
+def check_no_look_under_zero3(rank, folder):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ids, mask = batch()
+    model = Scaled()
+    weight = model.embed.weight.detach().clone()
+    handle = apply_neftune(model, 5.0, embedding="embed")
+    engine, seen = initialize(model), []
+    model.embed.register_forward_hook(
+        lambda module, args, out: seen.append(out.detach().clone()), prepend=True
+    )
+    said = []
+    for factor in (1.0, 1.0, 8.0):
+        if factor != 1:
+            handle.embedding_multiplier = factor  # the line that was said, with the right number
+        torch.manual_seed(3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine(ids, attention_mask=mask)
+        said += [str(one.message) for one in caught if "embedding_multiplier=" in str(one.message)]
+        expected = noisy_embedding(
+            ids, weight, 5.0 / factor, attention_mask=mask, seed=drawn_after(3), replica=rank
+        )
+        assert torch.equal(seen.pop(), expected) and not seen, "looked up once"
+    assert len(said) == 1 and "ZeRO-3" in said[0] and "multiplier=1.0" in said[0], said
+    engine.destroy()
+
+
+def test_under_zero3_a_multiplier_is_to_be_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    spawn(tmp_path, 2, check_no_look_under_zero3)

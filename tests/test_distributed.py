@@ -533,6 +533,57 @@ def test_fsdp2(tmp_path):
     spawn(tmp_path, 2, check_fsdp2)
 
 
+class Scaled(nn.Module):
+    """An inner model that multiplies, inside which the look at it stops."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.inner = Model(dtype)
+        self.inner.embedded = lambda ids, mask: self.inner.embed(ids) * 6.0
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids, attention_mask)
+
+
+def check_look_under_fsdp2(rank, folder):
+    ids, mask = batch()
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    shards = (("inner.embed", "inner.middle"), ("inner.middle",), ("inner",), ())
+    policies = ((MixedPrecisionPolicy(), torch.float32), (mixed, torch.bfloat16))
+    cases = itertools.product(("before", "after"), shards, policies)
+    for order, parts, (policy, dtype) in cases:
+        what = f"{order} {parts} {dtype}"
+        model, plain = Scaled(), Scaled(dtype)
+        if order == "before":
+            apply_neftune(model, 5.0, embedding="inner.embed")
+        for part in parts:
+            fully_shard(model.get_submodule(part), mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        if order == "after":
+            apply_neftune(model, 5.0, embedding="inner.embed")
+        apply_neftune(plain, 5.0, embedding="inner.embed", embedding_multiplier=6.0)
+        for step in range(2):
+            for parameter in (*model.parameters(), *plain.parameters()):
+                parameter.grad = None
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                out = run(model, ids, attention_mask=mask)
+            told = [one for one in said if "embedding_multiplier=6.0" in str(one.message)]
+            assert len(told) == (step == 0), (what, step, [str(one.message) for one in said])
+            expected = run(plain, ids, attention_mask=mask)
+            assert torch.equal(out, expected), what
+            out.square().sum().backward()
+            expected.square().sum().backward()
+            for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+                first, second = gathered(other.grad)
+                mean = ((first + second) / 2).float()  # what FSDP itself reduces to
+                assert torch.equal(one.grad.full_tensor(), mean), what
+
+
+def test_a_look_under_fsdp2(tmp_path):
+    spawn(tmp_path, 2, check_look_under_fsdp2)
+
+
 # ---- meshes of two dimensions
 
 

@@ -413,3 +413,22 @@ def test_an_embedding_that_trains_alone_says_that_it_does_not_know():
     apply_neftune(net, 5.0)
     with pytest.warns(UserWarning, match="not known whether"):
         net(IDS, attention_mask=MASK)
+
+
+class Methods(nn.Module):
+    """A model without any forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDTH)
+
+    def encode(self, ids):
+        return self.embed(ids) * 8.0
+
+
+def test_a_model_of_methods_alone_says_that_it_does_not_know():
+    net = Methods().train()
+    handle = apply_neftune(net, 5.0, embedding="embed")
+    line = "not known whether the model multiplies"
+    with handle.told(attention_mask=MASK), pytest.warns(UserWarning, match=line):
+        net.encode(IDS)

@@ -10,7 +10,7 @@ from .arguments import Padding, parameter_names, tells_samples
 from .multipliers import DTYPES
 from .noisy import drop_hooks
 from .probe import TOO_FEW, Measured, keep_factors, kept_factors, measure
-from .quirks import NO_QUIRKS, QUIRKS, Quirks, key_of, looks_up_inside, row_of
+from .quirks import NO_QUIRKS, QUIRKS, Quirks, key_of, looks_up_inside, package_of, row_of
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved, probing
 
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
@@ -230,7 +230,7 @@ def heard(inside: list[nn.Module], around: list[nn.Module]) -> list[nn.Module]:
 
 
 def is_foreign(model: nn.Module) -> bool:
-    return type(model).__module__.split(".")[0] not in ("transformers", "peft")
+    return package_of(model) not in ("transformers", "peft")
 
 
 def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:

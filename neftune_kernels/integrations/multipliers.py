@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .quirks import Quirks, is_scanned, quirks_of
+from .quirks import Quirks, is_scanned, package_of, quirks_of
 
 NO_FACTORS: Mapping[torch.dtype, float] = {}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,4 +69,5 @@ def read_row(model: nn.Module) -> float | None:
 
 def _is_container(model: nn.Module) -> bool:
     """What only holds others: torch's containers, PEFT's wrappers."""
-    return type(model).__module__.split(".")[0] in ("torch", "peft")
+    packages = package_of(model), type(model).__module__.split(".")[0]
+    return all(one in ("torch", "peft") for one in packages)

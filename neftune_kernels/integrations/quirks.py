@@ -185,9 +185,14 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
 SCANNED = ("5.23.0",)
 
 
+def package_of(model: nn.Module) -> str:
+    """The top package whose code a model runs: FSDP2 gives models a class of torch's."""
+    return str(getattr(type(model).forward, "__module__", "").split(".")[0])
+
+
 def key_of(model: nn.Module) -> tuple[str, str]:
     forward = type(model).forward
-    package = getattr(forward, "__module__", "").split(".")[0]
+    package = package_of(model)
     if package == "transformers_modules":  # code that came with a checkpoint
         package = "transformers"
     return package, getattr(forward, "__qualname__", "")
@@ -203,12 +208,8 @@ def row_of(model: nn.Module) -> Row | None:
 
 def is_scanned(model: nn.Module) -> bool:
     """Whether it is a class of a transformers that the table has been held against."""
-    kind = type(model).forward
-    package = sys.modules.get("transformers")
-    return (
-        getattr(kind, "__module__", "").split(".")[0] == "transformers"
-        and getattr(package, "__version__", None) in SCANNED
-    )
+    version = getattr(sys.modules.get("transformers"), "__version__", None)
+    return package_of(model) == "transformers" and version in SCANNED
 
 
 def looks_up_inside(model: nn.Module) -> bool:
@@ -216,7 +217,7 @@ def looks_up_inside(model: nn.Module) -> bool:
     what it does not hand on: in transformers those of several parts, in PEFT prompt learning, and
     anybody else's.
     """
-    package = type(model).__module__.split(".")[0]
+    package = package_of(model)
     if package == "peft":
         config = getattr(model, "active_peft_config", None)
         return bool(getattr(config, "is_prompt_learning", False))
