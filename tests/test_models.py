@@ -404,6 +404,79 @@ def test_llava(proves):
     proves("Llava", "forward", "padding: right")
 
 
+def test_florence2(proves):
+    """A whole BART is its decoder. The outer model embeds the encoder's tokens in a table of its
+    own, the decoder those that its labels are shifted to.
+    """
+    sizes = {"d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    tokens = {"vocab_size": VOCAB, "pad_token_id": 1, "decoder_start_token_id": 2}
+    text = transformers.BartConfig(**sizes, **heads, **tokens, scale_embedding=True)
+    vision = {
+        "embed_dim": [8, 16],
+        "num_heads": [1, 2],
+        "num_groups": [1, 2],
+        "depths": [1, 1],
+        "patch_size": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+        "projection_dim": HIDDEN,
+    }
+    torch.manual_seed(0)
+    config = transformers.Florence2Config(text_config=text, vision_config=vision, image_token_id=3)
+    model = transformers.Florence2ForConditionalGeneration(config).train()
+    inner = model.model.language_model
+    ids, mask = batch("right")
+    labels, real = labels_and_ids(model)
+    handle = apply_neftune(model, 5.0)
+    with (
+        Recorded(inner.shared, inner.decoder.embed_tokens) as (encoded, decoded),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error")
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+        handle.noise_alpha = 0
+        model(input_ids=ids, attention_mask=mask, labels=labels)
+    for module, (noisy, clean), own in (
+        (inner.shared, encoded, mask),
+        (inner.decoder.embed_tokens, decoded, real),
+    ):
+        noise = neftune_noise(own.shape, HIDDEN, 5.0, attention_mask=own, seed=last_seed(module))
+        assert torch.equal(noisy, clean + noise)
+    assert handle.stats()["calls"] == 2
+    proves("Florence-2", "forward", "encoder and decoder")
+
+
+@pytest.mark.parametrize("inner_pad", [None, 3])
+def test_vision_encoder_decoder(inner_pad, proves):
+    """It shifts labels with the pad_token_id of its own config, not with its decoder's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 4}
+    image = {"intermediate_size": 48, "image_size": 8, "patch_size": 4}
+    decoder = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=1, n_head=4, pad_token_id=inner_pad
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**sizes, **image), decoder
+    )
+    config.pad_token_id, config.decoder_start_token_id = 1, 2
+    model = transformers.VisionEncoderDecoderModel(config=config).train()
+    labels, real = labels_and_ids(model)
+    labels[1, 0] = 3  # a token to its config, padding to its decoder's
+    embedding = model.decoder.get_input_embeddings()
+    handle = apply_neftune(model, 5.0)
+    with Recorded(embedding) as (seen,), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(pixel_values=torch.randn(len(labels), 3, 8, 8), labels=labels)
+    shifted = labels.clamp(min=1).where(labels >= 0, 1).roll(1, 1)
+    shifted[:, 0] = 2
+    noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(embedding))
+    assert torch.equal(seen[0], nn.functional.embedding(shifted, embedding.weight) + noise)
+    assert handle.stats()["calls"] == 1
+    proves("VisionEncoderDecoder", "forward", "encoder and decoder")
+
+
 class Own(nn.Module):
     """Somebody's own code: other names, the embedding deep inside."""
 

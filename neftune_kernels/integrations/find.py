@@ -184,7 +184,11 @@ def _stack(model: nn.Module, getter: str) -> nn.Module | None:
         found = getattr(model, getter)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
-    return found if isinstance(found, nn.Module) and found is not model else None
+    if not isinstance(found, nn.Module) or found is model:
+        return None
+    # Florence-2's decoder is a whole BART, which has one itself
+    inner = _stack(found, getter) if _is_encoder_decoder(found) else None
+    return inner or found
 
 
 def decoder_of(model: nn.Module) -> Iterator[nn.Module]:
