@@ -130,6 +130,89 @@ def test_a_namesake_has_no_row(case):
     assert not torch.equal(out, F.embedding(IDS, model.embed.weight))
 
 
+# ---- a package whose name is anybody's, and one whose embeddings tell
+
+
+def mistral(self, input_ids, seqlens):
+    return self.embed(input_ids)
+
+
+def other(self, input_ids, seqlens, cache=None):
+    return self.embed(input_ids)
+
+
+FLAT = IDS.view(-1)
+
+
+def test_lengths_in_a_list():
+    """mistral-finetune's: all documents in one row of (N,) ids."""
+    model = built("model.transformer", "Transformer", mistral)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, FLAT, seqlens=[3, 5, 8])
+    bounds = torch.tensor([0, 3, 8, 16])
+    weight = model.embed.weight
+    assert torch.equal(out, noisy_embedding(FLAT, weight, 5.0, cu_seqlens=bounds, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("forward", "ids", "seqlens"),
+    [
+        (other, FLAT, [3, 5, 8]),
+        (mistral, FLAT, [3, 5]),
+        (mistral, FLAT, torch.tensor([3, 5, 8])),
+        (mistral, IDS, [8, 8]),
+        (mistral, FLAT, ["a"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:no forward around the embedding")
+def test_a_model_of_the_same_path_matches_in_all_or_has_no_row(forward, ids, seqlens):
+    model = built("model.transformer", "Transformer", forward)
+    out, seed = called(model, ids, seqlens=seqlens)
+    assert torch.equal(out, noisy_embedding(ids, model.embed.weight, 5.0, seed=seed))
+
+
+def fairseq(self, src_tokens, src_lengths, prev_output_tokens, features_only=False, **kwargs):
+    return self.encoder(src_tokens, src_lengths), self.decoder(prev_output_tokens)
+
+
+def fairseq_encoder(self, src_tokens, src_lengths=None, return_all_hiddens=False):
+    return self.embed(src_tokens)
+
+
+def fairseq_decoder(self, prev_output_tokens, encoder_out=None, src_lengths=None):
+    return self.embed(prev_output_tokens)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["TransformerModelBase", "FairseqEncoderDecoderModel"])
+def test_source_lengths_are_counted_by_the_padding_of_either_side(name, side):
+    """fairseq pads sources on the left by default, and counts src_lengths by its dictionary's."""
+    package = "fairseq.models.transformer"
+    model = built(package, name, fairseq)
+    model.encoder = built(package, "TransformerEncoderBase", fairseq_encoder)
+    model.decoder = built(package, "TransformerDecoderBase", fairseq_decoder)
+    table = nn.Embedding(VOCAB, HIDDEN, padding_idx=1)
+    model.embed = model.encoder.embed = model.decoder.embed = table
+    keep = LEFT if side == "left" else KEEP
+    source = IDS.clamp(min=2).where(keep == 1, 1)
+    target = IDS.flip(0).clamp(min=2).where(KEEP == 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_neftune(model, 5.0, embedding="embed", embedding_multiplier=1.0)
+        torch.manual_seed(7)
+        outs = model(source, keep.sum(1), target)
+        alone = model.encoder(source, keep.sum(1))
+    torch.manual_seed(7)
+    lookups = (outs[0], source, keep), (outs[1], target, KEEP), (alone, source, keep)
+    for out, ids, mask in lookups:
+        seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+        expected = noisy_embedding(
+            ids, table.weight, 5.0, padding_idx=1, attention_mask=mask, seed=seed
+        )
+        assert torch.equal(out, expected)
+
+
 def test_a_listener_of_a_model_with_a_row_pickles():
     module, name, forward, *_ = CASES[0]
     listener = Listener(State(), built(module, name, forward))

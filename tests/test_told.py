@@ -320,7 +320,7 @@ def test_told_is_heard_where_no_forward_is():
 
     torch.manual_seed(0)
     model = Inner().train()
-    handle = apply_neftune(model, 5.0, embedding="words.table")
+    handle = apply_neftune(model, 5.0, embedding="words.table", embedding_multiplier=1.0)
     with handle.told(attention_mask=KEEP), warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.manual_seed(7)
@@ -371,3 +371,67 @@ def test_compiled():
     with handle.told(key_padding_mask=KEEP == 0):
         assert torch.equal(called(compiled, IDS), expected(model, attention_mask=KEEP))
     assert torch.equal(called(compiled, IDS), expected(model))
+
+
+# ---- lines to paste
+
+
+class Many(Net):
+    def forward(self, tokens, attention_mask=None, **others):
+        return self.words(tokens)
+
+
+def said_of(model, *args, **given):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        called(model, *args, **given)
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("lengths", [[[2, 3], [8], [1, 6, 1]], [(8,), (8,), (8,)]])
+def test_lists_of_lengths_are_offered_and_do_what_is_promised(lengths):
+    model, handle = built()
+    (message,) = said_of(model, IDS, doc_lens=lengths, sizes=[3, 4], names=["a"] * 3)
+    line = 'doc_lens (a list of 3) by samples={"document_lengths": "doc_lens"}'
+    assert line in message and "sizes" not in message and "names" not in message
+    handle.samples = {"document_lengths": "doc_lens"}
+    rows = [[1] * a + [2] * b + [3] * c for a, b, c in padded(lengths)]
+    mask = torch.tensor([(row + [0] * 8)[:8] for row in rows])
+    out = called(model, IDS, doc_lens=lengths)
+    assert torch.equal(out, expected(model, attention_mask=mask))
+
+
+def padded(lengths):
+    return [(*one, 0, 0, 0)[:3] for one in lengths]
+
+
+def test_a_flat_list_is_offered_for_a_single_row():
+    model, _ = built()
+    (message,) = said_of(model, IDS.view(-1), seqlens=[3, 5, 16], others=[3, 5])
+    assert 'seqlens (a list of 3) by samples={"document_lengths": "seqlens"}' in message
+    assert "others" not in message
+
+
+@pytest.mark.parametrize("mask", [object(), torch.zeros(3, 1, 8, 8)], ids=["none", "4 axes"])
+def test_a_mask_that_says_nothing_names_what_could_once(mask):
+    model, handle = built(Many)
+    (message,) = said_of(model, IDS, mask, keep=KEEP)
+    assert "attention_mask that is not" in message
+    line = 'keep (3, 8) int64 by samples={"attention_mask": "keep"}'
+    assert message.count(line) == 1
+    assert message.count("samples=...") <= 1 and message.count("handle.told(") <= 1
+    handle.samples = {"attention_mask": "keep"}
+    assert not said_of(model, IDS, mask, keep=KEEP)
+    assert torch.equal(called(model, IDS, mask, keep=KEEP), expected(model, attention_mask=KEEP))
+
+
+def test_a_mask_of_other_ids_names_what_could():
+    model, handle = built(samples={"attention_mask": "keep"})
+    (message,) = said_of(model, IDS, KEEP[:, :5], real=KEEP)
+    assert message.startswith("an attention_mask of shape (3, 5) does not fit")
+    assert message.count('real (3, 8) int64 by samples={"attention_mask": "real"}') == 1
+    assert message.count("handle.told(") == 1
+    model, handle = built()
+    with handle.told(attention_mask=KEEP[:, :5]):
+        (message,) = said_of(model, IDS)
+    assert "whose input_ids it is" in message

@@ -18,8 +18,14 @@ def paste(given: dict[str, Any], ids: Tensor, many: bool = False) -> str:
 
     many: the forward looks up more than one sequence, so that the line names this one.
     """
+    lines = could_tell(given, ids, many)
+    return f"of this call's arguments, {lines} could tell. Or {TELL}" if lines else TELL
+
+
+def could_tell(given: dict[str, Any], ids: Tensor, many: bool = False) -> str:
+    """The same without our own words; empty where nothing could."""
     if torch.compiler.is_compiling():  # values would be asked for
-        return TELL
+        return ""
     name = next((name for name, value in tokens_in(given) if value is ids), None) if many else None
     own = "" if name is None else f'"input_ids": "{name}", '
     lines = [
@@ -27,9 +33,26 @@ def paste(given: dict[str, Any], ids: Tensor, many: bool = False) -> str:
         for name, value in tensors_in(given)
         if value is not ids and (word := _could_be(name, value, ids)) is not None
     ]
-    if not lines:
-        return TELL
-    return f"of this call's arguments, {'; '.join(lines)} could tell. Or {TELL}"
+    lines += [
+        f"{name} (a list of {len(value)}) by {_samples(own, 'document_lengths', name)}"
+        for name, value in given.items()
+        if _are_lengths(value, ids)
+    ]
+    return "; ".join(lines)
+
+
+def _are_lengths(value: Any, ids: Tensor) -> bool:
+    """Whether a list may be the lengths of each row's documents, or of those of the only row."""
+    if not isinstance(value, (list, tuple)) or not value or not ids.dim():
+        return False
+    nested = all(isinstance(one, (list, tuple)) for one in value)
+    rows, columns = value if nested else [value], ids.shape[-1]
+    return len(rows) == ids.shape[:-1].numel() and all(
+        row
+        and all(type(one) is int and one >= 0 for one in row)
+        and (sum(row) == columns or (nested and 0 < sum(row) < columns))
+        for row in rows
+    )
 
 
 def _line(own: str, word: str, name: str, value: Tensor) -> str:
@@ -53,6 +76,8 @@ def _could_be(name: str, value: Tensor, ids: Tensor) -> str | None:
         return None
     if name in ("labels", "token_type_ids", "cache_position"):
         return None
+    if name == "noise_mask":
+        return "noise_mask" if value.shape == ids.shape else None
     if value.shape == ids.shape and value.dim():
         if "pos" in name:
             return "position_ids"

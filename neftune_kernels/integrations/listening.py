@@ -10,7 +10,16 @@ from .arguments import Padding, parameter_names, tells_samples
 from .multipliers import DTYPES
 from .noisy import drop_hooks
 from .probe import TOO_FEW, Measured, keep_factors, kept_factors, measure
-from .quirks import NO_QUIRKS, QUIRKS, Quirks, key_of, looks_up_inside, package_of, row_of
+from .quirks import (
+    NO_QUIRKS,
+    QUIRKS,
+    Quirks,
+    key_of,
+    looks_up_inside,
+    package_of,
+    quirks_of,
+    row_of,
+)
 from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved, probing
 
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
@@ -45,7 +54,7 @@ class Listener:
         self.model: Any = weakref.ref(model)
         self.name = type(model).__name__
         self.names = tuple(parameter_names(model))
-        self.key = key_of(model)
+        self.key = key_of(model) if quirks_of(model) is not NO_QUIRKS else None
         self.tells = self.quirks.samples is not None or tells_samples(model)
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
@@ -54,7 +63,7 @@ class Listener:
     @property
     def quirks(self) -> Quirks:
         """By its key, as the table's functions do not pickle."""
-        return QUIRKS.get(self.key, NO_QUIRKS)
+        return NO_QUIRKS if self.key is None else QUIRKS.get(self.key, NO_QUIRKS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": _no_model}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import parameter_names
 from .telling import documents_of
 
 Given = dict[str, Any]
@@ -35,6 +36,36 @@ def _by_lengths(ids: str, name: str) -> Row:
         return {"input_ids": tokens, "attention_mask": documents_of(lengths, tokens)}
 
     return read
+
+
+def _by_lists(ids: str, name: str) -> Row:
+    """The same as a list of whole numbers that add up to the tokens, all in one row; anything else
+    of that name says nothing.
+    """
+    by_lengths = _by_lengths(ids, name)
+
+    def read(given: Given) -> Given:
+        tokens, lengths = given.get(ids), given.get(name)
+        known = (
+            isinstance(tokens, Tensor)
+            and tokens.dim() == 1
+            and isinstance(lengths, (list, tuple))
+            and all(type(one) is int for one in lengths)
+            and sum(lengths) == tokens.numel()
+        )
+        return by_lengths(given) if known else {}
+
+    return read
+
+
+def _by_padding_idx(ids: str, decoder_ids: str = "") -> Row:
+    """Padding is what the embeddings' padding_idx says, on whichever side: fairseq counts its
+    lengths by that.
+    """
+    return lambda given: {
+        "input_ids": given.get(ids),
+        "decoder_input_ids": given.get(decoder_ids),
+    }
 
 
 def _by_sequence_id(ids: str) -> Row:
@@ -111,11 +142,14 @@ class Quirks(NamedTuple):
     keeps_mask: bool = False  # what it is told of samples is not handed on to its inner model
     ids_transposed: bool = False  # it looks tokens up time first
     pads_window: bool = False  # it looks up the padding of a window, apart from its tokens
+    # all its forward's, where its package's name is anybody's
+    parameters: tuple[str, ...] | None = None
 
 
 NO_QUIRKS = Quirks()
 SCALED = Quirks(factor=_attribute("embed_scale"))
 SCALED_TOO = Quirks(factor=_attribute("embed_scale"), embeds_too=True)
+FAIRSEQ = Quirks(_by_padding_idx("src_tokens", "prev_output_tokens"))
 MULTIPLIED = Quirks(factor=_attribute("embedding_multiplier"), embeds_too=True)
 
 QUIRKS: dict[tuple[str, str], Quirks] = {
@@ -129,6 +163,13 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("llmfoundry", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
     ("transformers", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
     ("esm", "ESMC.forward"): Quirks(_by_sequence_id("sequence_tokens")),
+    ("fairseq", "FairseqEncoderDecoderModel.forward"): FAIRSEQ,
+    ("fairseq", "TransformerModelBase.forward"): FAIRSEQ,
+    ("fairseq", "TransformerEncoderBase.forward"): Quirks(_by_padding_idx("src_tokens")),
+    ("fairseq", "TransformerDecoderBase.forward"): Quirks(_by_padding_idx("prev_output_tokens")),
+    ("model", "Transformer.forward"): Quirks(  # mistral-finetune
+        _by_lists("input_ids", "seqlens"), parameters=("input_ids", "seqlens")
+    ),
     ("x_transformers", "TransformerWrapper.forward"): Quirks(
         _renamed("x", "mask", "attention_mask")
     ),
@@ -199,7 +240,9 @@ def key_of(model: nn.Module) -> tuple[str, str]:
 
 
 def quirks_of(model: nn.Module) -> Quirks:
-    return QUIRKS.get(key_of(model), NO_QUIRKS)
+    quirks = QUIRKS.get(key_of(model), NO_QUIRKS)
+    names = quirks.parameters
+    return NO_QUIRKS if names and names != tuple(parameter_names(model)) else quirks
 
 
 def row_of(model: nn.Module) -> Row | None:

@@ -24,7 +24,7 @@ from ..noise import UNIFORM, Noise, Variant, check_alpha
 from ..ops import when_drawn
 from ..samples import UNSAID, Samples, check_time_first, make_layout, real_tokens
 from ..torch_internals import asked_outside_the_graph
-from .advice import paste
+from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
 from .places import Place, place, same, transposed
@@ -180,10 +180,17 @@ class Forward:
             given = self.sequences[index].given
 
             def warn(message: str) -> None:
-                self.state.warn_once(message, lambda: f". {_capital(paste(self.given, input))}")
+                self.state.warn_once(message, lambda: self.advice(message, input))
 
             self._samples[index] = from_arguments(given, self.padding, warn)
         return self._samples[index]
+
+    def advice(self, message: str, input: Tensor) -> str:
+        """What is behind a message that names a remedy: the arguments that could tell, where it
+        has no line of its own.
+        """
+        lines = "" if "samples={" in message else could_tell(self.given, input)
+        return f". Of this call's arguments, {lines} could tell" if lines else ""
 
     def reads(self, input: Tensor) -> tuple[int, Tensor, Place] | None:
         """Which of the forward's sequences a lookup reads, that sequence's ids, and where in it."""
@@ -242,10 +249,6 @@ class Forward:
     def has_ids(self) -> bool:
         """Whether it was given token ids under any name, in a dictionary too."""
         return any(True for _ in tokens_in(self.given))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 class _Running(threading.local):
@@ -349,8 +352,8 @@ UNTOLD = (
 def does_not_fit(mask: Tensor, input: Tensor) -> str:
     return (
         f"an attention_mask of shape {tuple(mask.shape)} does not fit the embedding's input "
-        f"{tuple(input.shape)}: every token but padding_idx counts as real. Tell NEFTune the "
-        "samples with apply_neftune(..., samples=...)"
+        f"{tuple(input.shape)}: every token but padding_idx counts as real. Tell NEFTune one that "
+        "does, or whose input_ids it is, with apply_neftune(..., samples=...) or handle.told(...)"
     )
 
 
@@ -453,7 +456,7 @@ class Site:
             if not told.unsaid or where is transposed:
                 told = _at(told, where, ids)
             if not told.padding_unsaid:
-                return self._fitting(told, input), False
+                return self._fitting(told, input, forward), False
             known = known or forward
             decoder = decoder or forward.sequences[index].decoder
             untold = told if untold.unsaid else untold
@@ -485,7 +488,7 @@ class Site:
             ids = forward.sequences[0].ids
             if ids is not None and ids.shape != input.shape:
                 told = told.at(lambda values: values.reshape(input.shape), ids.shape)
-            return self._fitting(told, input), False
+            return self._fitting(told, input, forward), False
         if len(claiming) < len(forwards):
             given = forwards[-1].given
             self.state.warn_once(UNKNOWN, lambda: f": {paste(given, input, many=True)}")
@@ -518,7 +521,7 @@ class Site:
             if ids is None:
                 if forward is not None and not self._claims(forward, input):
                     continue
-                return self._fitting(samples_of(words, input, rows_first), input)
+                return self._fitting(samples_of(words, input, rows_first), input, forward)
             if not isinstance(ids, Tensor):
                 raise TypeError(f"NEFTune was told {IDS}, which is {type(ids).__name__}: no tensor")
             ids = ids if rows_first or ids.dim() != 2 else ids.t()
@@ -533,7 +536,7 @@ class Site:
             forward.claimed = input
         return place(input, forward.claimed) is not None
 
-    def _fitting(self, samples: Samples, input: Tensor) -> Samples:
+    def _fitting(self, samples: Samples, input: Tensor, forward: Forward | None) -> Samples:
         """A mask that only is flattened, or is not, is reshaped; one that does not fit warns."""
         mask = samples.attention_mask
         shape = input.t().shape if samples.time_first else input.shape
@@ -541,7 +544,8 @@ class Site:
             return samples
         if _is_flattened(mask, input):
             return samples._replace(attention_mask=mask.reshape(input.shape))
-        self.state.warn_once(does_not_fit(mask, input))
+        message = does_not_fit(mask, input)
+        self.state.warn_once(message, lambda: forward.advice(message, input) if forward else "")
         return UNSAID
 
     def divisor(self, forwards: list[Forward], dtype: torch.dtype) -> float:
