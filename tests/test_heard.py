@@ -251,6 +251,55 @@ def test_words_that_may_be_somebody_elses_win_only_without_a_mask():
     assert torch.equal(out, noisy(IDS, weight, seed, KEEP))
 
 
+MISFITS = {
+    "lengths": (
+        torch.rand(3),
+        torch.tensor([16000, 8000, 4000]),
+        torch.tensor([8, -1, 2]),
+        torch.tensor([8, 8]),
+        torch.tensor([True, True, False]),
+        [8, 5, 3],
+    ),
+    "cu_seqlens": (torch.rand(4), torch.tensor([0, 5]), torch.tensor([[0, 24]]), "auto"),
+    "noise_mask": (torch.rand(3, 8), torch.ones(3, 1, 8, 8), [1]),
+    "position_ids": (torch.rand(3, 8), [0, 1]),
+    "seq_idx": (torch.rand(3, 8), 3),
+    "cu_seq_lens_q": ([0, 24],),
+}
+CASES = [(name, value) for name, values in MISFITS.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_a_word_of_ours_that_means_something_else_is_not_read_and_warns(name, value):
+    (out,), (seed,), weight, _ = heard(
+        lambda ids, _, **given: [ids],
+        **{"attention_mask": None, name: value, "keep": KEEP},
+        warns=rf"{name} \(.*does not read it.*keep \(3, 8\) int64 by samples=(?!.*{name} \()",
+    )
+    assert torch.equal(out, noisy(IDS, weight, seed))
+
+
+def test_a_noise_mask_counts_only_where_there_is_no_mask():
+    (out,), (seed,), weight, _ = heard(
+        lambda ids, _, noise_mask: [ids], noise_mask=KEEP, attention_mask=None
+    )
+    assert torch.equal(out, noisy(IDS, weight, seed, noise_mask=KEEP))
+    whole = torch.ones_like(KEEP)
+    line = {"attention_mask": "attention_mask", "noise_mask": "noise_mask"}
+    model = Net(lambda ids, _, noise_mask: [ids]).train()
+    handle = apply_neftune(model, 5.0, embedding="embed")
+    with pytest.warns(UserWarning, match="noise_mask beside an attention_mask") as said:
+        model(IDS, whole, noise_mask=KEEP)
+    seed = model.embed._neftune.last.noise.seed
+    assert torch.equal(model.arrived[0], noisy(IDS, model.embed.weight, seed, whole))
+    assert len(said) == 1 and str(line).replace("'", '"') in str(said[0].message)
+    handle.samples = line
+    model(IDS, whole, noise_mask=KEEP)
+    seed = model.embed._neftune.last.noise.seed
+    expected = noisy(IDS, model.embed.weight, seed, whole, noise_mask=KEEP)
+    assert torch.equal(model.arrived[0], expected)
+
+
 # ---- padding at the rows' ends
 
 

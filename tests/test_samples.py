@@ -276,7 +276,7 @@ def test_bad_bounds_are_refused():
         ),
         ({"attention_mask": torch.ones(3, 4)}, r"not \(batch, tokens\)"),
         ({"position_ids": torch.arange(4)[None]}, r"position_ids of shape \(1, 4\) do not tell"),
-        ({"seq_idx": torch.zeros(1, 3)}, r"seq_idx of shape \(1, 3\) does not fit"),
+        ({"seq_idx": torch.zeros(1, 3).long()}, r"seq_idx of shape \(1, 3\) does not fit"),
     ],
 )
 def test_what_cannot_be_read_warns(given, message):

@@ -72,7 +72,7 @@ def _samples(own: str, word: str, name: str) -> str:
 
 def _could_be(name: str, value: Tensor, ids: Tensor) -> str | None:
     """Our word for an argument of that shape."""
-    if value.dtype not in WHOLE and "mask" not in name:
+    if value.dtype not in WHOLE and ("mask" not in name or not _is_round(value)):
         return None
     if name in ("labels", "token_type_ids", "cache_position"):
         return None
@@ -85,11 +85,16 @@ def _could_be(name: str, value: Tensor, ids: Tensor) -> str | None:
         return None if tokens and not _is_mask(value) else "mask"
     if value.dtype in (torch.int32, torch.int64) and value.dim() == 1:
         if ids.dim() > 1 and value.numel() == ids.shape[0]:
-            return "lengths"
+            small = not value.is_cpu or int(value.max()) <= ids.shape[-1]
+            return "lengths" if small else None
         return "cu_seqlens" if "cu" in name and name not in KNOWN_NAMES else None
     if value.dtype in (torch.int32, torch.int64) and value.dim() == 2 and "len" in name:
         return "document_lengths" if value.shape[0] == ids.shape[0] else None
     return None
+
+
+def _is_round(value: Tensor) -> bool:
+    return not value.is_cpu or not bool((value != value.round()).any())
 
 
 def _is_mask(value: Tensor) -> bool:

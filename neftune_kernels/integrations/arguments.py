@@ -45,14 +45,54 @@ def from_arguments(given: dict[str, Any], padding: Padding, warn: Warn) -> Sampl
     others may mean something else by the word.
     """
     samples = _told(given, padding, warn)
-    noise_mask = given.get("noise_mask")
-    if not isinstance(noise_mask, Tensor):
+    noise_mask, ids = given.get("noise_mask"), given.get("input_ids")
+    if noise_mask is None:
         return samples
     if given.get("attention_mask") is None:
-        return samples._replace(noise_mask=noise_mask)
-    if noise_mask.shape == given["attention_mask"].shape:
+        if _fits("noise_mask", noise_mask, ids):
+            return samples._replace(noise_mask=noise_mask)
+        warn(_misfit("noise_mask", noise_mask, ids))
+    elif getattr(noise_mask, "shape", None) == getattr(given["attention_mask"], "shape", ()):
         warn(NOISE_MASK)
     return samples
+
+
+def _fits(name: str, value: Any, ids: Any) -> bool:
+    """Whether an argument of a name of ours may be what we call so: values are asked on the CPU."""
+    if not isinstance(value, Tensor) or not isinstance(ids, Tensor):
+        return isinstance(value, Tensor)
+    asked = value.is_cpu and value.numel() and not torch.compiler.is_compiling()
+    if name == "noise_mask":
+        return value.shape == ids.shape and not (
+            asked and value.is_floating_point() and bool((value != value.round()).any())
+        )
+    if name == "lengths":
+        small = not asked or (int(value.min()) >= 0 and int(value.max()) <= ids.shape[-1])
+        return (
+            _is_whole(value)
+            and value.dtype != torch.bool
+            and value.shape == ids.shape[:-1]
+            and small
+        )
+    if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):  # cu_seqlens
+        return False
+    return not asked or (int(value[0]) == 0 and int(value[-1]) == ids.numel())
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _misfit(name: str, value: Any, ids: Any) -> str:
+    shape = tuple(ids.shape) if isinstance(ids, Tensor) else "it looks up"
+    what = type(value).__name__
+    if isinstance(value, Tensor):
+        what = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return (
+        f"{name} ({what}) is nothing that NEFTune knows by that name for the tokens {shape}, so it "
+        "does not read it. If it tells the samples, say so with apply_neftune(..., samples=...) or "
+        "handle.told(...)"
+    )
 
 
 NOISE_MASK = (
@@ -71,15 +111,25 @@ def _told(given: dict[str, Any], padding: Padding, warn: Warn) -> Samples:
         given.get("position_ids"),
         given.get("input_ids"),
     )
-    own = [name for name in ("lengths", "cu_seqlens") if isinstance(given.get(name), Tensor)]
-    if own and mask is None:
-        return Samples(**{name: given[name] for name in own})
+    for name in ("lengths", "cu_seqlens"):
+        if mask is None and (value := given.get(name)) is not None:
+            if _fits(name, value, input_ids):
+                return Samples(**{name: value})
+            warn(_misfit(name, value, input_ids))
     if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
         if mask is None or isinstance(mask, Tensor):
             return UNSAID if mask is None else Samples(attention_mask=mask)
         warn(NO_MASK.format(shape=type(mask).__name__))
         return UNSAID
     bounds, number = given.get("cu_seq_lens_q"), given.get("seq_idx")
+    if number is not None and not _is_whole(number):
+        warn(_misfit("seq_idx", number, input_ids))
+        number = None
+    if position_ids is not None and not _is_whole(position_ids):
+        warn(_misfit("position_ids", position_ids, input_ids))
+        position_ids = None
+    if bounds is not None and not isinstance(bounds, Tensor):
+        warn(_misfit("cu_seq_lens_q", bounds, input_ids))
     others = any(isinstance(other, Tensor) for other in (bounds, number, position_ids))
     mask = _two_axes(mask, input_ids, _nothing if others and isinstance(mask, Tensor) else warn)
     before = 0 if mask is None else mask.shape[-1] - input_ids.shape[-1]
