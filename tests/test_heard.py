@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neftune_kernels import apply_neftune, noisy_embedding
+from neftune_kernels.integrations import places
 from neftune_kernels.integrations.arguments import Padding, from_arguments, tail
 
 VOCAB, HIDDEN = 64, 32
@@ -90,6 +91,15 @@ def test_the_place_of_the_ids_is_their_masks(name, fused):
     of, mask = PLACES[name]
     (out,), (seed,), weight, _ = heard(lambda ids, _: [of(ids)], fused=fused)
     assert torch.equal(out, noisy(of(IDS), weight, seed, mask))
+
+
+def test_the_padding_of_a_window_is_compared_without_a_look():
+    behind, other = F.pad(IDS, (0, 4)), F.pad(OTHER, (0, 4))
+    where = places.padded(behind, IDS)
+    assert torch.equal(where(KEEP), F.pad(KEEP, (0, 4)))
+    assert bool(places.padded(other, IDS)(KEEP).all()), "other ids: every token is real"
+    assert places.padded(IDS, IDS) is None and places.padded(behind[1:], IDS) is None
+    places.padded(behind.to("meta"), IDS.to("meta"))(KEEP.to("meta"))  # which has no values
 
 
 def test_a_second_batch_of_one_forward_does_not_take_the_firsts_mask():

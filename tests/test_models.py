@@ -11,6 +11,7 @@ from tiny_models import make_llava
 from torch import nn
 
 from neftune_kernels import NEFTuneEmbedding, apply_neftune, neftune_noise, noisy_embedding
+from neftune_kernels.integrations import places, running
 from neftune_kernels.integrations.running import RUNNING
 
 transformers = pytest.importorskip("transformers")
@@ -402,6 +403,54 @@ def test_llava(proves):
     handle.remove()
     assert not any(module._forward_pre_hooks for module in model.modules())
     proves("Llava", "forward", "padding: right")
+
+
+WINDOWED = {
+    "Longformer": ("Longformer", {**SMALL, "attention_window": [6, 6], "pad_token_id": 1}),
+    "BigBird": ("BigBird", {**SMALL, "block_size": 6, "num_random_blocks": 1}),
+}
+
+
+@pytest.fixture
+def values_are_not_asked(monkeypatch):
+    """As on an accelerator, where a look at a value would wait for it."""
+
+    monkeypatch.setattr(places, "_by_value", lambda input, ids: None)
+    monkeypatch.setattr(running, "values_cost_nothing", lambda input: False)
+
+
+@pytest.mark.parametrize("family", ["Longformer", "BigBird", "LED"])
+def test_padding_to_a_window_where_values_are_not_asked(family, values_are_not_asked):
+    """The mask is the forward's, padded: not what the ids say of padding."""
+    if family == "LED":
+        model = encoder_decoder(family)
+        model.config.attention_window = [6, 6]
+        call = {"labels": labels_and_ids(model)[0]}
+        embedding = model.get_encoder().get_input_embeddings()
+    else:
+        torch.manual_seed(0)
+        name, sizes = WINDOWED[family]
+        config = getattr(transformers, f"{name}Config")(**sizes)
+        config.attention_type = "block_sparse"
+        model = getattr(transformers, f"{name}Model")(config).train()
+        call, embedding = {}, model.get_input_embeddings()
+    ids, mask = batch("right")
+    ids, mask = torch.cat((ids,) * 6, 1)[:, :44], torch.cat((mask,) * 6, 1)[:, :44]
+    handle = apply_neftune(model, 5.0)
+    with Recorded(embedding) as (seen,), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, attention_mask=mask, **call)
+        handle.noise_alpha = 0
+        model(input_ids=ids, attention_mask=mask, **call)
+    assert len(seen) == (4 if family == "LED" else 2)
+    if family == "LED":  # it looks the window's padding up apart
+        assert torch.equal(seen.pop(1), seen.pop(-1))
+    noisy, clean = seen
+    behind = noisy.shape[1] - 44
+    assert behind == (0 if family == "LED" else 4)
+    own = nn.functional.pad(mask, (0, behind))
+    noise = neftune_noise(own.shape, HIDDEN, 5.0, attention_mask=own, seed=last_seed(embedding))
+    assert torch.equal(noisy, clean + noise)
 
 
 def test_florence2(proves):

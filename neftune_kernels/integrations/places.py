@@ -44,6 +44,22 @@ def place(input: Tensor, ids: Tensor) -> Place | None:
     return _by_storage(input, ids) or (_by_value(input, ids) if input.is_cpu else None)
 
 
+def padded(input: Tensor, ids: Tensor) -> Place | None:
+    """The place of ids that are said to be the sequence with padding behind it, without a look at
+    their values: where they are not, each token is real.
+    """
+    columns, own = ids.shape[-1], input.shape[-1]
+    if input.shape[:-1] != ids.shape[:-1] or own <= columns:
+        return None
+
+    def values_of(values: Tensor) -> Tensor:
+        behind = torch.nn.functional.pad(values, (0, own - columns))
+        alike = (input[..., :columns] == ids).all()
+        return torch.where(alike, behind, torch.ones_like(behind))
+
+    return values_of
+
+
 def _by_storage(input: Tensor, ids: Tensor) -> Place | None:
     if (
         input.dtype != ids.dtype

@@ -141,7 +141,8 @@ class Quirks(NamedTuple):
     constant: Callable[[Any], bool] | None = None  # whether it is one number for all samples
     keeps_mask: bool = False  # what it is told of samples is not handed on to its inner model
     ids_transposed: bool = False  # it looks tokens up time first
-    pads_window: bool = False  # it looks up the padding of a window, apart from its tokens
+    # it looks its tokens up with the padding of a window behind them, or such padding apart
+    pads_window: bool = False
     # all its forward's, where its package's name is anybody's
     parameters: tuple[str, ...] | None = None
 
@@ -173,11 +174,12 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("x_transformers", "TransformerWrapper.forward"): Quirks(
         _renamed("x", "mask", "attention_mask")
     ),
-    ("transformers", "LongformerModel.forward"): Quirks(_presence),
+    ("transformers", "LongformerModel.forward"): Quirks(_presence, pads_window=True),
     ("transformers", "LEDEncoder.forward"): Quirks(_presence, pads_window=True),
     ("transformers", "LEDModel.forward"): Quirks(_presence),
     ("transformers", "AfmoeModel.forward"): Quirks(factor=_afmoe, embeds_too=True),
     ("transformers", "BigBirdEmbeddings.forward"): Quirks(factor=_big_bird, embeds_too=True),
+    ("transformers", "BigBirdModel.forward"): Quirks(pads_window=True),
     ("transformers", "BlenderbotSmallEncoder.forward"): SCALED,
     ("transformers", "CTRLModel.forward"): Quirks(factor=_ctrl, embeds_too=True),
     ("transformers", "CpmAntForCausalLM.forward"): Quirks(keeps_mask=True),

@@ -27,7 +27,7 @@ from ..torch_internals import asked_outside_the_graph
 from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
-from .places import Place, place, same, transposed
+from .places import Place, padded, place, same, transposed
 from .sequences import Sequence, among_arguments, sequences_of, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
 
@@ -199,12 +199,8 @@ class Forward:
             if ids is None:
                 continue
             where = place(input, ids)
-            if (
-                where is None
-                and self.listener.quirks.ids_transposed
-                and input.shape == ids.t().shape
-            ):
-                where = transposed
+            if where is None:
+                where = self._by_row(input, ids)
             if where is not None:
                 return index, ids, where
         own = self.sequences[0]
@@ -216,6 +212,15 @@ class Forward:
         ids, where = found  # the first that are looked up
         self.sequences[0] = own._replace(ids=ids, given={**own.given, "input_ids": ids})
         return 0, ids, where
+
+    def _by_row(self, input: Tensor, ids: Tensor) -> Place | None:
+        """As the table says, where values are not asked."""
+        quirks = self.listener.quirks
+        if quirks.ids_transposed and input.shape == ids.t().shape:
+            return transposed
+        if quirks.pads_window and not values_cost_nothing(input):
+            return padded(input, ids)
+        return None
 
     def claims(self, input: Tensor) -> bool:
         """Whether ids that are no argument, nor a part of one, are taken for the forward's own by
@@ -597,9 +602,14 @@ def _untold(
     return told._replace(attention_mask=kept)
 
 
+def values_cost_nothing(input: Tensor) -> bool:
+    """Whether values can be asked: on an accelerator that would wait for it."""
+    return input.is_cpu and not torch.compiler.is_compiling()
+
+
 def _is_window(forward: Forward, input: Tensor, padding: int) -> bool:
     """Whether nothing but padding is looked up: by value on the CPU, else as the table says."""
-    if torch.compiler.is_compiling() or not input.numel() or not input.is_cpu:
+    if not input.numel() or not values_cost_nothing(input):
         pads: bool = forward.listener.quirks.pads_window
         return pads
     return bool((input == padding).all())
