@@ -5,6 +5,8 @@ transformers' sources, and the noise of alpha / f on models of it.
 import ast
 import math
 import pathlib
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -106,7 +108,7 @@ def test_the_table_is_that_of_the_installed_transformers():
     rows = {
         name.removesuffix(".forward")
         for (package, name), row in quirks.QUIRKS.items()
-        if package == "transformers" and (row.factor or row.constant)
+        if package == "transformers" and (row.factor or row.each)
     }
     assert found - set(NOT_A_FACTOR) == rows, "read what changed, then add or take rows"
     assert transformers.__version__ in quirks.SCANNED, (
@@ -166,7 +168,9 @@ def test_a_multiplier_that_is_none(bad):
 
 @pytest.mark.parametrize("bad", ["8", True])
 def test_a_multiplier_of_another_type(bad):
-    with pytest.raises(TypeError, match="embedding_multiplier must be a number or None, got"):
+    with pytest.raises(
+        TypeError, match="embedding_multiplier must be a number, a callable or None, got"
+    ):
         apply_neftune(Scaled(), embedding="embed", embedding_multiplier=bad)
 
 
@@ -248,20 +252,141 @@ def test_a_row_counts_in_a_forward_that_is_called_by_its_name():
         assert torch.equal(out, expected(1.0)), "looked up outside, to be inputs_embeds"
 
 
-def test_per_sample_factors_warn():
+# ---- factors of each sample
+
+
+MASKED = 3  # a token to be guessed
+
+
+def esm(dtype=torch.float32):
     transformers = pytest.importorskip("transformers")
-    small = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "pad_token_id": 0,
-        "mask_token_id": 3,
-    }
-    config = transformers.EsmConfig(**small, token_dropout=True)
-    with pytest.warns(UserWarning, match="EsmEmbeddings multiplies embeddings by a number of each"):
-        apply_neftune(transformers.EsmModel(config))
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokens = {"vocab_size": 50, "pad_token_id": 0, "mask_token_id": MASKED}
+    plain = {"hidden_dropout_prob": 0.0, "position_embedding_type": "rotary"}
+    config = transformers.EsmConfig(hidden_size=16, **heads, **tokens, **plain, token_dropout=True)
+    torch.manual_seed(0)
+    return transformers.EsmModel(config).to(dtype).train()
+
+
+def divided(ids, weight, factors, seed, padding_idx=None, **told):
+    """The noise as it is, divided by factors of tokens, and the sum: each in float32, then once."""
+    noise = noisy_embedding(ids, torch.zeros_like(weight).float(), 5.0, seed=seed, **told)
+    embedded = torch.nn.functional.embedding(ids, weight, padding_idx)
+    return (embedded.float() + noise / factors[..., None]).to(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("guessed", [0, 2])
+def test_token_dropout_is_divided_sample_by_sample(guessed, fused, dtype):
+    model, ids = esm(dtype), IDS.clamp(min=MASKED + 1).where(MASK == 1, 0)
+    ids[0, 1 : 1 + guessed] = MASKED
+    handle = apply_neftune(model, 5.0, fused=fused)
+    seen, arrived = [], []
+    table = model.get_input_embeddings()
+    table.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    model.encoder.layer[0].register_forward_pre_hook(
+        lambda module, args: arrived.append(args[0].detach().clone())
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, attention_mask=MASK)
+    observed = (ids == MASKED).sum(1).float() / MASK.sum(1)
+    factors = (1 - 0.15 * 0.8) / (1 - observed)
+    expected = divided(
+        ids, table.weight, factors[:, None], seed_of(table), attention_mask=MASK, padding_idx=0
+    )
+    assert torch.equal(seen[0], expected)
+    handle.noise_alpha = 0.0
+    model(ids, attention_mask=MASK)
+    noise = (arrived[0] - arrived[1]).float().abs().amax(-1)
+    bound = 5.0 / (MASK.sum(1, keepdim=True) * 16).sqrt()
+    real = (MASK == 1) & (ids != MASKED)
+    ratio = (noise / bound)[real].max()
+    assert 0.95 < ratio < (1 + 1e-5 if dtype is torch.float32 else 1.02)
+    handle.noise_alpha = 5.0
+    checked = handle.check(input_ids=ids, attention_mask=MASK)
+    assert checked["ok"] and checked["sites"][0]["multiplier"] == pytest.approx(
+        float(factors.mean())
+    )
+    other = esm()
+    apply_neftune(other, 5.0)
+    copy = pickle.loads(pickle.dumps(other.embeddings))
+    assert copy.word_embeddings._neftune.each is not None
+
+
+def test_token_dropout_in_a_compiled_forward():
+    torch._dynamo.reset()
+    ids = IDS.clamp(min=MASKED)
+    results = []
+    for compiled in (False, True):
+        model = esm()
+        apply_neftune(model, 5.0)
+        call = torch.compile(model.embeddings, backend="eager", fullgraph=True)
+        torch.manual_seed(3)
+        embedded = (call if compiled else model.embeddings)(ids, attention_mask=MASK)
+        results.append(embedded)
+    assert torch.equal(*results)
+
+
+class Each(nn.Module):
+    """Somebody's own code, with a number of each sample's or token's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.first = nn.Identity()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None, factors=None):
+        shaped = factors[:, None] if factors.dim() == 1 else factors
+        return self.first(self.embed(input_ids) * shaped[..., None])
+
+
+ROWS = torch.tensor([1.0, 2.0, 4.0])
+TOKENS = torch.arange(1.0, 25).view(3, 8)
+
+
+@pytest.mark.parametrize("said", [ROWS, TOKENS, torch.tensor(4.0)], ids=["rows", "tokens", "one"])
+def test_a_callable_says_the_factors_of_rows_or_tokens(said):
+    model = Each().train()
+    handle = apply_neftune(model, 5.0, embedding_multiplier=lambda given: given["factors"])
+    shaped = said[:, None] if said.dim() == 1 else said
+    seen = []
+    model.embed.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    out = model(IDS, MASK, said)
+    assert callable(handle.embedding_multiplier)
+    expected = divided(IDS, model.embed.weight, shaped, seed_of(model.embed), attention_mask=MASK)
+    assert torch.equal(seen[0], expected) and torch.equal(out, expected * shaped[..., None])
+    assert handle.check(input_ids=IDS, attention_mask=MASK, factors=said)["ok"]
+    handle.embedding_multiplier = lambda given: 3 * given["factors"]
+    assert not handle.check(input_ids=IDS, attention_mask=MASK, factors=said)["ok"]
+    handle.embedding_multiplier = lambda given: given["factors"]
+    with pytest.raises(ValueError, match=r"one for each of the 3 rows.*got \(2,\)"):
+        model(IDS, MASK, ROWS[:2])
+    handle.embedding_multiplier = lambda given: 4.0
+    model(IDS, MASK, torch.tensor(4.0))
+    expected = noisy_embedding(
+        IDS, model.embed.weight, 5.0 / 4, attention_mask=MASK, seed=seed_of(model.embed)
+    )
+    assert torch.equal(seen[-1], expected)
+    handle.embedding_multiplier = lambda given: given["factors"]
+    with handle.told(attention_mask=MASK), pytest.raises(RuntimeError, match="none was heard"):
+        model.forward(IDS, MASK, said)
+
+
+def test_time_first_rows_are_columns():
+    class TimeFirst(Each):
+        def forward(self, input_ids, scale):
+            return self.first(self.embed(input_ids) * scale[None, :, None])
+
+    model = TimeFirst().train()
+    apply_neftune(model, 5.0, batch_first=False, embedding_multiplier=lambda given: given["scale"])
+    out = model(IDS.t(), ROWS)
+    expected = divided(IDS, model.embed.weight, ROWS[:, None], seed_of(model.embed))
+    assert torch.equal(out, (expected * ROWS[:, None, None]).transpose(0, 1))
 
 
 # ---- models that scale elsewhere than where they look up

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neftune_kernels import apply_neftune, noisy_embedding
+from neftune_kernels import apply_neftune, neftune_noise, noisy_embedding
 from neftune_kernels.integrations.listening import Listener
 from neftune_kernels.integrations.running import State
 
@@ -211,6 +211,34 @@ def test_source_lengths_are_counted_by_the_padding_of_either_side(name, side):
             ids, table.weight, 5.0, padding_idx=1, attention_mask=mask, seed=seed
         )
         assert torch.equal(out, expected)
+
+
+def esm2(self, tokens, repr_layers=(), need_head_weights=False, return_contacts=False):
+    """fair-esm's: zeroed where they are to be guessed, scaled by what is left, padding zeroed."""
+    padding = tokens.eq(1)
+    x = self.embed_scale * self.embed(tokens)
+    if self.token_dropout:
+        x = x.masked_fill((tokens == self.mask_idx)[..., None], 0.0)
+        observed = (tokens == self.mask_idx).sum(-1).to(x.dtype) / (~padding).sum(-1)
+        x = x * (1 - 0.15 * 0.8) / (1 - observed)[:, None, None]
+    return x * (1 - padding[..., None].type_as(x))
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_token_dropout_of_fair_esm(dropout):
+    model = built("esm.model.esm2", "ESM2", esm2)
+    model.embed = nn.Embedding(VOCAB, HIDDEN, padding_idx=1)
+    model.embed_scale, model.token_dropout, model.mask_idx, model.padding_idx = 2.0, dropout, 3, 1
+    ids = IDS.clamp(min=4).where(KEEP == 1, 1)
+    ids[0, 2] = 3
+    clean = esm2(model, ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, ids)
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=KEEP, seed=seed)
+    noise[0, 2] = 0 if dropout else noise[0, 2]
+    # three roundings of the model, two of ours
+    torch.testing.assert_close(out - clean, noise, rtol=1e-5, atol=1e-6)
 
 
 def test_a_listener_of_a_model_with_a_row_pickles():

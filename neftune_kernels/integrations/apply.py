@@ -15,7 +15,7 @@ from ..modules import check_batch_first
 from ..noise import check_alpha, check_variant, check_word, refuse_unknown
 from .find import Found, chains, find_embeddings, path_of
 from .handle import NEFTuneHandle, check_backend, check_fused, check_multiplier
-from .running import Settings, State
+from .running import Said, Settings, State
 from .telling import Read, check_samples
 
 
@@ -32,7 +32,7 @@ def apply_neftune(
     backend: str | None = None,
     fused: bool | None = None,
     batch_first: bool = True,
-    embedding_multiplier: float | None = None,
+    embedding_multiplier: Said | None = None,
     **unknown: NoReturn,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
@@ -80,7 +80,9 @@ def apply_neftune(
             own is given the embeddings as they were looked up, a warning does.
         embedding_multiplier: what the model multiplies its embeddings by after looking them up,
             positive and finite: the noise of noise_alpha / embedding_multiplier is added at the
-            lookup, so that the paper's arrives. None: known for transformers' models,
+            lookup, so that the paper's arrives. Where samples have factors of their own, a
+            callable: given the arguments by name, as samples= is, it returns a tensor of them, one
+            for each row (or token), or a number. None: known for transformers' models,
             else measured by values in a look at the model before its first noisy forward; what
             cannot be told is 1, and warns with the line to paste.
 

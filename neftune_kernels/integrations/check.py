@@ -146,7 +146,11 @@ def _row(
     if clean is None:
         return row | {"why": "its weight is not whole in this process"}
     said = state.embedding_multiplier
-    known = said if said is not None else site.factors.get(noisy.dtype, 1.0)
+    known = site.factors.get(noisy.dtype, 1.0) if said is None or callable(said) else said
+    each = None
+    if last.factors is not None:
+        each = last.factors.double().expand(last.ids.shape).reshape(-1, 1)
+        known = float(each.mean())
     measured = None if arriving is None else arriving.factor
     row |= {"multiplier": float(known), "measured": measured}
     paper, length = _paper(last, noisy.device)
@@ -157,7 +161,14 @@ def _row(
     if not bool(real.any()):
         return row | {"lengths": []}
     factor = known if measured is None else measured
-    arrived, wanted = at_lookup[real] * factor, paper.reshape(-1, width)[real]
+    arrived = at_lookup[real] * factor
+    if each is not None and measured is None:
+        arrived = at_lookup[real] * each[real]
+        low, high = (0.0, 0.0) if arriving is None else (arriving.low, arriving.high)
+        inside = low * (1 - CLOSE) <= each[real].min() and each[real].max() <= high * (1 + CLOSE)
+        if high and not inside:  # what arrives has other factors
+            arrived *= (low + high) / 2 / known
+    wanted = paper.reshape(-1, width)[real]
     row["arrives"] = float((arrived * wanted).sum() / wanted.square().sum())
     embedded = clean.double().reshape(-1, width)[real]
     row["noise_to_embedding"] = ratio_of_rms(at_lookup[real], embedded)

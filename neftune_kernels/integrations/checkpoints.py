@@ -56,6 +56,7 @@ class Given(NamedTuple):
     noise_alpha: float  # of the samples' magnitudes, as stats() tells it
     follows: bool  # it looks up something besides its forward's tokens: LED's padding of its window
     key: Key = ()  # of a first pass, where its seed was drawn
+    factors: Tensor | None = None  # that divide the noise of each row, or token, where no one does
 
 
 class FirstPass:

@@ -22,7 +22,17 @@ from .listening import Listener, heard, listeners_of
 from .multipliers import known_multiplier, read_row
 from .noisy import class_to_restore, describe, drop_hooks, make_noisy, make_plain
 from .probe import is_left
-from .running import RUNNING, NoisyCall, Settings, Site, State, forget_interrupted, handles, numbers
+from .running import (
+    RUNNING,
+    NoisyCall,
+    Said,
+    Settings,
+    Site,
+    State,
+    forget_interrupted,
+    handles,
+    numbers,
+)
 from .telling import Read, check_samples, check_words
 
 # Of the last noisy forward, beside the largest ratio; training.py logs the same.
@@ -291,14 +301,13 @@ class NEFTuneHandle:
                 site: Any = module._neftune
                 how = known_multiplier([parent for parent, _ in ancestors_of(root, name)])
                 site.multiplier_known, site.factors = how.known, dict(how.factors)
+                site.each = how.each
                 state.unmeasured |= not site.multiplier_known
                 if how.row is not None:
                     self._followed.append(_followed(how.row, None))
                 inside = [] if how.inside is None else listeners_of(how.inside)
                 listener = next((one for one in inside if one.state is state), None)
                 site.factor_listener = listener
-                if how.warning and state.embedding_multiplier is None:
-                    state.warn_once(how.warning)
 
     def follow(self) -> None:
         """After a look at the model: what leads to its sites may not change unseen, neither numbers
@@ -496,11 +505,11 @@ class NEFTuneHandle:
         self._set(batch_first=check_batch_first(value))
 
     @property
-    def embedding_multiplier(self) -> float | None:
+    def embedding_multiplier(self) -> Said | None:
         return self._live_state().embedding_multiplier
 
     @embedding_multiplier.setter
-    def embedding_multiplier(self, value: float | None) -> None:
+    def embedding_multiplier(self, value: Said | None) -> None:
         self._set(embedding_multiplier=check_multiplier(value))
 
     # ---- samples
@@ -746,11 +755,11 @@ def check_fused(fused: Any) -> bool | None:
     return fused
 
 
-def check_multiplier(value: Any) -> float | None:
-    if value is None:
-        return None
+def check_multiplier(value: Any) -> Said | None:
+    if value is None or callable(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"embedding_multiplier must be a number or None, got {value!r}")
+        raise TypeError(f"embedding_multiplier must be a number, a callable or None, got {value!r}")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(
             f"embedding_multiplier must be positive and finite, got {value!r}: it is what the "

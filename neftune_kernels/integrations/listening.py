@@ -199,7 +199,9 @@ def _what_was_found(name: str, found: Measured) -> str:
     if found.high > 0:
         return (
             f"{name} multiplies its embeddings by {found.low:.4g} to {found.high:.4g}, each token "
-            "or sample by its own number, and NEFTune's noise with them. Say the middle: "
+            "or sample by its own number, and NEFTune's noise with them. Say them, one for each "
+            "row, with apply_neftune(..., embedding_multiplier=lambda given: ...), which is given "
+            "the forward's arguments by name, or say the middle: "
             f"apply_neftune(..., embedding_multiplier={(found.low + found.high) / 2:.4g})"
         )
     return (

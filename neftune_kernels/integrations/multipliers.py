@@ -6,16 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .quirks import Quirks, is_scanned, package_of, quirks_of
+from .quirks import Each, Quirks, is_scanned, package_of, quirks_of
 
 NO_FACTORS: Mapping[torch.dtype, float] = {}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-VARIES = (
-    "{name} multiplies embeddings by a number of each sample's own, and with them NEFTune's noise: "
-    "pass it neftune_kernels.add_noise(embedding(input_ids), noise_alpha, attention_mask=...) as "
-    "inputs_embeds, or say the middle of that range with apply_neftune(..., "
-    "embedding_multiplier=...)"
-)
 
 
 class Multiplier(NamedTuple):
@@ -25,7 +19,7 @@ class Multiplier(NamedTuple):
     factors: Mapping[torch.dtype, float] = NO_FACTORS  # by the embeddings' dtype; empty: 1
     # only what is looked up while this model runs is multiplied; None: wherever it is looked up
     inside: nn.Module | None = None
-    warning: str = ""
+    each: Each | None = None  # factors of each sample, asked of that model's arguments
     row: nn.Module | None = None  # whose row told; read_row says whether it still does
 
 
@@ -41,8 +35,8 @@ def known_multiplier(ancestors: list[nn.Module]) -> Multiplier:
     """
     for model in reversed(ancestors):
         quirks = quirks_of(model)
-        if quirks.constant is not None and not quirks.constant(model):
-            return Multiplier(warning=VARIES.format(name=type(model).__name__))
+        if quirks.each is not None:
+            return _each(model, quirks)
         if quirks.factor is not None:
             return _by_row(model, quirks)
     holder = next((model for model in reversed(ancestors) if not _is_container(model)), None)
@@ -56,6 +50,14 @@ def _by_row(model: nn.Module, quirks: Quirks) -> Multiplier:
     except AttributeError:  # another version of that class
         return UNKNOWN
     return Multiplier(factors=factors, inside=None if quirks.embeds_too else model, row=model)
+
+
+def _each(model: nn.Module, quirks: Quirks) -> Multiplier:
+    assert quirks.each is not None
+    try:
+        return Multiplier(each=quirks.each(model), inside=model)
+    except AttributeError:
+        return UNKNOWN
 
 
 def read_row(model: nn.Module) -> float | None:

@@ -110,7 +110,8 @@ def _given(
     samples, follows = site.samples(forwards, input, _padding_idx(base))
     dtype = weight.dtype if output is None else output.dtype  # type: ignore[union-attr]
     divisor = site.divisor(forwards, dtype)
-    alpha = state.alpha if divisor == 1 else state.alpha / divisor
+    factors = _of_tokens(divisor, input, samples, device) if isinstance(divisor, Tensor) else None
+    alpha = state.alpha if factors is not None or divisor == 1 else state.alpha / divisor
     if is_dtensor(shared) or (weight is not None and type(weight) not in PLAIN_WEIGHTS):
         samples = replicated(samples)
     samples = _on(device, samples)
@@ -118,7 +119,20 @@ def _given(
     noise = make_noise(alpha, seed, None, offsets, state.variant, state.backend)
     # Dynamo would compile anew for each value that it reads
     noise_alpha = 0.0 if compiling else state.noise_alpha
-    return Given(samples, noise, noise_alpha, follows, key)
+    return Given(samples, noise, noise_alpha, follows, key, factors)
+
+
+def _of_tokens(factors: Tensor, input: Tensor, samples: Samples, device: torch.device) -> Tensor:
+    """Factors of rows, or of tokens, so that they broadcast to the ids."""
+    rows = input.shape[1] if samples.time_first else input.shape[0] if input.dim() else 1
+    if input.dim() == 2 and factors.shape == (rows,):
+        factors = factors[None] if samples.time_first else factors[:, None]
+    elif factors.shape not in ((), input.shape):
+        raise ValueError(
+            f"embedding_multiplier must make a number, or one for each of the {rows} rows or the "
+            f"tokens {tuple(input.shape)}, got {tuple(factors.shape)}"
+        )
+    return factors.detach().to(device)
 
 
 def _recomputed(
@@ -178,7 +192,20 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
         given.noise,
         chosen,
         input,
+        given.factors,
     )
+
+
+def _divided(embeds: Tensor, given: Given, samples: Samples) -> Tensor:
+    """Embeddings with noise that each row, or token, has divided by a factor of its own: the noise
+    as it is of zeros, its quotient and the sum in float32 at least, rounded once.
+    """
+    factors, shape = given.factors, embeds.shape
+    assert factors is not None
+    wide = torch.promote_types(embeds.dtype, torch.float32)
+    zeros = torch.zeros((), dtype=wide, device=embeds.device).expand(shape)
+    noise = embeds_with_noise(zeros, samples, given.noise)
+    return (embeds.to(wide) + noise / factors.to(wide)[..., None]).to(embeds.dtype)
 
 
 def describe(module: nn.Module) -> str:
@@ -212,7 +239,11 @@ def noisy_forward(self: Any, input: Tensor) -> Tensor:
     given = _given(site, self, forwards, input, self.weight.device, None)
     if given is None:
         return nn.Embedding.forward(self, input)
-    noisy = noisy_lookup(self, input, given.samples, given.noise)
+    if given.factors is None:
+        noisy = noisy_lookup(self, input, given.samples, given.noise)
+    else:
+        samples = real_tokens(input, _padding_idx(self), given.samples)
+        noisy = _divided(nn.Embedding.forward(self, input), given, samples)
     _note(site, self, input, given, noisy)
     return noisy
 
@@ -314,6 +345,8 @@ def add_noise_behind(
     samples = real_tokens(input, _padding_idx(base), given.samples)
     if is_dtensor(output):
         noisy = dtensor_with_noise(embeds_with_noise, output, samples, given.noise)
+    elif given.factors is not None:
+        noisy = _divided(output, given, samples)
     else:
         noisy = embeds_with_noise(output, samples, given.noise)
     _note(site, module, input, given, noisy)

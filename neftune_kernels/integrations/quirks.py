@@ -5,6 +5,7 @@ A row is found by (top package, forward.__qualname__): a namesake in a user's ow
 A test reads transformers' sources and holds its rows against them.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -128,8 +129,37 @@ def _vits(model: Any, dtype: torch.dtype) -> float:
     return float(model.config.hidden_size**0.5)
 
 
-def _no_token_dropout(model: Any) -> bool:
-    return not model.token_dropout
+# ---- factors that each sample has of its own: of the arguments of the model that multiplies
+
+Each = Callable[[Given], Tensor]  # (rows,) or (rows, tokens)
+TOKEN_DROPOUT = 1 - 0.15 * 0.8  # what ESM's training left of tokens
+
+
+def _token_dropout(model: Any) -> Each | None:
+    """Samples are scaled by what is left of their tokens once those to be guessed are zeroed."""
+    return functools.partial(_by_masked, model.mask_token_id) if model.token_dropout else None
+
+
+def _by_masked(mask_token: int, given: Given) -> Tensor:
+    ids: Tensor = given["input_ids"]
+    mask = given.get("attention_mask")
+    length = ids.shape[1] if mask is None else mask.sum(-1)
+    return TOKEN_DROPOUT / (1 - (ids == mask_token).sum(-1).float() / length)
+
+
+def _fair_esm(model: Any) -> Each:
+    tokens = model.mask_idx, model.padding_idx
+    return functools.partial(_by_masked_tokens, *tokens, model.token_dropout, model.embed_scale)
+
+
+def _by_masked_tokens(
+    mask_token: int, padding: int, dropout: bool, scale: float, given: Given
+) -> Tensor:
+    ids: Tensor = given["tokens"]
+    if not dropout:
+        return torch.full_like(ids[:, 0], scale, dtype=torch.float32)
+    told = {"input_ids": ids, "attention_mask": ids != padding}
+    return _by_masked(mask_token, told) * scale
 
 
 class Quirks(NamedTuple):
@@ -138,7 +168,7 @@ class Quirks(NamedTuple):
     samples: Row | None = None
     factor: Factor | None = None  # of what it looks up in its own forward
     embeds_too: bool = False  # the factor is that of inputs_embeds as well
-    constant: Callable[[Any], bool] | None = None  # whether it is one number for all samples
+    each: Callable[[Any], Each | None] | None = None  # a factor of each sample; None: 1
     keeps_mask: bool = False  # what it is told of samples is not handed on to its inner model
     ids_transposed: bool = False  # it looks tokens up time first
     # it looks its tokens up with the padding of a window behind them, or such padding apart
@@ -163,6 +193,7 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("olmo_core", "Transformer.forward"): Quirks(_by_lengths("input_ids", "doc_lens")),
     ("llmfoundry", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
     ("transformers", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
+    ("esm", "ESM2.forward"): Quirks(_by_padding_idx("tokens"), each=_fair_esm),
     ("esm", "ESMC.forward"): Quirks(_by_sequence_id("sequence_tokens")),
     ("fairseq", "FairseqEncoderDecoderModel.forward"): FAIRSEQ,
     ("fairseq", "TransformerModelBase.forward"): FAIRSEQ,
@@ -183,8 +214,8 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("transformers", "BlenderbotSmallEncoder.forward"): SCALED,
     ("transformers", "CTRLModel.forward"): Quirks(factor=_ctrl, embeds_too=True),
     ("transformers", "CpmAntForCausalLM.forward"): Quirks(keeps_mask=True),
-    ("transformers", "EsmEmbeddings.forward"): Quirks(constant=_no_token_dropout),
-    ("transformers", "EvollaSaProtEmbeddings.forward"): Quirks(constant=_no_token_dropout),
+    ("transformers", "EsmEmbeddings.forward"): Quirks(each=_token_dropout),
+    ("transformers", "EvollaSaProtEmbeddings.forward"): Quirks(each=_token_dropout),
     ("transformers", "FSMTDecoder.forward"): SCALED_TOO,
     ("transformers", "FSMTEncoder.forward"): SCALED_TOO,
     ("transformers", "FalconH1Model.forward"): MULTIPLIED._replace(embeds_too=False),

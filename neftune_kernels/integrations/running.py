@@ -28,6 +28,7 @@ from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
 from .places import Place, padded, place, same, transposed
+from .quirks import Each
 from .sequences import Sequence, among_arguments, sequences_of, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
 
@@ -42,11 +43,16 @@ class NoisyCall(NamedTuple):
     noise: Noise
     backend: Backend
     ids: Tensor
+    factors: Tensor | None = None  # of each row or token, that divided the noise
 
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """(sample, position, length) of every token, each (N,); length 0 marks padding."""
         layout = make_layout(self.shape, self.ids.device, self.samples, self.backend)
         return per_token(layout, self.shape, self.ids.device)
+
+
+# embedding_multiplier=: a number, or what makes one, or one for each row, of a forward's arguments
+Said = float | Callable[[dict[str, Any]], Any]
 
 
 class Settings(NamedTuple):
@@ -60,7 +66,7 @@ class Settings(NamedTuple):
     samples: Read | None = None  # how the user reads arguments
     fused: bool | None = None
     batch_first: bool = True
-    embedding_multiplier: float | None = None  # None: known or measured
+    embedding_multiplier: Said | None = None  # None: known or measured
 
 
 class State:
@@ -339,6 +345,10 @@ UNKNOWN = (
     "the noisy embedding was given ids that are none of the tokens which its model's forward was "
     "told about, so every one of them but padding_idx counts as real"
 )
+NOTHING_TO_ASK = (
+    "embedding_multiplier= is asked with the arguments of the model's forward, and none was heard: "
+    "call model(...), or say a number"
+)
 NOT_LOOKED_AT = (
     "it is not known whether the model multiplies its embeddings after looking them up, since no "
     "forward of two different tokens was heard that could be looked at: NEFTune takes 1. Say it: "
@@ -388,6 +398,7 @@ class Site:
         self.wrappers: list[weakref.ref[nn.Module]] = []  # around the site
         self.multiplier_known = True  # else it is to be measured
         self.factors: dict[torch.dtype, float] = {}  # that the lookup is multiplied by afterwards
+        self.each: Each | None = None  # factors of each sample, by the arguments of that model
         self.factor_listener: Any = None  # only while its model runs; None: always
         self.last: NoisyCall | None = None
         self.firsts = FirstPasses()
@@ -553,11 +564,20 @@ class Site:
         self.state.warn_once(message, lambda: forward.advice(message, input) if forward else "")
         return UNSAID
 
-    def divisor(self, forwards: list[Forward], dtype: torch.dtype) -> float:
-        """Of the noise at the lookup: what the model multiplies its embeddings by afterwards."""
+    def divisor(self, forwards: list[Forward], dtype: torch.dtype) -> float | Tensor:
+        """Of the noise at the lookup: what the model multiplies its embeddings by afterwards. A
+        tensor where each row or token has its own.
+        """
         said = self.state.embedding_multiplier
+        if callable(said):
+            if not forwards:
+                raise RuntimeError(NOTHING_TO_ASK)
+            return said(forwards[0].given)  # type: ignore[no-any-return]
         if said is not None:
             return said
+        if self.each is not None:
+            running = [one for one in forwards if one.listener is self.factor_listener]
+            return self.each(running[-1].given) if running else 1.0
         compiling = torch.compiler.is_compiling()
         if compiling:
             read_factors_again(self.state.handle_key)
