@@ -48,7 +48,10 @@ def collate(rows):
 
 
 class Watch(transformers.TrainerCallback):
-    """Every training forward's ids, clean and noisy embeddings, and the seed of its noise."""
+    """Every training forward's ids, clean and noisy embeddings, and the seed of its noise.
+
+    The look at a model whose transformers the table of multipliers does not know has no grad.
+    """
 
     def __init__(self):
         self.calls = []
@@ -61,6 +64,8 @@ class Watch(transformers.TrainerCallback):
         self.hook.remove()
 
     def record(self, module, args, output):
+        if not torch.is_grad_enabled():
+            return
         clean = torch.nn.functional.embedding(args[0], module.weight).detach()
         site = module.__dict__.get("_neftune")
         seed = None if site is None or site.last is None else site.last.noise.seed
