@@ -2,12 +2,15 @@
 `python -m bench.host`.
 
 A 2-layer Llama at (1, 8), where nothing but overhead is left. The three models are timed in every
-round, in a new random order; what is added is taken within a round. Needs transformers.
+round, in a new random order; what is added is taken within a round. The Python calls that are added
+say on a busy machine what times cannot. Needs transformers.
 """
 
 import argparse
 import statistics
+import sys
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -61,6 +64,22 @@ def time_rounds(
     return taken
 
 
+def count_calls(model: nn.Module, given: dict[str, Tensor]) -> int:
+    """Python functions called by one forward."""
+    calls = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        model(**given)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=11)
@@ -74,8 +93,11 @@ def main() -> None:
         "no mask": {"input_ids": ids},
         "attention_mask": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
     }
-    print("| batch | no noise, us | ours adds | transformers' hook adds | ratio | at most |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(
+        "| batch | no noise, us | ours adds | transformers' hook adds | ratio | at most "
+        "| Python calls, ours | theirs |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, given in batches.items():
         taken = time_rounds(models, given, options.rounds, options.forwards)
         base = taken[NOTHING]
@@ -83,9 +105,11 @@ def main() -> None:
             statistics.median(1e6 * (one - b) for one, b in zip(taken[who], base, strict=True))
             for who in (OURS, THEIRS)
         )
+        calls = {who: count_calls(models[who], given) for who in models}
         print(
             f"| {name} | {1e6 * statistics.median(base):.0f} | {ours:.0f} | {theirs:.0f} "
-            f"| {ours / theirs:.1f} | {LIMITS[name]} |"
+            f"| {ours / theirs:.1f} | {LIMITS[name]} "
+            f"| {calls[OURS] - calls[NOTHING]} | {calls[THEIRS] - calls[NOTHING]} |"
         )
 
 

@@ -11,7 +11,7 @@ from . import ops
 from .backends import CPP, CPP_SERVES, choose_backend, number_documents
 from .distributed import dtensor_with_noise, is_dtensor
 from .layout import INTEGER_DTYPES, ROWS
-from .noise import Noise, alpha_tensor, make_noise, seed_tensor
+from .noise import Noise, alpha_tensor, draw_seed, make_noise, seed_tensor
 from .samples import UNSAID, Samples, make_layout, real_tokens
 from .torch_internals import dispatch_modes, transformed
 
@@ -36,9 +36,6 @@ def check_ids(input_ids: Tensor) -> None:
         raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
-
-
-_SEED = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it is twice as fast
 
 
 def _embed_quickly(
@@ -78,7 +75,7 @@ def _embed_quickly(
             return None
         numbering = number_documents(attention_mask, None)
     if seed is None:
-        seed = torch.empty_like(_SEED).random_(-(2**63), None)
+        seed = draw_seed(weight.device)
     elif seed.dtype is not torch.int64 or seed.dim() or not seed.is_cpu:
         return None
     if needs_graph:
@@ -215,15 +212,17 @@ def noisy_lookup(
     noise: Noise,
     embed_scale: float = 1.0,
     look_up: Callable[[], Tensor] | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """What every noisy embedding does in training: one pass where it can be, else its own lookup,
     the scale, and noise on that, a DTensor included.
 
-    embedding: the nn.Embedding; look_up: its own forward, None for nn.Embedding's.
+    embedding: the nn.Embedding; look_up: its own forward, None for nn.Embedding's; weight: the
+        embedding's, where the caller has it (nn.Module's __getattr__ takes its time).
     """
     padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
     if look_up is None:
-        weight = embedding.weight  # nn.Module's __getattr__: once
+        weight = embedding.weight if weight is None else weight
         if (
             type(weight) in PLAIN_WEIGHTS
             and embedding.max_norm is None

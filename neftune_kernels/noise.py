@@ -207,13 +207,18 @@ def function_noise(
     return make_noise(alpha_tensor(noise_alpha), seed, generator, offsets, variant, backend)
 
 
+_ON_CPU = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it is twice as fast
+
+
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """One 64-bit draw from the device's default (or the given) generator: a 0-dim int64 tensor on
     the device.
     """
-    return torch.empty((), dtype=torch.int64, device=device).random_(
-        -(2**63), None, generator=generator
-    )
+    if device.type == "cpu" and not dispatch_modes():
+        seed = torch.empty_like(_ON_CPU)
+    else:
+        seed = torch.empty((), dtype=torch.int64, device=device)
+    return seed.random_(-(2**63), None, generator=generator)
 
 
 def seed_tensor(

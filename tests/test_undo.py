@@ -5,6 +5,7 @@ checkpoints, threads.
 import copy
 import functools
 import re
+import sys
 import threading
 import warnings
 
@@ -292,6 +293,25 @@ def test_an_interrupted_forward_tells_a_direct_call_nothing(kind):
     with pytest.warns(UserWarning, match="outside its model's forward"):
         out = model.embed(IDS)
     assert torch.equal(out, expected(model, mask=None))
+
+
+def test_an_interrupted_forward_whose_frame_left_its_id_to_the_next_call():
+    model = build()
+    apply_neftune(model, 5.0, embedding_multiplier=1.0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.embed.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS, MASK)
+    hook.remove()
+
+    def alike(*_):
+        RUNNING.forwards[-1].frame = id(sys._getframe(1))
+
+    model.register_forward_pre_hook(alike, prepend=True)
+    assert torch.equal(called(model), expected(model)) and not RUNNING.forwards
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -111,11 +111,12 @@ def _told(given: dict[str, Any], padding: Padding, warn: Warn) -> Samples:
         given.get("position_ids"),
         given.get("input_ids"),
     )
-    for name in ("lengths", "cu_seqlens"):
-        if mask is None and (value := given.get(name)) is not None:
-            if _fits(name, value, input_ids):
-                return Samples(**{name: value})
-            warn(_misfit(name, value, input_ids))
+    if mask is None:
+        for name in ("lengths", "cu_seqlens"):
+            if (value := given.get(name)) is not None:
+                if _fits(name, value, input_ids):
+                    return Samples(**{name: value})
+                warn(_misfit(name, value, input_ids))
     if not isinstance(input_ids, Tensor):  # under another name: the embedding compares the shapes
         if mask is None or isinstance(mask, Tensor):
             return UNSAID if mask is None else Samples(attention_mask=mask)
@@ -130,7 +131,11 @@ def _told(given: dict[str, Any], padding: Padding, warn: Warn) -> Samples:
         position_ids = None
     if bounds is not None and not isinstance(bounds, Tensor):
         warn(_misfit("cu_seq_lens_q", bounds, input_ids))
-    others = any(isinstance(other, Tensor) for other in (bounds, number, position_ids))
+    others = (
+        isinstance(bounds, Tensor) or isinstance(number, Tensor) or isinstance(position_ids, Tensor)
+    )
+    if mask is None and not others:
+        return UNSAID
     mask = _two_axes(mask, input_ids, _nothing if others and isinstance(mask, Tensor) else warn)
     before = 0 if mask is None else mask.shape[-1] - input_ids.shape[-1]
     if before and not others:
@@ -159,9 +164,9 @@ def _two_axes(mask: Any, input_ids: Tensor, warn: Warn) -> Tensor | None:
     """
     if mask is None:
         return None
-    columns = input_ids.shape[-1]
-    if isinstance(mask, Tensor) and mask.dim() == 1 and mask.shape == input_ids.shape:
+    if isinstance(mask, Tensor) and mask.shape == input_ids.shape and mask.dim() in (1, 2):
         return mask
+    columns = input_ids.shape[-1]
     if (
         isinstance(mask, Tensor)
         and mask.dim() == 2
@@ -169,8 +174,6 @@ def _two_axes(mask: Any, input_ids: Tensor, warn: Warn) -> Tensor | None:
         and mask.shape[:-1] == input_ids.shape[:-1]
     ):
         excess = mask.shape[-1] - columns
-        if not excess:
-            return mask
         if torch.compiler.is_compiling():
             return mask[:, excess:]
         virtual = min(virtual_tokens(), excess)

@@ -156,7 +156,7 @@ def may_be_recomputed() -> bool:
     """Whether this lookup may be a checkpoint's first pass: non-reentrant ones hook saved tensors,
     reentrant ones run without grad.
     """
-    return saved_tensors_hooks() is not None or not torch.is_grad_enabled()
+    return not torch.is_grad_enabled() or saved_tensors_hooks() is not None
 
 
 def _place(device: torch.device) -> Key:

@@ -81,6 +81,11 @@ def is_compiled(wrapper: nn.Module) -> bool:
     return COMPILED in _kinds(wrapper)
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is of a class that may change what it is around, or what it does with it."""
+    return _is_peft(module) or not WRAPPERS.keys().isdisjoint(_kinds(module))
+
+
 def snapshot(wrapper: nn.Module) -> tuple[int, bool]:
     """What decides about the noise inside a wrapper: when it changes, sites are looked for anew."""
     return len(_wrapped(wrapper)), _lets_noise_in(wrapper)

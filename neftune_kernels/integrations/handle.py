@@ -17,7 +17,15 @@ from ..noise import check_alpha, check_variant, check_word
 from .arguments import Padding
 from .axes import Axes, reads_time_first, watch, watches
 from .check import Check, check, clean_lookup, ratio_of_rms
-from .find import Found, ancestors_of, decoder_of, find_embeddings, padding_of, snapshot
+from .find import (
+    Found,
+    ancestors_of,
+    decoder_of,
+    find_embeddings,
+    is_wrapper,
+    padding_of,
+    snapshot,
+)
 from .listening import Listener, heard, listeners_of
 from .multipliers import known_multiplier, read_row
 from .noisy import class_to_restore, describe, drop_hooks, make_noisy, make_plain
@@ -212,7 +220,7 @@ class NEFTuneHandle:
         changes += [make_noisy(one, state) for one in found.values()]
         self._noisy = [weakref.ref(module) for module in found]
         wrappers = [wrapper for one in found.values() for wrapper in (one.site, *one.wrappers)]
-        self._wrappers = [(weakref.ref(wrapper), snapshot(wrapper)) for wrapper in wrappers]
+        self._wrappers = [(weakref.ref(one), snapshot(one)) for one in wrappers if is_wrapper(one)]
         for module in self._modules():
             drop_hooks(module, is_left)
         changed = self._listen(self._wanted(roots, found))
@@ -378,14 +386,15 @@ class NEFTuneHandle:
         return True
 
     def has_moved(self) -> bool:
-        moved = any(
-            (module := parent()) is not None and module._modules.get(name) is not child()
-            for parent, name, child in self._places
-        )
-        return moved or any(
-            (wrapper := reference()) is not None and snapshot(wrapper) != before
-            for reference, before in self._wrappers
-        )
+        for parent, name, child in self._places:  # at every forward: no generator
+            module = parent()
+            if module is not None and module._modules.get(name) is not child():
+                return True
+        for reference, before in self._wrappers:
+            wrapper = reference()
+            if wrapper is not None and snapshot(wrapper) != before:
+                return True
+        return False
 
     def _live_state(self) -> State:
         if self._state is None:

@@ -1,5 +1,6 @@
 """Listener: the two hooks of a model around sites, which hear what its forward is told."""
 
+import sys
 import weakref
 from typing import Any
 
@@ -55,7 +56,8 @@ class Listener:
         self.name = type(model).__name__
         self.names = tuple(parameter_names(model))
         self.key = key_of(model) if quirks_of(model) is not NO_QUIRKS else None
-        self.tells = self.quirks.samples is not None or tells_samples(model)
+        self.has_row = self.quirks.samples is not None
+        self.tells = self.has_row or tells_samples(model)
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.padding = Padding()
@@ -75,41 +77,51 @@ class Listener:
     # ---- the hooks
 
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = self.state
+        state, forwards = self.state, RUNNING.forwards
         if RUNNING.probing is not None and probing():
             return
         compiling = torch.compiler.is_compiling()
+        call = 0
         if not compiling:
             if self.model() is not module:  # a copy's listener
                 self.model = weakref.ref(module)
-            forget_interrupted(self)
-        outermost = not any(forward.state is state for forward in RUNNING.forwards)
+            frame = sys._getframe(1)
+            call = id(frame)
+            if forwards:  # of this call's, none is entered before the first of its listeners
+                is_first = listeners_of(module)[0] is self
+                forget_interrupted(frame.f_back if is_first else frame)
+        outermost = not (forwards and self._is_entered())
         if outermost and compiling:
             if module.training and torch.is_grad_enabled() and has_moved(state.handle_key):
                 raise RuntimeError(MOVED)
-        elif outermost and state.handle is not None:
+        elif outermost and state.handle is not None and state.handle.has_moved():
             self._follow_the_model(module)
         if outermost and state.unmeasured and state.embedding_multiplier is None:
             self._measure(module, args, kwargs)
-        forward = Forward(self, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs} if args else {**kwargs}
+        forward = Forward(self, given, call)
         if outermost and forward.has_embeds and self.hears(module) and torch.is_grad_enabled():
             if state.outside:  # tokens were embedded before this forward, with noise
                 state.outside = False
             else:
                 state.warn_once(EMBEDS)
-        RUNNING.forwards.append(forward)
+        forwards.append(forward)
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Called even when the forward raised."""
         if RUNNING.probing is not None and probing():
             return
         forward = self._leave(module)
-        if torch.compiler.is_compiling() or forward is None or output is None or forward.ran:
+        if forward is None or forward.ran or output is None or torch.compiler.is_compiling():
             return
-        outermost = not any(one.state is self.state for one in RUNNING.forwards)
+        outermost = not self._is_entered()
         heard = self.hears(module) and torch.is_grad_enabled()
         if outermost and heard and not forward.has_embeds and forward.has_ids:
             self.state.warn_once(NOT_RUN)
+
+    def _is_entered(self) -> bool:
+        """Whether a forward of ours runs."""
+        return any(forward.state is self.state for forward in RUNNING.forwards)
 
     def _follow_the_model(self, module: nn.Module) -> None:
         """Attach anew where the model has changed; a forward that has no noise never raises."""
@@ -155,12 +167,12 @@ class Listener:
     def _leave(self, module: nn.Module) -> Forward | None:
         """Take this call's forward off the stack, and what an interrupt inside it left above."""
         forwards = RUNNING.forwards
-        if not any(forward.listener is self for forward in forwards):
-            return None  # attached while the model ran
-        forward = forwards.pop()
-        while forward.listener is not self:
-            forward = forwards.pop()
-        return forward
+        for place in range(len(forwards) - 1, -1, -1):
+            forward = forwards[place]
+            if forward.listener is self:
+                del forwards[place:]
+                return forward
+        return None  # attached while the model ran
 
     # ---- putting them on a model and taking them off; each can be repeated after an interrupt
 

@@ -20,9 +20,10 @@ from ..distributed import (
     shared_seed,
 )
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise, noisy_lookup
+from ..modules import HUGGING_FACE_MARK as MARK
 from ..modules import TWO_NOISES, has_other_noise
-from ..noise import Offsets, make_noise
-from ..samples import Samples, real_tokens
+from ..noise import NO_OFFSETS, Offsets, draw_seed, make_noise
+from ..samples import UNSAID, Samples, real_tokens
 from ..torch_internals import in_backward, vmapped
 from .checkpoints import (
     CHANGED,
@@ -71,18 +72,19 @@ def _given(
     module: nn.Module,
     forwards: list[Forward],
     input: Tensor,
-    device: torch.device,
+    weight: Any,
     output: Tensor | None,
+    compiling: bool,
 ) -> Given | None:
     """The noise of this call and its samples; None: without noise.
 
-    output: the site's, where the noise is added behind it.
+    weight: the embedding's, where it is fused; output: the site's, where the noise is added behind
+        it.
     """
     if RUNNING.probing is not None and probing():
         return None
     state = site.state
-    compiling = torch.compiler.is_compiling()
-    site.has_run()
+    device = weight.device if output is None else output.device
     reason = state.skip_reason(module)
     if not compiling and in_backward():
         return _recomputed(site, module, forwards, input, device, reason)
@@ -93,9 +95,9 @@ def _given(
         return None
     if state.handle is None and not compiling:
         state.warn_once(COPIED)
-    if has_other_noise(module) or site.marked():
+    if (MARK in module.__dict__ and has_other_noise(module)) or (site.wrappers and site.marked()):
         raise RuntimeError(TWO_NOISES)
-    if getattr(module, "_is_replica", False) and state.replica is None:
+    if state.replica is None and "_is_replica" in module.__dict__:
         raise RuntimeError(DATA_PARALLEL)
     if site.reads_types(forwards, input):
         if not compiling:
@@ -103,19 +105,27 @@ def _given(
         _without_noise(site, module, "token_type_ids")
         return None
     base: Any = module if site.base is None else site.base
-    weight = getattr(base, "weight", None)
+    if output is not None:
+        weight = getattr(base, "weight", None)
     shared: Any = weight if output is None or is_dtensor(weight) else output
-    seed, key = draw(device, not compiling and may_be_recomputed(), state.handle_key)
-    seed = shared_seed(seed, shared)
-    samples, follows = site.samples(forwards, input, _padding_idx(base))
-    dtype = weight.dtype if output is None else output.dtype  # type: ignore[union-attr]
+    plain = type(weight) in PLAIN_WEIGHTS and (shared is weight or type(shared) is Tensor)
+    if compiling or may_be_recomputed():
+        seed, key = draw(device, not compiling, state.handle_key)
+    else:
+        seed, key = draw_seed(device), ()
+    seed = seed if plain else shared_seed(seed, shared)
+    ask = site.samples if state.batch_first else site.samples_in_columns
+    samples, follows = ask(forwards, input, _padding_idx(base))
+    dtype = weight.dtype if output is None else output.dtype
     divisor = site.divisor(forwards, dtype)
     factors = _of_tokens(divisor, input, samples, device) if isinstance(divisor, Tensor) else None
     alpha = state.alpha if factors is not None or divisor == 1 else state.alpha / divisor
-    if is_dtensor(shared) or (weight is not None and type(weight) not in PLAIN_WEIGHTS):
+    if not plain and (is_dtensor(shared) or type(weight) not in (*PLAIN_WEIGHTS, type(None))):
         samples = replicated(samples)
-    samples = _on(device, samples)
-    offsets = Offsets(state.resolve_replica(base))
+    if samples is not UNSAID:
+        samples = _on(device, samples)
+    replica = state.resolve_replica(base)
+    offsets = Offsets(replica) if replica else NO_OFFSETS
     noise = make_noise(alpha, seed, None, offsets, state.variant, state.backend)
     # Dynamo would compile anew for each value that it reads
     noise_alpha = 0.0 if compiling else state.noise_alpha
@@ -166,11 +176,8 @@ def _on(device: torch.device, samples: Samples) -> Samples:
     return samples._replace(**elsewhere) if elsewhere else samples
 
 
-def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Tensor) -> None:
+def _note(site: Site, input: Tensor, given: Given, noisy: Tensor) -> None:
     """What the call was, for stats() and for a checkpoint that recomputes it."""
-    if torch.compiler.is_compiling():
-        count_compilation(site.state.handle_key)
-        return
     if given.key:
         if not in_backward():
             site.firsts.keep(given.key, given, noisy)
@@ -179,21 +186,12 @@ def _note(site: Site, module: nn.Module, input: Tensor, given: Given, noisy: Ten
         return
     state = site.state
     state.calls += 1
-    state.embedded = noisy.shape
+    state.embedded = shape = noisy.shape
     state.outside = not RUNNING.forwards
     state.skipped_last = None
-    # A quantised weight's own dtype says nothing.
-    chosen = choose_backend(state.backend, noisy.device, noisy.dtype)
-    site.last = NoisyCall(
-        input.shape,
-        noisy.shape[-1],
-        given.noise_alpha,
-        given.samples,
-        given.noise,
-        chosen,
-        input,
-        given.factors,
-    )
+    samples, noise, noise_alpha, _, _, factors = given
+    made = shape, noisy.device, noisy.dtype
+    site.last = NoisyCall(input, noise_alpha, samples, noise, *made, factors)
 
 
 def _divided(embeds: Tensor, given: Given, samples: Samples) -> Tensor:
@@ -235,16 +233,20 @@ def noisy_forward(self: Any, input: Tensor) -> Tensor:
     site: Site | None = self.__dict__.get("_neftune")
     if site is None or not site.fused:  # a bound method that somebody kept
         return nn.Embedding.forward(self, input)
-    forwards = site.forwards()
-    given = _given(site, self, forwards, input, self.weight.device, None)
+    weight: Any = self.weight
+    compiling = torch.compiler.is_compiling()
+    given = _given(site, self, site.enter(compiling), input, weight, None, compiling)
     if given is None:
         return nn.Embedding.forward(self, input)
     if given.factors is None:
-        noisy = noisy_lookup(self, input, given.samples, given.noise)
+        noisy = noisy_lookup(self, input, given.samples, given.noise, weight=weight)
     else:
         samples = real_tokens(input, _padding_idx(self), given.samples)
         noisy = _divided(nn.Embedding.forward(self, input), given, samples)
-    _note(site, self, input, given, noisy)
+    if compiling:
+        count_compilation(site.state.handle_key)
+    else:
+        _note(site, input, given, noisy)
     return noisy
 
 
@@ -332,13 +334,14 @@ def add_noise_behind(
                 "tensor: name the module inside it that returns the embeddings with embedding="
             )
         return None  # the same table as output head, or embeddings handed on
-    forwards = site.forwards()
+    compiling = torch.compiler.is_compiling()
+    forwards = site.enter(compiling)
     if output.shape[:-1] != input.shape and site.state.skip_reason(module) is None:
         raise ValueError(
             f"{type(module).__name__} makes {tuple(output.shape)} of ids {tuple(input.shape)}, not "
             "one embedding for each id: name another module with embedding="
         )
-    given = _given(site, module, forwards, input, output.device, output)
+    given = _given(site, module, forwards, input, None, output, compiling)
     if given is None:
         return None
     base = module if site.base is None else site.base
@@ -349,7 +352,10 @@ def add_noise_behind(
         noisy = _divided(output, given, samples)
     else:
         noisy = embeds_with_noise(output, samples, given.noise)
-    _note(site, module, input, given, noisy)
+    if compiling:
+        count_compilation(site.state.handle_key)
+    else:
+        _note(site, input, given, noisy)
     return noisy
 
 

@@ -2,8 +2,8 @@
 running forwards, and sites with their last call.
 """
 
-import inspect
 import itertools
+import sys
 import threading
 import types
 import uuid
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends import Backend
-from ..distributed import data_parallel_index
+from ..backends import Backend, choose_backend
+from ..distributed import GROUPS, data_parallel_index
 from ..layout import per_token
 from ..modules import has_other_noise
 from ..noise import UNIFORM, Noise, Variant, check_alpha
@@ -29,21 +29,33 @@ from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
 from .places import Place, padded, place, same, transposed
 from .quirks import Each
-from .sequences import Sequence, among_arguments, sequences_of, tokens_in
+from .sequences import Sequence, among_arguments, other_sequences, sequence, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
 
 
 class NoisyCall(NamedTuple):
     """What it takes to compute the last call's noise again, when somebody asks for statistics."""
 
-    shape: torch.Size
-    embedding_dim: int
+    ids: Tensor
     noise_alpha: float
     samples: Samples
     noise: Noise
-    backend: Backend
-    ids: Tensor
+    embedded: torch.Size  # what it returned: a quantised weight's own dtype says nothing
+    device: torch.device
+    dtype: torch.dtype
     factors: Tensor | None = None  # of each row or token, that divided the noise
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.ids.shape
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.embedded[-1]
+
+    @property
+    def backend(self) -> Backend:
+        return choose_backend(self.noise.backend, self.device, self.dtype)
 
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """(sample, position, length) of every token, each (N,); length 0 marks padding."""
@@ -136,6 +148,8 @@ class State:
     def resolve_replica(self, embedding: nn.Module) -> int:
         if self.replica is not None:
             return self.replica
+        if GROUPS.WORLD is None:
+            return 0
         return data_parallel_index(
             getattr(embedding, "weight", None),  # type: ignore[arg-type]
             embedding,
@@ -158,32 +172,54 @@ class State:
 class Forward:
     """A running forward of a model around sites: who listens to it, and what it was given."""
 
-    def __init__(self, listener: Any, given: dict[str, Any]) -> None:
+    words: list[Words] | None = None  # what samples= says
+    claimed: Tensor | None = None  # the ids that samples= speaks of where it names none
+    ran = False  # a site has run, with noise or without
+    _own: Sequence | None = None  # found when the first site asks
+    _others: list[Sequence] | None = None  # found when a site asks for other ids than its own
+    _looked_up: Tensor | None = None  # the first ids that came as none of them
+
+    def __init__(self, listener: Any, given: dict[str, Any], frame: int = 0) -> None:
+        """frame: the id of the frame that has called the model's hook and will call its forward."""
         self.listener = listener
         self.state: State = listener.state
         self.sites: list[Site] = listener.sites
         self.decoder: bool = listener.decoder
         self.padding: Padding = listener.padding
         self.given = given
-        self.words: list[Words] | None = None  # what samples= says
-        self.claimed: Tensor | None = None  # the ids that samples= speaks of where it names none
-        self.ran = False  # a site has run, with noise or without
-        self._sequences: list[Sequence] | None = None  # found when the first site asks
+        self.frame = frame
         self._samples: dict[int, Samples] = {}  # of each sequence, read when a site asks
-        self._looked_up: Tensor | None = None  # the first ids that came as none of them
+
+    def runs(self, frame: types.FrameType | None) -> bool:
+        """Whether its call is this frame or lies around it. A frame that has ended may have left
+        its id to another.
+        """
+        while frame is not None:
+            if id(frame) == self.frame and frame.f_locals.get("self") is self.listener.model():
+                return True
+            frame = frame.f_back
+        return False
+
+    @property
+    def own(self) -> Sequence:
+        """What its ids are, and what its arguments say of them."""
+        if self._own is None:
+            given = self.given
+            if self.listener.has_row:
+                given = {**given, **self.listener.quirks.samples(given)}
+            self._own = sequence(given, self.decoder, not self.state.batch_first)
+        return self._own
 
     @property
     def sequences(self) -> list[Sequence]:
-        if self._sequences is None:
-            row = self.listener.quirks.samples
-            given = self.given if row is None else {**self.given, **row(self.given)}
-            self._sequences = sequences_of(given, self.decoder, not self.state.batch_first)
-        return self._sequences
+        if self._others is None:
+            self._others = other_sequences(self.given, self.decoder, not self.state.batch_first)
+        return [self.own, *self._others]
 
     def told(self, index: int, input: Tensor) -> Samples:
         """What the arguments say of a sequence."""
         if index not in self._samples:
-            given = self.sequences[index].given
+            given = self.sequences[index].given if index else self.own.given
 
             def warn(message: str) -> None:
                 self.state.warn_once(message, lambda: self.advice(message, input))
@@ -200,8 +236,11 @@ class Forward:
 
     def reads(self, input: Tensor) -> tuple[int, Tensor, Place] | None:
         """Which of the forward's sequences a lookup reads, that sequence's ids, and where in it."""
-        for index, sequence in enumerate(self.sequences):
-            ids = sequence.ids
+        own = self.own
+        if own.ids is input:
+            return 0, input, same
+        for index, one in enumerate(self.sequences):
+            ids = one.ids
             if ids is None:
                 continue
             where = place(input, ids)
@@ -209,14 +248,13 @@ class Forward:
                 where = self._by_row(input, ids)
             if where is not None:
                 return index, ids, where
-        own = self.sequences[0]
         if own.ids is not None:
             return None
         found = among_arguments(input, own.given)
         if found is None or not _fits(own.given.get("attention_mask"), found[0]):
             return None
         ids, where = found  # the first that are looked up
-        self.sequences[0] = own._replace(ids=ids, given={**own.given, "input_ids": ids})
+        self._own = own._replace(ids=ids, given={**own.given, "input_ids": ids})
         return 0, ids, where
 
     def _by_row(self, input: Tensor, ids: Tensor) -> Place | None:
@@ -233,7 +271,7 @@ class Forward:
         their shape: a copy with other values at images' places, ids that the forward made. Of
         those, the first count and no others, where they can be told apart.
         """
-        own = self.sequences[0]
+        own = self.own
         if own.ids is not None and not _is_flattened(own.ids, input):
             return False
         if any(value is input for _, value in tokens_in(self.given)):
@@ -277,7 +315,7 @@ def probing() -> bool:
     """Whether a model is being looked at; an interrupt may have ended that without a word."""
     if RUNNING.probing is None:
         return False
-    frame = inspect.currentframe()
+    frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is RUNNING.probing:
             return True
@@ -286,46 +324,20 @@ def probing() -> bool:
     return False
 
 
-def forget_interrupted(entering: Any = None) -> None:
-    """KeyboardInterrupt runs no hook: what is entered as running, but lies on no call's path, is
-    over, and with it all that is above it. `entering` is a listener whose model's call is there
-    already, but has not been entered.
+def forget_interrupted(frame: types.FrameType | None = None) -> None:
+    """KeyboardInterrupt runs no hook: what is entered as running, but is not around the frame (of
+    the caller), is over.
     """
     forwards = RUNNING.forwards
-    if not forwards:
-        return
-    calls: Counter[int] = Counter()
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            calls[id(frame.f_locals["self"])] += 1
-        frame = frame.f_back
-    entered: Counter[int] = Counter()
-    kept = 0
-    for forward in forwards:
-        listener = forward.listener
-        entered[id(listener)] += 1  # a model that calls itself is there as often as it runs
-        there = calls[id(listener.model())] - (listener is entering)
-        if entered[id(listener)] > there:
-            break
-        kept += 1
-    while len(forwards) > kept:
+    if forwards and frame is None:
+        frame = sys._getframe(1)
+    while forwards and not forwards[-1].runs(frame):
         forwards.pop()
-
-
-def _runs_here(model: nn.Module | None) -> bool:
-    """Whether the call that asks comes from a forward of this model."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is model:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _forward_runs(model: nn.Module | None) -> bool:
     """Whether a forward of this model is running, called by its name: no hook hears that."""
-    frame = inspect.currentframe()
+    frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
             return True
@@ -411,52 +423,50 @@ class Site:
             (one := wrapper()) is not None and has_other_noise(one) for wrapper in self.wrappers
         )
 
-    def forwards(self) -> list[Forward]:
-        """Those that tell this site, the innermost last."""
+    def enter(self, compiling: bool) -> list[Forward]:
+        """The site runs: the forwards that tell it of samples, the innermost last."""
         running = RUNNING.forwards
-        if (
-            running
-            and not torch.compiler.is_compiling()
-            and not _runs_here(running[-1].listener.model())
-        ):
+        if running and not compiling:
             forget_interrupted()
-        return [one for one in running if any(site is self for site in one.sites)]
+        found: list[Forward] = []
+        outermost = True
+        for forward in running:
+            if outermost and forward.state is self.state:
+                forward.ran = True  # the outermost asks
+                outermost = False
+            if self in forward.sites:
+                found.append(forward)
+        return found
 
-    def has_run(self) -> None:
-        for forward in RUNNING.forwards:
-            if forward.state is self.state:
-                forward.ran = True
-                break  # the outermost asks
+    def samples_in_columns(
+        self, forwards: list[Forward], input: Tensor, padding_idx: int
+    ) -> tuple[Samples, bool]:
+        """:meth:`samples` of ids (T, B)."""
+        check_time_first(input.shape)
+        samples, follows = self.samples(forwards, input.t(), padding_idx)
+        return samples._replace(time_first=not samples.time_first), follows
+
+    def reads_types(self, forwards: list[Forward], input: Tensor) -> bool:
+        """Whether it is token_type_ids that are looked up in the table of words, as GPT-2 does."""
+        for forward in forwards:
+            types = forward.given.get("token_type_ids")
+            if isinstance(types, Tensor) and place(input, types) is not None:
+                return not any(one.reads(input) for one in forwards)
+        return False
 
     def samples(
         self, forwards: list[Forward], input: Tensor, padding_idx: int
     ) -> tuple[Samples, bool]:
         """Of which samples the ids are that are looked up, and whether they are something besides
         the forward's tokens.
-        """
-        if self.state.batch_first:
-            return self._samples(forwards, input, padding_idx)
-        check_time_first(input.shape)
-        samples, follows = self._samples(forwards, input.t(), padding_idx)
-        return samples._replace(time_first=not samples.time_first), follows
 
-    def reads_types(self, forwards: list[Forward], input: Tensor) -> bool:
-        """Whether it is token_type_ids that are looked up in the table of words, as GPT-2 does."""
-        given = [one.given.get("token_type_ids") for one in forwards]
-        return any(
-            input is types or (isinstance(types, Tensor) and place(input, types) is not None)
-            for types in given
-        ) and not any(one.reads(input) for one in forwards)
-
-    def _samples(
-        self, forwards: list[Forward], input: Tensor, padding_idx: int
-    ) -> tuple[Samples, bool]:
-        """By what the user says, else by the innermost running forward that was told of these ids:
+        By what the user says, else by the innermost running forward that was told of these ids:
         an outer one may be told what it does not pass on (Rwkv).
         """
-        said = self._said(forwards, input)
-        if said is not None:
-            return real_tokens(input, padding_idx, said), False
+        if self.state.read is not None or RUNNING.told:
+            said = self._said(forwards, input)
+            if said is not None:
+                return real_tokens(input, padding_idx, said), False
         if not forwards:
             if self.hooked:
                 self.state.warn_once(OUTSIDE)
@@ -469,15 +479,15 @@ class Site:
                 continue
             index, ids, where = found
             told = forward.told(index, input)
-            if not told.unsaid or where is transposed:
+            if where is not same and (not told.unsaid or where is transposed):
                 told = _at(told, where, ids)
-            if not told.padding_unsaid:
+            if told is not UNSAID and not told.padding_unsaid:
                 return self._fitting(told, input, forward), False
             known = known or forward
-            decoder = decoder or forward.sequences[index].decoder
-            untold = told if untold.unsaid else untold
+            decoder = decoder or (forward.sequences[index] if index else forward).decoder
+            untold = told if untold is UNSAID or untold.unsaid else untold
         if known is not None:
-            if not decoder:
+            if not (decoder or forwards[0].listener.tells):
                 self._nothing_told(forwards, input)
             return _untold(untold, input, padding_idx, known.padding, decoder), False
         return self._of_no_argument(forwards, input, padding_idx)
@@ -501,7 +511,7 @@ class Site:
                 continue
             if told.padding_unsaid:
                 return _untold(told, input, padding_idx, forward.padding, forward.decoder), False
-            ids = forward.sequences[0].ids
+            ids = forward.own.ids
             if ids is not None and ids.shape != input.shape:
                 told = told.at(lambda values: values.reshape(input.shape), ids.shape)
             return self._fitting(told, input, forward), False
@@ -517,15 +527,15 @@ class Site:
         outermost forward, the model that apply_neftune was given if it runs. None: nothing.
         """
         state = self.state
-        told = next((words for owner, words in reversed(RUNNING.told) if owner is state), None)
-        if told is not None:
-            return self._spoken_of([told], None, input)
+        for owner, words in reversed(RUNNING.told):
+            if owner is state:
+                return self._spoken_of([words], None, input)
         if state.read is None or not forwards:
             return None
         outermost = forwards[0].listener
         forward = next(one for one in reversed(forwards) if one.listener is outermost)
-        words = forward.said(state.read)
-        return self._spoken_of(words, forward, input) if words else UNSAID
+        said = forward.said(state.read)
+        return self._spoken_of(said, forward, input) if said else UNSAID
 
     def _spoken_of(
         self, said: list[Words], forward: Forward | None, input: Tensor
@@ -609,12 +619,12 @@ def _untold(
     A decoder's shifted labels have padding at their ends alone. So has a model whose padding token
     ends its samples too: it stands inside rows.
     """
-    if told.time_first:
-        input = input.t()
     token = padding.token
     ends_too = padding.is_end and padding_idx in (-1, token)
     if token is None or not input.dim() or not (decoder or padding_idx < 0 or ends_too):
-        return real_tokens(input.t() if told.time_first else input, padding_idx, told)
+        return real_tokens(input, padding_idx, told) if padding_idx >= 0 else told
+    if told.time_first:
+        input = input.t()
     kept = ~tail(input, padding._replace(is_end=False) if decoder else padding)
     if padding_idx == token and not decoder:  # and at their beginnings, as padding_idx says
         leading = (input == token).cummin(-1).values

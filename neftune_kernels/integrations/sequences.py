@@ -31,18 +31,18 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
 
 
-def sequences_of(given: Given, decoder: bool, time_first: bool) -> list[Sequence]:
-    """The forward's own ids, those of its decoder, and dictionaries that hold input_ids."""
-    found = [given]
-    found += [dict(one) for one in _mappings(given.values()) if is_ids(one.get("input_ids"))]
-    sequences = [_sequence(one, decoder, time_first) for one in found]
+def other_sequences(given: Given, decoder: bool, time_first: bool) -> list[Sequence]:
+    """Beside the forward's own ids: dictionaries that hold input_ids, and its decoder's."""
+    found = [dict(one) for one in _mappings(given.values()) if is_ids(one.get("input_ids"))]
+    sequences = [sequence(one, decoder, time_first) for one in found]
     if is_ids(given.get("decoder_input_ids")):
         own = {name: given.get(theirs) for theirs, name in OF_THE_DECODER.items()}
-        sequences.append(_sequence(own, True, time_first))
+        sequences.append(sequence(own, True, time_first))
     return sequences
 
 
-def _sequence(given: Given, decoder: bool, time_first: bool) -> Sequence:
+def sequence(given: Given, decoder: bool, time_first: bool) -> Sequence:
+    """The ids called input_ids, and what the arguments beside them say."""
     if time_first:
         own = [name for name, _ in tokens_in(given)]
         given = turned_values(given, (*PER_TOKEN, "seq_idx", *own))
