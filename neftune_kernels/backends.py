@@ -260,6 +260,9 @@ register_on_gpus(
     CUDA_PADDING_LAYOUT,
 )
 
+ops.library.impl("untailed", on_gpu("untailed", layouts.untailed, None), "CUDA")
+ops.library.impl("untailed", on_gpu("untailed", layouts.untailed, None), "XPU")
+
 
 @asked_outside_the_graph
 def _triton_reason(device_type: str | None) -> str:

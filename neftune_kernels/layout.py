@@ -253,6 +253,61 @@ def mask_layout(
     return torch.where(real.flatten(), document, -1), (column - first).flatten(), lengths
 
 
+def tail(
+    input_ids: Tensor,
+    token: int | None,
+    is_end: bool,
+    opens: Tensor | None = None,
+    masked: bool = False,
+) -> Tensor:
+    """The padding at the ends of rows (..., T) that no mask tells: runs of the token, of 0 where it
+    is None.
+
+    opens: where documents open, so far as anything tells. Such a run is padding from the first
+    document that opens in it on: pad_to_multiple_of appends position ids 0, others count anew.
+    What goes on before is padding only where the token is named and no mask calls it real (masked);
+    one that ends samples too (is_end) ends one there.
+    """
+    alike = input_ids == (0 if token is None else token)
+    run = alike.flip(-1).cummin(-1).values.flip(-1)
+    first = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0
+    run = run & ~first  # a row that is one token long is a sample
+    anew = None if opens is None else (run & opens).cummax(-1).values
+    if masked or token is None:
+        return torch.zeros_like(run) if anew is None else anew
+    if not is_end:
+        return run
+    inner = run & torch.cat((torch.zeros_like(run[..., :1]), run[..., :-1]), -1)
+    # where the whole row is the token, its first is what ends the sample
+    inner = inner | (run & alike[..., :1] & (run.sum(-1, keepdim=True) == run.shape[-1] - 1))
+    return inner if anew is None else inner | anew
+
+
+def untailed(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token: int | None,
+    is_end: bool,
+) -> Tensor:
+    """What a padding-free batch tells, as a mask (..., T): bool where position_ids tell it, of the
+    ids' shape; where cu_seqlens do, of the one row that ids are, the documents' numbers as int64.
+    0 is the :func:`tail`, and what lies beyond the last of cu_seqlens.
+    """
+    if cu_seqlens is None:
+        assert position_ids is not None
+        if not input_ids.numel():
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        jump = position_ids[..., 1:] - position_ids[..., :-1]
+        opens = torch.nn.functional.pad(jump != 1, (1, 0))
+        return ~tail(input_ids, token, is_end, opens)
+    column = torch.arange(input_ids.numel(), device=input_ids.device)
+    number = torch.searchsorted(cu_seqlens.long(), column, right=True)
+    opens = torch.nn.functional.pad(number[1:] != number[:-1], (1, 0), value=True)
+    outside = tail(input_ids.reshape(-1), token, is_end, opens) | (number == cu_seqlens.numel())
+    return torch.where(outside, 0, number).view(input_ids.shape)
+
+
 UNIT_WORDS = 4  # documents, first, count, before
 
 

@@ -125,6 +125,15 @@ def fake_noisy_documents(noise_mask: Tensor, *args: Any) -> Tensor:
     return noise_mask.new_empty((noise_mask.numel(),), dtype=torch.int64)
 
 
+def fake_untailed(
+    input_ids: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, *_: Any
+) -> Tensor:
+    names = ("input_ids", "position_ids", "cu_seqlens")
+    check_devices(names, (input_ids, position_ids, cu_seqlens))
+    dtype = torch.bool if cu_seqlens is None else torch.int64
+    return input_ids.new_empty(input_ids.shape, dtype=dtype)
+
+
 def fake_draw_seed(like: Tensor, owner: str = "") -> Tensor:
     return like.new_empty(())
 
@@ -381,6 +390,13 @@ OPERATORS = (
         f"(Tensor noise_mask, {LAYOUT}, SymInt position_offset=0) -> Tensor",
         reference_ops.noisy_documents,
         fake_noisy_documents,
+    ),
+    Operator(
+        "untailed",
+        "(Tensor input_ids, Tensor? position_ids, Tensor? cu_seqlens, SymInt? token, bool is_end) "
+        "-> Tensor",
+        layouts.untailed,
+        fake_untailed,
     ),
     # Its argument is a fresh torch.empty: the compiler merges equal calls whatever their tags say,
     # but never two torch.empty, so that two draws of one graph stay two.

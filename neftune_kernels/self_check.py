@@ -11,13 +11,13 @@ off; `python -m neftune_kernels --check` compares more.
 import importlib.metadata
 import os
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .layout import Layout, mask_layout, per_token
+from .layout import Layout, mask_layout, per_token, untailed
 from .torch_internals import dispatch_modes
 
 ENABLED = os.environ.get("NEFTUNE_SELF_CHECK") != "0"
@@ -134,6 +134,14 @@ def numbering_agrees(
     if bool(((own == theirs) & (same | ~real)).all()):
         return True
     _put_out_of_service(backend, document.device, "numbers of the samples in a mask")
+    return False
+
+
+def tails_agree(mask: Tensor, *args: Any) -> bool:
+    """Whether Triton's mask of a padding-free batch is layout.untailed's."""
+    if torch.equal(mask, untailed(*args)):
+        return True
+    _put_out_of_service("triton", mask.device, "tails of padding-free batches")
     return False
 
 

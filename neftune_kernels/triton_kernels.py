@@ -664,6 +664,74 @@ def number_documents(
         tl.store(lengths + documents - 1, reals - opened)
 
 
+@triton.jit(do_not_specialize=["columns", "bounds", "steps", "ids_row", "ids_column", "token"])
+def find_tails(
+    mask,  # [rows, columns] bool as uint8, int64 where cu_seqlens is given; written
+    input_ids,  # [rows, columns] integer
+    position_ids,  # [rows, columns] integer, or None
+    cu_seqlens,  # [bounds] integer, or None
+    columns: tl.int64,
+    bounds: tl.int64,
+    steps: tl.int64,  # of a bisection of the bounds
+    ids_row: tl.int64,  # strides, in elements
+    ids_column: tl.int64,
+    place_row: tl.int64,
+    place_column: tl.int64,
+    token: tl.int64,
+    IS_NAMED: tl.constexpr,
+    IS_END: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """layout.untailed in one launch. Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    input_ids += row * ids_row
+    begin = row * 0 + 1  # of the run of tokens at the row's end, which never is all of the row
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        value = tl.load(input_ids + column * ids_column, mask=column < columns, other=0)
+        other = (value != token) & (column < columns)
+        begin = tl.maximum(begin, tl.max(tl.where(other, column + 1, 1)))
+    cut = columns
+    if IS_NAMED:
+        cut = begin
+        if IS_END:
+            is_whole = (begin == 1) & (tl.load(input_ids) == token)
+            cut = tl.where(is_whole, begin, begin + 1)
+    if not IS_NAMED or IS_END:  # the first document that opens in the run
+        if cu_seqlens is not None:
+            for start in range(0, bounds, BLOCK):
+                bound = tl.load(cu_seqlens + start + lane, mask=start + lane < bounds, other=0)
+                opens = bound.to(tl.int64) >= begin
+                cut = tl.minimum(cut, tl.min(tl.where(opens, bound.to(tl.int64), columns)))
+        else:
+            for start in range(0, columns, BLOCK):
+                column = start + lane
+                in_run = (column >= begin) & (column < columns)
+                at = position_ids + row * place_row + column * place_column
+                jump = tl.load(at, mask=in_run, other=0).to(tl.int64)
+                jump -= tl.load(at - place_column, mask=in_run, other=0).to(tl.int64)
+                cut = tl.minimum(cut, tl.min(tl.where(in_run & (jump != 1), column, columns)))
+    for start in range(0, columns, BLOCK):
+        column = start + lane
+        kept = column < cut
+        at = mask + row * columns + column
+        if cu_seqlens is None:
+            tl.store(at, kept.to(tl.uint8), mask=column < columns)
+        else:
+            number = column * 0  # bounds at or before the column
+            end = number + bounds
+            for _ in range(steps):
+                middle = (number + end) // 2
+                bound = tl.load(cu_seqlens + middle, mask=number < end, other=0).to(tl.int64)
+                is_before = bound <= column
+                searching = number < end
+                number = tl.where(searching & is_before, middle + 1, number)
+                end = tl.where(searching & (bound > column), middle, end)
+            number = tl.where(kept & (number < bounds), number, 0)
+            tl.store(at, number, mask=column < columns)
+
+
 # ---- launchers
 
 
@@ -1210,3 +1278,58 @@ def padding_layout(input_ids: Tensor, padding_idx: int) -> Any:
     inside its launch.
     """
     return mask_layout(input_ids, None, padding_idx)
+
+
+TAIL_BLOCK = 1024
+TAIL_WARPS = 4
+
+
+def untailed(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token: int | None,
+    is_end: bool,
+) -> Any:
+    """The operator `untailed` on a GPU, in one launch; NotImplemented as noisy_embedding_out."""
+    rows, columns = rows_and_columns(input_ids.shape)
+    dtype = torch.bool if cu_seqlens is None else torch.int64
+    mask = torch.empty(input_ids.shape, dtype=dtype, device=input_ids.device)
+    if not mask.numel():
+        return mask
+    ids, ids_row, ids_column = rows_view(input_ids, rows, columns)
+    places, place_row, place_column, bounds = None, 0, 0, 0
+    if cu_seqlens is None:
+        assert position_ids is not None
+        places, place_row, place_column = rows_view(position_ids, rows, columns)
+    else:
+        cu_seqlens, columns, rows = cu_seqlens.contiguous(), rows * columns, 1
+        bounds = cu_seqlens.numel()
+    with on_device(input_ids.device):
+        find_tails[(rows,)](
+            mask.view(torch.uint8) if dtype == torch.bool else mask,
+            ids,
+            places,
+            cu_seqlens,
+            columns,
+            bounds,
+            bounds.bit_length(),
+            ids_row,
+            ids_column,
+            place_row,
+            place_column,
+            0 if token is None else token,
+            token is not None,
+            is_end,
+            TAIL_BLOCK,
+            **launch_options(TAIL_WARPS),
+        )
+    key = ("untailed", input_ids.get_device(), ids.dtype, cu_seqlens is None, token is None, is_end)
+    if not INTERPRETED and key not in TAILS_CHECKED and self_check.wanted(input_ids.device):
+        TAILS_CHECKED.add(key)
+        if not self_check.tails_agree(mask, input_ids, position_ids, cu_seqlens, token, is_end):
+            return NotImplemented
+    return mask
+
+
+TAILS_CHECKED: set[Any] = set()

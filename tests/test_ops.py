@@ -63,6 +63,9 @@ def test_opcheck(family, requires_grad, layout):
 def test_opcheck_of_layout_and_seed():
     _, _, mask = batch()
     torch.library.opcheck(OPS.mask_layout.default, (mask, None))
+    bounds = torch.tensor([0, 6])
+    torch.library.opcheck(OPS.untailed.default, (mask[:1].long(), None, bounds, None, False))
+    torch.library.opcheck(OPS.untailed.default, (mask.long(), mask.long(), None, 0, True))
     torch.library.opcheck(
         OPS.mask_layout.default, (None, torch.arange(6).expand(3, 6).contiguous())
     )

@@ -367,6 +367,37 @@ def test_every_mask(device, kind, dtype):
     agree(device, batch.input_ids, weight, attention_mask=batch.attention_mask != 0, seed=2**64 - 1)
 
 
+TAILS = {
+    "none": [[5, 6, 7, 5, 6, 7, 8]],
+    "a run": [[5, 6, 7, 5, 0, 0, 0]],
+    "one token": [[5, 6, 7, 5, 6, 7, 0]],
+    "a whole row": [[0, 0, 0, 0, 0, 0, 0]],
+    "all but the first": [[5, 0, 0, 0, 0, 0, 0]],
+    "in the middle alone": [[5, 0, 0, 5, 0, 0, 9]],
+    "rows": [[5, 6, 0, 5, 0, 0, 0], [0, 5, 6, 7, 8, 9, 9]],
+}
+PLACES = [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0]]
+BOUNDS = [[0, 3, 7], [0, 4, 5, 5, 7], [0, 7], [0, 2, 5], [1, 3, 6]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_end", [False, True])
+@pytest.mark.parametrize("token", [None, 0, 9])
+def test_tails(token, is_end, device, monkeypatch):
+    monkeypatch.setattr(kernels(), "TAIL_BLOCK", 4)  # several blocks
+    for ids in map(torch.tensor, TAILS.values()):
+        for told in PLACES:
+            places = torch.tensor(told).expand(ids.shape)
+            expected = layouts.untailed(ids, places, None, token, is_end)
+            found = kernels().untailed(ids.to(device), places.to(device), None, token, is_end)
+            assert torch.equal(found.cpu(), expected) and found.dtype == expected.dtype
+        for told in BOUNDS if len(ids) == 1 else []:
+            bounds = torch.tensor(told, dtype=torch.int32)
+            expected = layouts.untailed(ids, None, bounds, token, is_end)
+            found = kernels().untailed(ids.to(device), None, bounds.to(device), token, is_end)
+            assert torch.equal(found.cpu(), expected), (ids, told)
+
+
 def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
     """Documents, positions of real tokens and lengths of documents as layout.mask_layout numbers
     them.

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import layout as layouts
 from ..layout import check_cu_seqlens_values
 from ..samples import UNSAID, Samples
 
+OPS = torch.ops.neftune_kernels
 OUR_NAMES = (
     "attention_mask",
     "lengths",
@@ -254,27 +256,10 @@ def _without_tail(
 def tail(
     input_ids: Tensor, padding: Padding, opens: Tensor | None = None, masked: bool = False
 ) -> Tensor:
-    """The padding at the rows' ends that no mask tells: runs of the padding token, of 0 where the
-    model names none.
-
-    opens: where documents open, so far as anything tells. Such a run is padding from the first
-    document that opens in it on: pad_to_multiple_of appends position ids 0, others count anew.
-    What goes on before is padding only where there is no mask that calls it real and the model
-    names its padding token; a token that ends samples too ends one there.
+    """layout.tail of the padding token; a mask calls real what it is not 0 at, up to the first
+    document that opens in such a run.
     """
-    alike = input_ids == (0 if padding.token is None else padding.token)
-    run = alike.flip(-1).cummin(-1).values.flip(-1)
-    first = torch.arange(input_ids.shape[-1], device=input_ids.device) == 0
-    run = run & ~first  # a row that is one token long is a sample
-    anew = None if opens is None else (run & opens).cummax(-1).values
-    if masked or padding.token is None:
-        return torch.zeros_like(run) if anew is None else anew
-    if not padding.is_end:
-        return run
-    inner = run & torch.cat((torch.zeros_like(run[..., :1]), run[..., :-1]), -1)
-    # where the whole row is the token, its first is what ends the sample
-    inner = inner | (run & alike[..., :1] & (run.sum(-1, keepdim=True) == run.shape[-1] - 1))
-    return inner if anew is None else inner | anew
+    return layouts.tail(input_ids, padding.token, padding.is_end, opens, masked)
 
 
 def _from_bounds(
@@ -288,11 +273,13 @@ def _from_bounds(
         flat.numel() == 0 or flat.numel() != input_ids.shape[-1]
     ):  # several rows: no padding-free batch, and documents may go on in the next row
         return Samples(cu_seqlens=bounds)
+    if mask is None:
+        bounds = bounds.to(flat.device)
+        return Samples(attention_mask=OPS.untailed(input_ids, None, bounds, *padding))
     token = torch.arange(flat.numel(), device=flat.device)
     number = torch.searchsorted(bounds.to(flat.device).long(), token, right=True)
-    outside = tail(flat, padding, _opens(number), mask is not None) | (number == bounds.numel())
-    if mask is not None:
-        outside = outside | (mask.reshape(-1) == 0)
+    outside = tail(flat, padding, _opens(number), True) | (number == bounds.numel())
+    outside = outside | (mask.reshape(-1) == 0)
     number = torch.where(outside, 0, number)
     return Samples(attention_mask=number.view(input_ids.shape))
 
@@ -324,9 +311,10 @@ def _from_position_ids(
         return Samples(attention_mask=mask)
     if _has_branches(position_ids, mask):
         warn(BRANCH)
-    if input_ids.numel():
-        expanded = position_ids.expand(input_ids.shape)
+    expanded = position_ids.expand(input_ids.shape)
+    if mask is None:
+        mask = OPS.untailed(input_ids, expanded, None, *padding)
+    elif input_ids.numel():
         previous = torch.cat((expanded[..., :1] - 1, expanded[..., :-1]), dim=-1)
-        kept = ~tail(input_ids, padding, expanded != previous + 1, mask is not None)
-        mask = kept if mask is None else mask * kept
+        mask = mask * ~tail(input_ids, padding, expanded != previous + 1, True)
     return Samples(attention_mask=mask, position_ids=position_ids)
