@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bench.launches import MOST, counts
 
+from bench.launches import MOST, counts
 from neftune_kernels import layout as layouts
 
 

@@ -114,6 +114,7 @@ def test_the_argument_is_ours(patch, tmp_path, capsys):
     assert len(printed) == 1 and printed[0].startswith(
         "noise by neftune_kernels, alpha 5, replica 0, backend "
     )
+    assert printed[0].endswith(", fused")  # not "off" where the model is in eval mode before
     entry = next(entry for entry in ours.state.log_history if "loss" in entry)
     assert entry["neftune/noise_alpha"] == 5.0 and entry["neftune/calls"] == 1
     assert entry["neftune/length_min"] == 2 and entry["neftune/length_max"] == 7

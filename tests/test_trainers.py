@@ -427,6 +427,60 @@ def test_grpo_rollouts_are_clean(tmp_path, proves):
     proves("Llama", "TRL GRPOTrainer", "rollouts and policy")
 
 
+def patched(name, tmp_path):
+    """A trainer of TRL that only the configuration tells of NEFTune."""
+    told = {"neftune_noise_alpha": 5.0, "output_dir": str(tmp_path), **COMMON, "max_steps": 1}
+    if name == "RLOO":
+        arguments = trl.RLOOConfig(**told, num_generations=2, max_completion_length=4, beta=0.0)
+        return trl.RLOOTrainer(
+            model=llama(),
+            args=arguments,
+            train_dataset=preferences().remove_columns(["chosen", "rejected"]),
+            processing_class=tokenizer(),
+            reward_funcs=lambda completions, **_: [float(i % 3) for i in range(len(completions))],
+        )
+    module = pytest.importorskip(f"trl.experimental.{name.lower()}")
+    kind, config = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
+    more = {"max_new_tokens": 4} if name == "GKD" else {}
+    dataset = preferences()
+    if name == "GKD":
+        turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w4 w5"}]
+        dataset = datasets.Dataset.from_list([{"messages": turns}] * 4)
+        more["lmbda"] = 1.0  # it generates
+    arguments = config(**told, max_length=32, **more)
+    models = {"teacher_model": llama()} if name == "GKD" else {}
+    return kind(
+        model=llama(),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer(),
+        **models,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["RLOO", "ORPO", "CPO", "GKD"])
+def test_patched_trainers_of_trl(name, tmp_path, proves):
+    """The policy's forward has the paper's noise, to the bit; rollouts have none."""
+    patch_trainer()
+    try:
+        trainer = patched(name, tmp_path)
+        watch = Watch(trainer.model)
+        trainer.train()
+    finally:
+        unpatch_trainer()
+    noisy = [call for call in watch.calls if call.grad]
+    assert len(noisy) == 1
+    for call in noisy:
+        mask = call.ids != 0
+        noise = neftune_noise(call.ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=call.seed)
+        assert torch.equal(call.out, call.clean + noise) and bool(noise.any())
+    rollouts = [call for call in watch.calls if not call.grad]
+    assert all(torch.equal(call.out, call.clean) for call in rollouts)
+    assert bool(rollouts) == (name in ("RLOO", "GKD"))
+    proves("Llama", f"TRL {name}Trainer", "patch_trainer()")
+
+
 class Interrupt(transformers.TrainerCallback):
     def __init__(self, error):
         self.error = error

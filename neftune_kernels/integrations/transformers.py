@@ -131,7 +131,9 @@ class _Configured(NEFTuneCallback):
         super().on_train_begin(args, state, control, model=model)
         self.patch.handle = self.handle
         if state.is_world_process_zero and self.handle is not None:
-            print(f"noise by neftune_kernels, {self.handle.describe()}", flush=True)
+            # without "on": train() of the model may come later
+            told = self.handle.describe().rpartition(", ")[0]
+            print(f"noise by neftune_kernels, {told}", flush=True)
 
     def detach(self) -> None:
         if self.handle is not None and not self.handle.removed:
