@@ -18,8 +18,8 @@ from .training import LOG_PREFIX, TrainingNoise
 
 
 class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
-    """NEFTune while a transformers.Trainer or TRL trainer (SFT, DPO, KTO, GRPO, Reward) trains, and
-    only then.
+    """NEFTune while a transformers.Trainer or TRL trainer (SFT, DPO, KTO, GRPO, RLOO, Reward,
+    ORPO, CPO, GKD) trains, and only then.
 
     The noise is put on the model when training begins and taken off when it ends, is interrupted or
     fails. The trainer's log gets neftune/noise_alpha, neftune/calls, the lengths and magnitudes of
