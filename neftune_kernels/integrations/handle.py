@@ -353,6 +353,11 @@ class NEFTuneHandle:
             and (own, name) not in self._uninvolved
         )
 
+    @property
+    def has_followed(self) -> bool:
+        """Whether there is something that multipliers may follow."""
+        return bool(self._followed)
+
     def read_again(self) -> None:
         """What sites are multiplied by, where something has changed that it may follow."""
         if self._state is None or self._state.embedding_multiplier is not None:
