@@ -7,6 +7,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -350,6 +351,25 @@ def follow(
     return "", False, last
 
 
+def silenced(text: str, subject: Subject, state: State, expected: Expected) -> str:
+    """What was done after which nothing of this is said any more and all is exact; or nothing."""
+    for name, options in remedies(text, subject, expected):
+        tried = attempt(subject, state, expected, options)
+        if tried.exact and not tried.messages:
+            return name
+    return ""
+
+
+def is_true(message: str, subject: Subject, expected: Expected) -> bool:
+    """Of a warning over exact noise; what is not known here to be true is a false alarm."""
+    if "takes an attention_mask" in message:
+        around = [one for one in subject.model.modules() if expected.targets & {*one.modules()}]
+        return not any("attention_mask" in signature(one.forward).parameters for one in around)
+    if found := re.search(r"multiplies its embeddings by ([\d.e+-]*\d)", message):
+        return all(abs(float(found[1]) / one - 1) < 1e-5 for one in expected.factors.values())
+    return "it is not known whether" in message
+
+
 def _takes_embeds(subject: Subject) -> bool:
     return len(subject.sequences) == 1 and "input_ids" in subject.given
 
@@ -384,9 +404,13 @@ def judge(subject: Subject, state: State, expected: Expected) -> Verdict:
         text = str(tried.error)
         done, good, last = follow(text, subject, state, expected, {}, 2)
         return Verdict("REFUSED" if good else "NO WAY OUT", last, text, done)
+    if tried.exact and not tried.messages:
+        return Verdict("EXACT", arrivals=tried.arrivals)
     if tried.exact:
-        word = "FALSE ALARM" if tried.messages else "EXACT"
-        return Verdict(word, "", text, "", tried.arrivals)
+        done = silenced(text, subject, state, expected)
+        true = all(is_true(one, subject, expected) for one in tried.messages)
+        word = "WARNED" if true and done else "FALSE ALARM"
+        return Verdict(word, "", text, done, tried.arrivals)
     if not tried.messages:
         return Verdict("SILENT WRONG", tried.detail, "", "", tried.arrivals)
     done, good, last = follow(text, subject, state, expected, {}, 2)
