@@ -141,8 +141,10 @@ def _bert(head: str) -> str:
     vocabulary = {word: at for at, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
     config = transformers.BertConfig(
-        VOCAB, 32, 1, 2, 64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=1
-    )
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        num_labels=1,
+    )  # fmt: skip
     getattr(transformers, head)(config).save_pretrained(folder)
     return folder
 
@@ -367,6 +369,8 @@ SILENT = {
     "DO_NOT_TRACK": "1",
     "NEFTUNE_SELF_CHECK": "0",
 }
+# Compiled for CUDA, which a torch for the CPU cannot load; the package does without.
+WITHOUT = {"speechbrain": ("torchaudio/lib",)}
 
 
 def environment(name: str) -> pathlib.Path:
@@ -377,6 +381,8 @@ def environment(name: str) -> pathlib.Path:
         shutil.rmtree(folder, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*command, "--target", str(folder), "-r", str(pins)], check=True)
+        for part in WITHOUT.get(name, ()):
+            shutil.rmtree(folder / part)
         ready.write_text(pins.read_text())
     return folder
 

@@ -119,7 +119,7 @@ def ready(entry: Entry, kind: type[nn.Module]) -> Built:
                 torch.manual_seed(0)
                 model(**tokens.given, **_plain(parameters), **others)
             except Exception as error:
-                last = last or _short(error)
+                last = _short(error)
                 continue
             return Built(model, others, way)
         said.append(f"{way}: {last}")
@@ -180,6 +180,17 @@ def _rows(value: Any, rows: int) -> Any:
     return value
 
 
+def is_judged(made: dict[str, Any]) -> bool:
+    """Whether a class of an entry has a verdict: a part may be judged where the whole cannot."""
+    layouts = [
+        one
+        for role in made.values()
+        if isinstance(role, dict)
+        for one in role.get("layouts", {}).values()
+    ]
+    return any(not one["word"].startswith("NOT") for one in layouts)
+
+
 def work(entry: Entry, queue: Any) -> None:
     torch.set_num_threads(1)
     torch.set_default_device("cpu")
@@ -187,8 +198,10 @@ def work(entry: Entry, queue: Any) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (models print; the process ends soon)
     begun = time.monotonic()
     made: dict[str, Any] = {"name": entry.name}
-    for role, kind in (("head", entry.head), ("base", entry.base)):
-        if kind is not None:
+    kinds = [("head", entry.head), ("base", entry.base)]
+    kinds += [(f"other {number}", kind) for number, kind in enumerate(entry.others)]
+    for role, kind in kinds:
+        if kind is not None and not (role.startswith("other") and is_judged(made)):
             try:
                 made[role] = {"class": kind.__name__, **judged(entry, kind)}
             except Exception as error:

@@ -29,6 +29,7 @@ class Entry(NamedTuple):
     config: type
     head: type[nn.Module] | None  # outermost
     base: type[nn.Module] | None
+    others: tuple[type[nn.Module], ...] = ()  # judged where neither of those can be
 
 
 HEADS = (
@@ -82,7 +83,8 @@ def entries() -> list[Entry]:
     for config, models in by_config.items():
         kind: str = getattr(config, "model_type", "") or config.__name__
         head, base = _outermost(models), _base(models)
-        found.append(Entry(kind, config, head, base if base is not head else None))
+        others = tuple(one for one in models if one not in (head, base))
+        found.append(Entry(kind, config, head, base if base is not head else None, others))
     names = [one.name for one in found]
     return sorted(
         one._replace(name=f"{one.name} ({one.config.__name__})")
@@ -165,7 +167,7 @@ PATTERNS = {
     way: tuple((re.compile(pattern), rule) for pattern, rule in rules)
     for way, rules in WAYS.items()
 }
-LARGEST = 70_000_000  # parameters of a model that is built
+LARGEST = 100_000_000  # parameters of a model that is built
 KEPT_OUT = ("transformers_version", "architectures", "_name_or_path", "id2label", "label2id")
 LAYERS = re.compile(r"num_(hidden_)?layers|n_layers?|num_hidden_layers")
 TOKEN = re.compile(r".*token_(id|index|ids)|.*_token|.*_id")
@@ -294,40 +296,81 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
 GROUPED = {"num_expert_group": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 IMAGES = {"<image>": 99, "<|extra_200|>": 98, "IMGIMGA": 97}
+EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+STAGES = {
+    "backbone_config.out_features": ["stem", "stage1", "stage2"],
+    "backbone_config.out_indices": [0, 1, 2],
+}
+SMALL_IMAGE = {
+    "vision_config.backbone_config.image_size": 112,
+    "vision_config.backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+    "detr_decoder_config.num_queries": 8,
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "Qwen3OmniMoeTalkerConfig": {"text_config.shared_expert_intermediate_size": 32},
+    "Qwen3OmniMoeTalkerConfig": {
+        "text_config.shared_expert_intermediate_size": 32,
+        "spatial_merge_size": 2,
+    },
     "align": {"vision_config.image_size": 64},
     "bailing_hybrid": {**GROUPED, "num_experts_per_token": 2},
     "bamba": MAMBA,
+    "blip-2": {"qformer_config.use_qformer_text_input": True},
+    "blt": {"encoder_hash_byte_group_vocab": 500},
     "chameleon": {"vocabulary_map": IMAGES},
-    "cohere_compass_text": BOTH_KINDS,
+    "clvp": {"text_config.use_rotary_embedding": False},
+    "cohere_compass": {
+        "text_config.num_hidden_layers": 2,
+        "text_config.layer_types": BOTH_KINDS["layer_types"],
+    },
+    "cohere_compass_text": {"num_hidden_layers": 2, **BOTH_KINDS},
     "colqwen2": sections("vlm_config.text_config.", 2, 1, 1),
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "decision_transformer": {"vocab_size": VOCAB},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        **{f"text_config.{name}": value for name, value in GROUPED.items()},
+    },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], **GROUPED},
     "deepseek_v2": GROUPED,
+    "diffusion_gemma": {f"text_config.{name}": value for name, value in EXPERTS.items()},
+    "diffusion_gemma_text": EXPERTS,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **GROUPED},
     "emu3": {"vocabulary_map": IMAGES},
     "ernie4_5_vl_moe": sections("text_config.", 1, 1, 2),
     "ernie4_5_vl_moe_text": sections("", 1, 1, 2),
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
     "esmc": {"vocab_size": VOCAB},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
     "glm46v": sections("text_config.", 2, 1, 1),
     "glm4v": sections("text_config.", 2, 1, 1),
     "glm4v_moe": sections("text_config.", 1, 1, 0),
     "glm4v_moe_text": sections("", 1, 1, 0),
     "glm4v_text": sections("", 2, 1, 1),
+    "glm5_next": {"text_config.index_topk": 16},
+    "glm5_next_text": {"index_topk": 16},
+    "glm_image": {**sections("text_config.", 2, 1, 1), "vision_config.image_size": 32},
     "glm_image_text": sections("", 2, 1, 1),
     "glm_ocr": sections("text_config.", 2, 1, 1),
     "glm_ocr_text": sections("", 2, 1, 1),
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
     "granitemoehybrid": MAMBA,
+    "grounding-dino": STAGES,
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
-    "hunyuan_vl": {"text_config.head_dim": 8},
-    "hunyuan_vl_text": {"head_dim": 8},
+    "hunyuan_vl": {"text_config.head_dim": 8, **sections("text_config.", 1, 1, 1, 1)},
+    "hunyuan_vl_text": {"head_dim": 8, **sections("", 1, 1, 1, 1)},
     "kimi_linear": {**GROUPED, "num_experts_per_token": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 16},
     "ministral": {"head_dim": 8},
-    "nemotron": {"head_dim": 8},
+    "mm-grounding-dino": STAGES,
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1},
+    "nemotron_h_omni": {"text_config.mamba_num_heads": 8, "text_config.n_groups": 1},
     "paddleocr_vl": sections("text_config.", 2, 1, 1),
     "paddleocr_vl_text": sections("", 2, 1, 1),
     "perceiver": {"d_latents": 32, "num_latents": 8, "image_size": 16, "train_size": [16, 16]},
@@ -339,6 +382,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": sections("", 2, 1, 1),
     "qwen2_vl": sections("text_config.", 2, 1, 1),
     "qwen2_vl_text": sections("", 2, 1, 1),
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "qwen4_exp": {f"text_config.{name}": value for name, value in INDEXER.items()},
     "qwen4_exp_text": INDEXER,
     "reformer": {
@@ -348,13 +392,39 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 8,
         "local_attn_chunk_length": 8,
     },
+    "sam3": SMALL_IMAGE,
+    "sam3_lite_text": SMALL_IMAGE,
+    "shieldgemma2": {"yes_token_index": 91, "no_token_index": 92},
+    "speecht5": {"conv_dim": [32] * 7},
     "step3p5": {"sliding_window": 8},
     "step3p7": {"text_config.sliding_window": 8},
+    "t5gemma2_decoder": {"dropout_rate": 0.0},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "t5gemma2_text": {"dropout_rate": 0.0},
+    "tipsv2": {"vision_config.out_features": ["stage2"], "vision_config.out_indices": [2]},
+    "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
+    "vibevoice": {
+        "audio_config.num_filters": 4,
+        "audio_config.depths": [1] * 7,
+        "semantic_model_config.num_filters": 4,
+        "semantic_model_config.depths": [1] * 7,
+    },
+    "vibevoice_asr": {
+        f"{kind}_tokenizer_encoder_config.{name}": value
+        for kind in ("acoustic", "semantic")
+        for name, value in (("num_filters", 4), ("depths", [1] * 7))
+    },
+    "videoprism": {"vision_config.num_frames": 4, "vision_config.image_size": 36},
+    "vits": {"vocab_size": VOCAB},
     "whisper": {"max_source_positions": 32},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8},
+    "zamba": {"num_hidden_layers": 2, "layers_block_type": ["hybrid", "hybrid"]},
+    "zamba2": {
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "hybrid_layer_ids": [1],
+        "attention_head_dim": 16,
+    },
 }
 
 
@@ -389,6 +459,63 @@ def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:
     return default
 
 
+def _kosmos(rows: int, columns: int) -> dict[str, Any]:
+    return {
+        "image_embeds": torch.zeros(rows, 0, 32),
+        "image_embeds_position_mask": torch.zeros(rows, columns, dtype=torch.bool),
+    }
+
+
+def _idefics(rows: int, columns: int) -> dict[str, Any]:
+    return {
+        "image_encoder_embeddings": torch.zeros(rows, 1, 5, 32),
+        "image_attention_mask": torch.ones(rows, columns, 1, dtype=torch.int64),
+    }
+
+
+def _fastspeech(rows: int, columns: int) -> dict[str, Any]:
+    return {
+        "duration_labels": torch.ones(rows, columns, dtype=torch.int64),
+        "pitch_labels": torch.zeros(rows, columns, 1),
+        "energy_labels": torch.zeros(rows, columns, 1),
+        "spectrogram_labels": torch.zeros(rows, columns, 80),
+    }
+
+
+def _siglip2(rows: int, columns: int) -> dict[str, Any]:
+    return {
+        "pixel_values": torch.zeros(rows, 4, 768),
+        "pixel_attention_mask": torch.ones(rows, 4, dtype=torch.int64),
+        "spatial_shapes": torch.full((rows, 2), 2),
+    }
+
+
+def _blt(rows: int, columns: int) -> dict[str, Any]:
+    return {"patch_lengths": torch.full((rows, columns // 4), 4)}
+
+
+def _jev(rows: int, columns: int) -> dict[str, Any]:
+    return {
+        "marks": torch.full((rows, 1), columns),
+        "num_options": torch.full((rows, 1), 2),
+        "question_type_ids": torch.zeros(rows, 1, dtype=torch.int64),
+    }
+
+
+# What a forward asks for beside its tokens that no parameter's name tells.
+OTHERS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "blt": _blt,
+    "fastspeech2_conformer": _fastspeech,
+    "fastspeech2_conformer_with_hifigan": _fastspeech,
+    "idefics": _idefics,
+    "jev": _jev,
+    "kosmos-2": _kosmos,
+    "pi0": lambda rows, columns: {"action_embeds": torch.zeros(rows, 4, 32)},
+    "siglip2": _siglip2,
+    "voxtral_realtime_text": lambda rows, columns: {"t_cond": torch.zeros(1, 1, 32)},
+}
+
+
 def other_inputs(entry: Entry, model: nn.Module, given: dict[str, Any]) -> list[dict[str, Any]]:
     """What a forward may need beside its tokens, by its parameters' names: in the shapes that
     models take them in, to be tried in turn.
@@ -413,16 +540,18 @@ def other_inputs(entry: Entry, model: nn.Module, given: dict[str, Any]) -> list[
         },
         {"pixel_values": (rows, 8, *picture), "input_features": (rows, 64, bins)},
         {"input_values": (rows, 1, 4000), "pixel_values": (rows, *picture)},
+        {"input_features": (rows, bins, 128), "flattened_patches": (rows, 8, 2 + 32)},
+        {"input_features": (rows, 1, 1001, bins), "pixel_values": (rows, 2, *picture)},
     ]
     takes = parameters(type(model))
-    tried = []
+    tried = [made(rows, columns)] if (made := OTHERS.get(entry.name)) is not None else []
     for shape in shapes:
-        made: dict[str, Any] = {
+        filled: dict[str, Any] = {
             name: torch.randn(size, generator=generator)
             for name, size in {**shapes[0], **shape}.items()
         }
-        made["bbox"] = torch.zeros(rows, columns, 4, dtype=torch.int64)
-        tried.append({name: value for name, value in made.items() if name in takes})
+        filled["bbox"] = torch.zeros(rows, columns, 4, dtype=torch.int64)
+        tried.append({name: value for name, value in filled.items() if name in takes})
         if "bbox" in takes:
-            tried.append({**tried[-1], "bbox": made["bbox"].float()})
+            tried.append({**tried[-1], "bbox": filled["bbox"].float()})
     return [one for one in tried if one]

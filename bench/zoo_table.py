@@ -38,7 +38,7 @@ do ended EXACT. NO WAY OUT: it did not. FALSE ALARM: exact, with a warning that 
 
 
 def roles(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, entry[name]) for name in ("head", "base") if name in entry]
+    return [(name, one) for name, one in entry.items() if isinstance(one, dict)]
 
 
 def words(entry: dict[str, Any]) -> dict[str, list[str]]:
