@@ -143,8 +143,8 @@ def _bert(head: str) -> str:
     config = transformers.BertConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        num_labels=1,
     )  # fmt: skip
+    config.num_labels = 1
     getattr(transformers, head)(config).save_pretrained(folder)
     return folder
 
@@ -256,8 +256,7 @@ def torchscale() -> Subject:
 
     config = EncoderConfig(
         encoder_embed_dim=32, encoder_attention_heads=2, encoder_ffn_embed_dim=64,
-        encoder_layers=1, vocab_size=VOCAB, no_scale_embedding=False,
-        share_encoder_input_output_embed=True,
+        encoder_layers=1, vocab_size=VOCAB, no_scale_embedding=False, bert_init=True,
     )  # fmt: skip
     model = Encoder(config, embed_tokens=TextEmbedding(VOCAB, 32))
     given = {"src_tokens": IDS, "encoder_padding_mask": ~REAL}
@@ -332,6 +331,12 @@ def _applied(model: Any) -> None:
     model.apply(model._init_weights)
 
 
+def _bert_initialised(model: nn.Module) -> None:
+    from torchscale.architecture.utils import init_bert_params
+
+    model.apply(init_bert_params)
+
+
 PACKAGES: dict[str, Package] = {
     "ai2-olmo": Package(olmo, lambda model: model.reset_parameters(), "ai2-olmo"),
     "curated-transformers": Package(
@@ -351,7 +356,7 @@ PACKAGES: dict[str, Package] = {
     "speechbrain TransformerLM": Package(
         speechbrain, lambda model: model._reset_params(), "speechbrain"
     ),
-    "torchscale Encoder": Package(torchscale, own_initialisation, "torchscale"),
+    "torchscale Encoder": Package(torchscale, _bert_initialised, "torchscale"),
     "torch nn.Transformer, batch first": Package(
         lambda: torch_transformer(True), own_initialisation, "torch"
     ),

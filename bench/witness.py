@@ -172,7 +172,7 @@ def watching(
             if isinstance(value, Tensor) and value.is_floating_point():
                 watched.events.append(Event(module, leaves[module], value.detach().clone()))
 
-    def after(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
         nonlocal reseed
         if torch.is_grad_enabled() is not grad:
             return None
@@ -185,6 +185,9 @@ def watching(
         if what is None or lookups != len(watched.lookups):  # a module inside it looked them up
             return None
         number, place = what
+        rest: tuple[Any, ...] | None = None
+        if isinstance(output, tuple) and output:  # the embeddings and their scale, quantised
+            output, rest = output[0], output[1:]
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2:
             return None
         dim = output.shape[-1]
@@ -199,7 +202,8 @@ def watching(
         if by_hand is None:
             return None
         noise = noise_of(watched.lookups[-1], sequences, by_hand[number]).view(output.shape)
-        return torch.where(noise != 0, output + noise.to(output.dtype), output)
+        noisy = torch.where(noise != 0, output + noise.to(output.dtype), output)
+        return noisy if rest is None else (noisy, *rest)
 
     hooks = [
         register_module_forward_pre_hook(before),

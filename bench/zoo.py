@@ -102,7 +102,7 @@ def ready(entry: Entry, kind: type[nn.Module]) -> Built:
     Raises:
         RuntimeError: none does; with what each said.
     """
-    parameters = zoo_models.parameters(kind)
+    parameters = zoo_models.taken(entry, kind)
     tokens = told(parameters, "none")
     assert tokens is not None
     said = []
@@ -119,7 +119,7 @@ def ready(entry: Entry, kind: type[nn.Module]) -> Built:
                 torch.manual_seed(0)
                 model(**tokens.given, **_plain(parameters), **others)
             except Exception as error:
-                last = _short(error)
+                last = last or _short(error)
                 continue
             return Built(model, others, way)
         said.append(f"{way}: {last}")
@@ -143,7 +143,7 @@ def judged(entry: Entry, kind: type[nn.Module]) -> dict[str, Any]:
         built = ready(entry, kind)
     except RuntimeError as error:
         return {"unbuilt": str(error)}
-    parameters = zoo_models.parameters(kind)
+    parameters = zoo_models.taken(entry, kind)
     made: dict[str, Any] = {"way": built.way, "layouts": {}, "around": []}
     state = judge.State(built.model)
     for layout in LAYOUTS:
@@ -270,7 +270,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     sources = fingerprint()
-    entries = zoo_models.entries()
+    entries = [one for one in zoo_models.entries() if one.name not in zoo_models.NO_TOKENS]
     if arguments.names:
         entries = [one for one in entries if one.name in arguments.names]
     done = {} if arguments.names else before_now(sources)

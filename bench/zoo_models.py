@@ -48,6 +48,32 @@ def parameters(model: type[nn.Module]) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
+# Their decoders take codes of sound, several a place; their encoders take tokens.
+CODES = ("dia", "musicgen", "musicgen_melody")
+SEVERAL = "takes codes of sound, several a place"
+NO_TOKENS = {
+    "Qwen3OmniMoeCode2WavConfig": "its forward refuses input_ids",
+    "blt_local_decoder": "its forward takes embeddings alone",
+    "canine": "hashes characters; there is no table of tokens",
+    "csm": SEVERAL,
+    "csm_depth_decoder_model": SEVERAL,
+    "dia_decoder": SEVERAL,
+    "fine_acoustics": SEVERAL,
+    "kyutai_speech_to_text": SEVERAL,
+    "moshi_depth": SEVERAL,
+    "musicgen_decoder": SEVERAL,
+    "musicgen_melody_decoder": SEVERAL,
+    "qwen3_omni_moe_talker_code_predictor": "its forward refuses input_ids",
+    "qwen3_omni_moe_talker_text": "its forward looks up in a table that it does not have",
+}
+
+
+def taken(entry: Entry, model: type[nn.Module]) -> list[str]:
+    """The parameters of a model's forward, without those that are no tokens."""
+    found = parameters(model)
+    return [one for one in found if one != "decoder_input_ids"] if entry.name in CODES else found
+
+
 def modelling_classes() -> list[type[nn.Module]]:
     """Every PreTrainedModel of transformers.models, by module and name."""
     import transformers
@@ -296,10 +322,20 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
 GROUPED = {"num_expert_group": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
 IMAGES = {"<image>": 99, "<|extra_200|>": 98, "IMGIMGA": 97}
+COMPASS = {
+    "num_hidden_layers": 2,
+    **BOTH_KINDS,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": None,
+    },
+}
 EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 STAGES = {
+    "backbone_config.stage_names": ["stem", "stage1", "stage2"],
     "backbone_config.out_features": ["stem", "stage1", "stage2"],
     "backbone_config.out_indices": [0, 1, 2],
+    "backbone_config.num_heads": [2, 4],
 }
 SMALL_IMAGE = {
     "vision_config.backbone_config.image_size": 112,
@@ -315,16 +351,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**GROUPED, "num_experts_per_token": 2},
     "bamba": MAMBA,
     "blip-2": {"qformer_config.use_qformer_text_input": True},
-    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 500,
+        "encoder_config.hidden_size_global": 32,
+        "decoder_config.hidden_size_global": 32,
+    },
     "chameleon": {"vocabulary_map": IMAGES},
     "clvp": {"text_config.use_rotary_embedding": False},
-    "cohere_compass": {
-        "text_config.num_hidden_layers": 2,
-        "text_config.layer_types": BOTH_KINDS["layer_types"],
-    },
-    "cohere_compass_text": {"num_hidden_layers": 2, **BOTH_KINDS},
+    "cohere_compass": {f"text_config.{name}": value for name, value in COMPASS.items()},
+    "cohere_compass_text": COMPASS,
     "colqwen2": sections("vlm_config.text_config.", 2, 1, 1),
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "decision_transformer": {"vocab_size": VOCAB},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -341,7 +378,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
     "esmc": {"vocab_size": VOCAB},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {
+        "text_config.hidden_size_per_layer_input": 0,
+        "text_config.num_kv_shared_layers": 0,
+    },
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
     "glm46v": sections("text_config.", 2, 1, 1),
     "glm4v": sections("text_config.", 2, 1, 1),
@@ -354,7 +394,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm_image_text": sections("", 2, 1, 1),
     "glm_ocr": sections("text_config.", 2, 1, 1),
     "glm_ocr_text": sections("", 2, 1, 1),
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "vision_config.hidden_size": 64,
+        "downsample_rate": "1/2",
+    },
     "granitemoehybrid": MAMBA,
     "grounding-dino": STAGES,
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -386,6 +430,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {f"text_config.{name}": value for name, value in INDEXER.items()},
     "qwen4_exp_text": INDEXER,
     "reformer": {
+        "hash_seed": 3,
         "axial_pos_embds_dim": [16, 16],
         "axial_pos_shape": [4, 4],
         "num_hashes": 1,
@@ -395,14 +440,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "sam3": SMALL_IMAGE,
     "sam3_lite_text": SMALL_IMAGE,
     "shieldgemma2": {"yes_token_index": 91, "no_token_index": 92},
-    "speecht5": {"conv_dim": [32] * 7},
+    "speecht5": {"num_feat_extract_layers": 7, "vocab_size": VOCAB},
     "step3p5": {"sliding_window": 8},
     "step3p7": {"text_config.sliding_window": 8},
     "t5gemma2_decoder": {"dropout_rate": 0.0},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "tipsv2": {"vision_config.out_features": ["stage2"], "vision_config.out_indices": [2]},
-    "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
+    "tvp": {"max_img_size": 32, "visual_prompt_size": 4, "num_frames": 2},
     "vibevoice": {
         "audio_config.num_filters": 4,
         "audio_config.depths": [1] * 7,
@@ -425,6 +470,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1],
         "attention_head_dim": 16,
     },
+    "speech-encoder-decoder": {"encoder.num_feat_extract_layers": 7},
+    "clap": {"audio_config.hidden_size": 64},
+    "fastspeech2_conformer": {"vocab_size": VOCAB},
+    "fastspeech2_conformer_with_hifigan": {"model_config.vocab_size": VOCAB},
 }
 
 
@@ -494,6 +543,10 @@ def _blt(rows: int, columns: int) -> dict[str, Any]:
     return {"patch_lengths": torch.full((rows, columns // 4), 4)}
 
 
+def _codes(rows: int, columns: int) -> dict[str, Any]:
+    return {"decoder_input_ids": torch.zeros(rows * 4, 8, dtype=torch.int64)}
+
+
 def _jev(rows: int, columns: int) -> dict[str, Any]:
     return {
         "marks": torch.full((rows, 1), columns),
@@ -510,8 +563,25 @@ OTHERS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "idefics": _idefics,
     "jev": _jev,
     "kosmos-2": _kosmos,
-    "pi0": lambda rows, columns: {"action_embeds": torch.zeros(rows, 4, 32)},
+    "blt_local_encoder": lambda rows, columns: {
+        "patch_ids": torch.zeros(rows, columns, dtype=torch.int64),
+        "num_patches": 1,
+    },
+    "molmo2": lambda rows, columns: {
+        "mm_token_type_ids": torch.zeros(rows, columns, dtype=torch.int64)
+    },
+    "musicgen": _codes,
+    "musicgen_melody": _codes,
+    "pi0": lambda rows, columns: {
+        "action_embeds": torch.zeros(rows, 4, 32),
+        "pixel_values": torch.zeros(rows, 1, 3, 224, 224),
+        "pixel_attention_mask": torch.ones(rows, 1, dtype=torch.bool),
+    },
+    "t5gemma2_decoder": lambda rows, columns: {"encoder_hidden_states": torch.zeros(rows, 4, 32)},
+    "pix2struct": lambda rows, columns: {"flattened_patches": torch.zeros(rows, 8, 2 + 32)},
     "siglip2": _siglip2,
+    "speech-encoder-decoder": lambda rows, columns: {"input_values": torch.zeros(rows, 4000)},
+    "tvp": lambda rows, columns: {"pixel_values": torch.zeros(rows, 2, 3, 32, 32)},
     "voxtral_realtime_text": lambda rows, columns: {"t_cond": torch.zeros(1, 1, 32)},
 }
 
@@ -551,6 +621,7 @@ def other_inputs(entry: Entry, model: nn.Module, given: dict[str, Any]) -> list[
             for name, size in {**shapes[0], **shape}.items()
         }
         filled["bbox"] = torch.zeros(rows, columns, 4, dtype=torch.int64)
+        filled["qformer_input_ids"] = torch.ones(rows, 4, dtype=torch.int64)
         tried.append({name: value for name, value in filled.items() if name in takes})
         if "bbox" in takes:
             tried.append({**tried[-1], "bbox": filled["bbox"].float()})

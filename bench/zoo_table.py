@@ -11,6 +11,8 @@ import torch
 
 import neftune_kernels
 
+from .zoo_models import NO_TOKENS
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "bench/results/zoo.md"
 DONE = ROOT / "build/zoo.jsonl"
@@ -109,6 +111,8 @@ def written(entries: list[dict[str, Any]], sources: str, versions: str) -> str:
         for one in sorted(entries, key=lambda one: str(one["name"]))
         if one["name"] not in judged
     ]
+    lines += ["", "## Take no tokens, though their forwards name input_ids", ""]
+    lines += [f"- {name}: {why}" for name, why in sorted(NO_TOKENS.items())]
     return "\n".join([*lines, ""])
 
 
