@@ -382,7 +382,9 @@ def _with_embeds(subject: Subject, state: State, expected: Expected) -> bool:
     given = {name: value for name, value in subject.given.items() if name != "input_ids"}
     lookup = expected.noisy.watched.lookups[0]
     try:
-        embedded = add_noise(table(ids), ALPHA, seed=lookup.seed, **words)
+        rows = table(ids)
+        rows = rows[0] if isinstance(rows, tuple) else rows
+        embedded = add_noise(rows, ALPHA, seed=lookup.seed, **words)
         state.put_back()
         output = subject.call(subject.model, {**given, "inputs_embeds": embedded})
     except Exception:

@@ -331,7 +331,8 @@ def add_noise_behind(
         if input is not None and is_ids(input) and site.state.skip_reason(module) is None:
             raise TypeError(
                 f"{type(module).__name__} looks ids up, but returns {type(output).__name__} and no "
-                "tensor: name the module inside it that returns the embeddings with embedding="
+                "tensor: name the module inside it that returns the embeddings with embedding=, or "
+                "pass neftune_kernels.add_noise(embeddings, noise_alpha) as inputs_embeds"
             )
         return None  # the same table as output head, or embeddings handed on
     compiling = torch.compiler.is_compiling()

@@ -24,6 +24,11 @@ def transposed(values: Tensor) -> Tensor:
     return values.t()
 
 
+def behind(others: int) -> Place:
+    """The place of ids that have others before them, which are padding to the noise."""
+    return lambda values: torch.nn.functional.pad(values, (others, 0))
+
+
 def place(input: Tensor, ids: Tensor) -> Place | None:
     """By storage where the lookup's ids are the sequence or a view of it, else by value on the CPU:
     the same, flattened, transposed, some rows in any order, a chunk, shifted by one, or padded to a

@@ -108,6 +108,11 @@ def _afmoe(model: Any, dtype: torch.dtype) -> float:
     return float(model.config.hidden_size**0.5) if model.config.mup_enabled else 1.0
 
 
+def _fastspeech2(model: Any, dtype: torch.dtype) -> float:
+    """In its positional encoding, a module beside the embedding."""
+    return float(model.pos_enc.input_scale)
+
+
 def _big_bird(model: Any, dtype: torch.dtype) -> float:
     return float(model.hidden_size**0.5) if model.rescale_embeddings else 1.0
 
@@ -175,6 +180,7 @@ class Quirks(NamedTuple):
     pads_window: bool = False
     # all its forward's, where its package's name is anybody's
     parameters: tuple[str, ...] | None = None
+    prompts: int | None = None  # its padding's id; it looks up prompts of its own before its tokens
 
 
 NO_QUIRKS = Quirks()
@@ -213,11 +219,13 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("transformers", "BigBirdModel.forward"): Quirks(pads_window=True),
     ("transformers", "BlenderbotSmallEncoder.forward"): SCALED,
     ("transformers", "CTRLModel.forward"): Quirks(factor=_ctrl, embeds_too=True),
-    ("transformers", "CpmAntForCausalLM.forward"): Quirks(keeps_mask=True),
+    ("transformers", "CpmAntForCausalLM.forward"): Quirks(keeps_mask=True, prompts=0),
+    ("transformers", "CpmAntModel.forward"): Quirks(prompts=0),
     ("transformers", "EsmEmbeddings.forward"): Quirks(each=_token_dropout),
     ("transformers", "EvollaSaProtEmbeddings.forward"): Quirks(each=_token_dropout),
     ("transformers", "FSMTDecoder.forward"): SCALED_TOO,
     ("transformers", "FSMTEncoder.forward"): SCALED_TOO,
+    ("transformers", "FastSpeech2ConformerEncoder.forward"): Quirks(factor=_fastspeech2),
     ("transformers", "FalconH1Model.forward"): MULTIPLIED._replace(embeds_too=False),
     ("transformers", "Granite4VisionTextModel.forward"): MULTIPLIED,
     ("transformers", "GraniteDoclingTextModel.forward"): MULTIPLIED,

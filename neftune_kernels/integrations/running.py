@@ -27,7 +27,7 @@ from ..torch_internals import asked_outside_the_graph
 from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
-from .places import Place, padded, place, same, transposed
+from .places import Place, behind, padded, place, same, transposed
 from .quirks import Each
 from .sequences import Sequence, among_arguments, other_sequences, sequence, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
@@ -264,7 +264,8 @@ class Forward:
             return transposed
         if quirks.pads_window and not values_cost_nothing(input):
             return padded(input, ids)
-        return None
+        others = input.shape[-1] - ids.shape[-1] if input.dim() == ids.dim() else 0
+        return behind(others) if quirks.prompts is not None and others > 0 else None
 
     def claims(self, input: Tensor) -> bool:
         """Whether ids that are no argument, nor a part of one, are taken for the forward's own by
@@ -479,6 +480,10 @@ class Site:
                 continue
             index, ids, where = found
             told = forward.told(index, input)
+            if where is not same:
+                prompts = forward.listener.quirks.prompts
+                if prompts is not None and told.padding_unsaid:
+                    told = told._replace(attention_mask=ids != prompts)
             if where is not same and (not told.unsaid or where is transposed):
                 told = _at(told, where, ids)
             if told is not UNSAID and not told.padding_unsaid:
