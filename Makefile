@@ -90,7 +90,8 @@ mutants: setup
 # bench/results/zoo.md; ARGS="llama bert" judges those alone and prints what was found.
 zoo: setup
 	$(BIN)/python -m bench.zoo $(ARGS)
-	$(BIN)/python -m bench.zoo_table
+	test -n "$(ARGS)" || $(BIN)/python -m bench.zoo_rows
+	test -n "$(ARGS)" || $(BIN)/python -m bench.zoo_table
 
 # Models of other packages, each in an environment of its own; writes bench/results/foreign.md.
 foreign: setup

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import platform
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -16,6 +17,7 @@ from .zoo_models import NO_TOKENS
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "bench/results/zoo.md"
 DONE = ROOT / "build/zoo.jsonl"
+ROWS = ROOT / "build/zoo_rows.json"
 # The worst of an entry's verdicts is its own.
 WORST_FIRST = (
     "CRASH",
@@ -73,7 +75,7 @@ def first_of(entry: dict[str, Any], word: str) -> dict[str, Any]:
     return next(one for one in verdicts if one["word"] == word)
 
 
-def written(entries: list[dict[str, Any]], sources: str, versions: str) -> str:
+def written(entries: list[dict[str, Any]], rows: dict[str, str], versions: str) -> str:
     judged = {one["name"]: word for one in entries if (word := worst(one)) is not None}
     totals = Counter(judged.values())
     around = {
@@ -111,6 +113,8 @@ def written(entries: list[dict[str, Any]], sources: str, versions: str) -> str:
         for one in sorted(entries, key=lambda one: str(one["name"]))
         if one["name"] not in judged
     ]
+    lines += ["", "## Rows of quirks.py that a model needs", ""]
+    lines += [f"- `{row}`: {why}" for row, why in sorted(rows.items()) if why]
     lines += ["", "## Take no tokens, though their forwards name input_ids", ""]
     lines += [f"- {name}: {why}" for name, why in sorted(NO_TOKENS.items())]
     return "\n".join([*lines, ""])
@@ -121,7 +125,7 @@ def _cell(text: str) -> str:
     return flat if len(flat) <= 160 else flat[:157] + "..."
 
 
-def main() -> None:
+def main() -> int:
     import transformers
 
     read = [json.loads(line) for line in DONE.read_text().splitlines()]
@@ -134,8 +138,10 @@ def main() -> None:
         f"{sources}, Python {platform.python_version()}; {seconds / 60:.0f} minutes of one core; "
         "written by `make zoo`."
     )
-    RESULT.write_text(written(entries, sources, versions))
+    rows = json.loads(ROWS.read_text())
+    RESULT.write_text(written(entries, rows, versions))
+    return int(any(worst(one) in ("CRASH", "SILENT WRONG") for one in entries))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,6 +33,8 @@ NOT_A_FACTOR = {
     "ZayaModel": "a learned vector, a part of its first block",
 }
 
+ELSEWHERE = {"FastSpeech2ConformerEncoder": "multiplies in its positional encoding"}
+
 
 def _from_lookup(node, known):
     """Whether an expression is a lookup of tokens, or made of one element by element."""
@@ -110,7 +112,10 @@ def test_the_table_is_that_of_the_installed_transformers():
         for (package, name), row in quirks.QUIRKS.items()
         if package == "transformers" and (row.factor or row.each)
     }
-    assert found - set(NOT_A_FACTOR) == rows, "read what changed, then add or take rows"
+    assert not found & set(ELSEWHERE), "the scan sees it: no exception of it"
+    assert found - set(NOT_A_FACTOR) | set(ELSEWHERE) == rows, (
+        "read what changed, then add or take rows"
+    )
     assert transformers.__version__ in quirks.SCANNED, (
         "the table fits this version too: add it to quirks.SCANNED"
     )

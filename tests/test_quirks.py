@@ -246,3 +246,56 @@ def test_a_listener_of_a_model_with_a_row_pickles():
     listener = Listener(State(), built(module, name, forward))
     assert listener.quirks.samples is not None
     assert pickle.loads(pickle.dumps(listener)).quirks is listener.quirks
+
+
+def cpmant(self, input_ids=None, output_attentions=None, past_key_values=None, use_cache=None):
+    """CPM-Ant's published lookup: prompts of its own before its tokens, 0 is its padding."""
+    prompts = torch.arange(VOCAB - 3, VOCAB, dtype=torch.int32).repeat(input_ids.size(0), 1)
+    return self.embed(torch.cat((prompts, input_ids.to(torch.int32)), dim=1))
+
+
+def cpmant_head(self, input_ids=None, attention_mask=None, **kwargs):
+    return cpmant(self, input_ids)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_prompts_of_the_models_own_are_no_tokens(told):
+    """They have no noise and do not count in L."""
+    forward = cpmant_head if told else cpmant
+    name = "CpmAntForCausalLM" if told else "CpmAntModel"
+    model = built("transformers.models.cpmant", name, forward)
+    ids = IDS if told else IDS * KEEP
+    given = {"attention_mask": KEEP} if told else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, ids, **given)
+    expected = noisy_embedding(ids, model.embed.weight, 5.0, attention_mask=KEEP, seed=seed)
+    assert torch.equal(out[:, 3:], expected)
+    assert torch.equal(
+        out[:, :3],
+        F.embedding(torch.arange(VOCAB - 3, VOCAB), model.embed.weight).expand(2, 3, HIDDEN),
+    )
+
+
+class Scaling(nn.Module):
+    """FastSpeech2's positional encoding, as far as the embeddings are concerned."""
+
+    input_scale = 4.0
+
+    def forward(self, x):
+        return x * self.input_scale
+
+
+def fastspeech2(self, feature_representation, attention_mask=None):
+    return self.pos_enc(self.embed(feature_representation))
+
+
+def test_a_factor_in_a_module_beside_the_embedding():
+    package = "transformers.models.fastspeech2_conformer"
+    model = built(package, "FastSpeech2ConformerEncoder", fastspeech2)
+    model.pos_enc = Scaling()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, attention_mask=KEEP)
+    expected = noisy_embedding(IDS, model.embed.weight, 5.0 / 4, attention_mask=KEEP, seed=seed)
+    assert torch.equal(out, expected * 4.0)

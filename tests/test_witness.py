@@ -3,6 +3,8 @@ at the first block is the paper's noise, or a message leads there.
 """
 
 import inspect
+import pathlib
+import re
 
 import pytest
 import torch
@@ -98,8 +100,7 @@ def test_exact(kind, layout):
     expected = judge.expectation(one, state)
     verdict = judge.judge(one, state, expected)
     if layout == "packed":  # one row with learned positions: the factor cannot be known
-        assert verdict.word == "FALSE ALARM"
-        assert "embedding_multiplier=1.0" in verdict.message
+        assert (verdict.word, verdict.remedy) == ("WARNED", "embedding_multiplier=1.0")
         return
     assert (verdict.word, verdict.detail, verdict.message) == ("EXACT", "", "")
     assert not judge.around(one, state, expected, {})
@@ -142,14 +143,42 @@ def test_a_factor_that_only_the_noise_sees_is_seen():
     assert "2 times" in verdict.detail
 
 
-def test_every_row_that_reads_samples_has_a_test():
-    """tests/test_quirks.py writes each row's published forward down; a row without one goes."""
+def test_every_row_is_needed_by_the_zoo_or_has_its_forward_in_a_test():
+    """bench/results/zoo.md lists the rows without which a model is judged otherwise;
+    tests/test_quirks.py writes others' published forwards down. A row with neither goes.
+    """
     import test_quirks
 
     named = {(module.split(".")[0], f"{name}.forward") for module, name, *_ in test_quirks.CASES}
     named |= {
         ("transformers", name) for package, name in named if package == "transformers_modules"
     }
-    samples = {key for key, row in quirks.QUIRKS.items() if row.samples is not None}
-    assert samples
-    assert samples <= named
+    table = pathlib.Path(__file__).parent.parent / "bench/results/zoo.md"
+    rows = re.findall(r"^- `(\w+\.forward)`: ", table.read_text(), re.MULTILINE)
+    assert rows
+    needed = {("transformers", name) for name in rows}
+    assert set(quirks.QUIRKS) <= named | needed
+
+
+def test_the_zoo_finds_no_silent_fault():
+    """An entry that needs a row and has none is SILENT WRONG there."""
+    table = pathlib.Path(__file__).parent.parent / "bench/results/zoo.md"
+    totals = dict(re.findall(r"^\| ([A-Z ]+) \| (\d+) \|$", table.read_text(), re.MULTILINE))
+    assert totals["SILENT WRONG"] == totals["CRASH"] == "0"
+    assert int(totals["EXACT"]) > 300
+
+
+@pytest.mark.parametrize(
+    ("message", "true"),
+    [
+        ("Plain multiplies its embeddings by 3 after looking them up", False),
+        ("Plain multiplies its embeddings by 1.0 after looking them up", True),
+        ("no forward around the embedding takes an attention_mask", False),
+        ("it is not known whether Plain multiplies", True),
+        ("something else", False),
+    ],
+)
+def test_a_warning_over_exact_noise_is_true_or_a_false_alarm(message, true):
+    one = subject(Plain(), "right")
+    expected = judge.expectation(one, judge.State(one.model))
+    assert judge.is_true(message, one, expected) is true
