@@ -219,6 +219,74 @@ def test_a_decoder_that_is_told_its_mask_by_another_name():
     assert torch.equal(out, noisy(OTHER, model.decoder.embed_tokens.weight, seed, KEEP))
 
 
+def test_a_decoder_of_the_decoder():
+    """Florence-2's get_decoder() is its language model, which it does not call: it embeds its
+    tokens itself and calls that one's encoder and decoder.
+    """
+    both = type("Config", (), {"is_encoder_decoder": True, "pad_token_id": None})()
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
+
+        def get_input_embeddings(self):
+            return self.embed_tokens
+
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    class Language(nn.Module):
+        config = both
+
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Embedding(VOCAB, HIDDEN)
+            self.encoder, self.decoder = Stack(), Stack()
+
+        def get_input_embeddings(self):
+            return self.shared
+
+        def get_decoder(self):
+            return self.decoder
+
+        def forward(self, input_ids, attention_mask=None):
+            raise NotImplementedError
+
+    class Florence(nn.Module):
+        config = both
+
+        def __init__(self):
+            super().__init__()
+            self.language_model = Language()
+
+        def get_input_embeddings(self):
+            return self.language_model.shared
+
+        def get_decoder(self):
+            return self.language_model
+
+        def forward(self, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask):
+            language = self.language_model
+            states = language.encoder(
+                attention_mask=attention_mask, inputs_embeds=language.shared(input_ids)
+            )
+            return states, language.decoder(decoder_input_ids, decoder_attention_mask)
+
+    model = Florence().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_neftune(model, 5.0, embedding_multiplier=1.0)
+        states, out = model(IDS, KEEP, OTHER, KEEP)
+    language = model.language_model
+    for found, ids, one in (
+        (states, IDS, language.shared),
+        (out, OTHER, language.decoder.embed_tokens),
+    ):
+        seed = one._neftune.last.noise.seed
+        assert torch.equal(found, noisy(ids, one.weight, seed, KEEP))
+
+
 def test_masks_among_others():
     """**kwargs of a forward that names no mask."""
 
