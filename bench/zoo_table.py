@@ -60,6 +60,11 @@ def worst(entry: dict[str, Any]) -> str | None:
     return next((word for word in WORST_FIRST if word in found), None)
 
 
+def is_faulty(entries: list[dict[str, Any]]) -> bool:
+    """Whether something is wrong and nobody is told: a factor without its row, say."""
+    return any(worst(one) in ("CRASH", "SILENT WRONG") for one in entries)
+
+
 def reason(entry: dict[str, Any]) -> str:
     for _, role in roles(entry):
         for key in ("unbuilt", "broken"):
@@ -140,7 +145,7 @@ def main() -> int:
     )
     rows = json.loads(ROWS.read_text())
     RESULT.write_text(written(entries, rows, versions))
-    return int(any(worst(one) in ("CRASH", "SILENT WRONG") for one in entries))
+    return int(is_faulty(entries))
 
 
 if __name__ == "__main__":
