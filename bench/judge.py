@@ -3,6 +3,7 @@ CRASH, by bench/witness.py.
 """
 
 import ast
+import math
 import re
 import traceback
 import warnings
@@ -239,6 +240,8 @@ def _compare(subject: Subject, expected: Expected, ran: Ran) -> tuple[str, str]:
     for number, lookup in enumerate(ran.watched.lookups):
         found = arrival(expected.clean.watched, ran.watched, number, subject.sequences)
         arrived.append(f"{found.factor:.6g} at {found.at}")
+        if math.isnan(expected.factors[lookup.sequence]):
+            continue  # noise by hand is not seen to arrive either: the output tells
         if not (found.error <= 1 and abs(found.factor - 1) < 1e-5):
             wrong.append(_describe(subject, expected, ran, number, found.factor, lookup))
     off = difference(ran.outputs, expected.noisy.outputs)

@@ -287,6 +287,21 @@ def test_a_decoder_of_the_decoder():
         assert torch.equal(found, noisy(ids, one.weight, seed, KEEP))
 
 
+def test_a_config_that_cannot_tell_its_text_model():
+    """MusicGen's raises, as it has two of them: its own padding counts."""
+
+    class Two(Config):
+        def get_text_config(self):
+            raise ValueError("multiple valid text configs")
+
+    config = Two(pad_token_id=0)
+    ids = IDS * KEEP
+    (out,), (seed,), weight, _ = heard(
+        lambda ids, _: [ids], config=config, input_ids=ids, attention_mask=None
+    )
+    assert torch.equal(out, noisy(ids, weight, seed, KEEP))
+
+
 def test_masks_among_others():
     """**kwargs of a forward that names no mask."""
 

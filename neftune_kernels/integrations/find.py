@@ -206,7 +206,10 @@ def decoder_of(model: nn.Module) -> Iterator[nn.Module]:
 def padding_of(model: nn.Module) -> Padding:
     """What the outer config names, else that of its text model."""
     outer = getattr(model, "config", None)
-    configs = [outer, getattr(outer, "get_text_config", lambda: None)()]
+    try:
+        configs = [outer, getattr(outer, "get_text_config", lambda: None)()]
+    except ValueError:  # MusicGen has two: of which one, it does not say
+        configs = [outer]
     token = next((pad for pad in (_token(one, "pad_token_id") for one in configs) if pad), (None,))
     ends = {end for one in configs for end in _token(one, "eos_token_id")}
     return Padding(token[0], token[0] is not None and token[0] in ends)
