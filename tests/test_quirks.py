@@ -1,6 +1,7 @@
 """Packages that tell samples under names of their own, by their published signatures."""
 
 import pickle
+import types
 import warnings
 
 import pytest
@@ -294,6 +295,44 @@ def test_a_factor_in_a_module_beside_the_embedding():
     package = "transformers.models.fastspeech2_conformer"
     model = built(package, "FastSpeech2ConformerEncoder", fastspeech2)
     model.pos_enc = Scaling()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, attention_mask=KEEP)
+    expected = noisy_embedding(IDS, model.embed.weight, 5.0 / 4, attention_mask=KEEP, seed=seed)
+    assert torch.equal(out, expected * 4.0)
+
+
+def talker(self, input_ids=None, attention_mask=None, thinker_reply_part=None):
+    return self.model(attention_mask, self.model.embed(input_ids))
+
+
+def talker_model(self, attention_mask=None, inputs_embeds=None, input_ids=None):
+    return inputs_embeds
+
+
+def test_a_mask_that_stays_with_the_outer_model():
+    """Qwen2.5-Omni's talker looks its tokens up itself, in its inner model's table."""
+    package = "transformers.models.qwen2_5_omni"
+    model = built(package, "Qwen2_5OmniTalkerForConditionalGeneration", talker)
+    model.model = built(package, "Qwen2_5OmniTalkerModel", talker_model)
+    apply_neftune(model, 5.0, embedding="model.embed")
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = model(IDS, attention_mask=KEEP)
+    torch.manual_seed(7)
+    seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+    weight = model.model.embed.weight
+    assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, attention_mask=KEEP, seed=seed))
+
+
+def vits(self, input_ids, padding_mask=None, attention_mask=None):
+    return self.embed(input_ids) * self.config.hidden_size**0.5
+
+
+def test_a_factor_of_the_config():
+    model = built("transformers.models.vits", "VitsTextEncoder", vits)
+    model.config = types.SimpleNamespace(hidden_size=16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out, seed = called(model, IDS, attention_mask=KEEP)
