@@ -99,9 +99,6 @@ def test_exact(kind, layout):
     state = judge.State(one.model)
     expected = judge.expectation(one, state)
     verdict = judge.judge(one, state, expected)
-    if layout == "packed":  # one row with learned positions: the factor cannot be known
-        assert (verdict.word, verdict.remedy) == ("WARNED", "embedding_multiplier=1.0")
-        return
     assert (verdict.word, verdict.detail, verdict.message) == ("EXACT", "", "")
     assert not judge.around(one, state, expected, {})
 
@@ -144,26 +141,19 @@ def test_a_factor_that_only_the_noise_sees_is_seen():
 
 
 def test_every_row_is_needed_by_the_zoo_or_has_its_forward_in_a_test():
-    """bench/results/zoo.md lists the rows without which a model is judged otherwise;
-    tests/test_quirks.py writes others' published forwards down. A row with neither goes.
+    """bench/results/zoo.md lists the rows without which a model is judged otherwise; others are
+    held by a test that names their class. A row with neither goes.
     """
-    import test_quirks
-
-    named = {(module.split(".")[0], f"{name}.forward") for module, name, *_ in test_quirks.CASES}
-    named |= {
-        ("transformers", name) for package, name in named if package == "transformers_modules"
-    }
-    table = pathlib.Path(__file__).parent.parent / "bench/results/zoo.md"
-    rows = re.findall(r"^- `(\w+\.forward)`: ", table.read_text(), re.MULTILINE)
-    assert rows
-    needed = {("transformers", name) for name in rows}
-    own = {
-        ("transformers", "EsmEmbeddings.forward"),  # test_multipliers.py, its factors of samples
-        ("transformers", "Qwen2_5OmniTalkerForConditionalGeneration.forward"),  # test_quirks.py
-        ("transformers", "VitsTextEncoder.forward"),  # there, too
-        ("transformers", "XLNetModel.forward"),  # test_models.py: on a GPU, compiled
-    }
-    assert set(quirks.QUIRKS) <= named | needed | own
+    tests = pathlib.Path(__file__).parent
+    texts = [one.read_text() for one in tests.glob("*.py") if one.name != "test_witness.py"]
+    named = set(re.findall(r"\w+", "\n".join(texts)))
+    table = (tests.parent / "bench/results/zoo.md").read_text()
+    needed = set(re.findall(r"^- `(\w+)\.forward`: ", table, re.MULTILINE))
+    assert len(needed) > 30
+    # test_models.py's BigBird, compiled; test_multipliers.py's ESM with token_dropout
+    needed |= {"BigBirdModel", "EsmEmbeddings"}
+    classes = {name.removesuffix(".forward") for _, name in quirks.QUIRKS}
+    assert classes <= named | needed
 
 
 @pytest.mark.parametrize("word", ["SILENT WRONG", "CRASH", "EXACT", "REFUSED"])
