@@ -1066,12 +1066,17 @@ def _launch_rows(
     alpha_value, embed_scale = scalars
     source_strides = source.stride()
     step, num_samples, lengths_stride, alpha_bits, pieces = 0.0, rows, 0, 0, 1
+    # Read one after the other, and so beside their memory where they are strided.
+    document = None if document is None else document.contiguous()
+    position = None if position is None else position.contiguous()
     if lengths is not None:
         num_samples, (lengths_stride,) = lengths.numel(), lengths.stride()
         alpha_bits = float_bits(alpha_value)
     elif cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
         num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha_value)
     elif numbering is not None:
+        numbering = numbering.contiguous()
         pieces = check_numbering(numbering, rows, rows * columns) // rows
         alpha_bits = float_bits(alpha_value)
     else:

@@ -520,6 +520,16 @@ def test_positions_lengths_and_bounds(device):
     )
 
 
+def test_strided_layouts(device):
+    """The launcher reads them dense, whatever a raw operator was given."""
+    weight, ids = make_weight(24, torch.float32), torch.arange(6)[None]
+    bounds = torch.tensor([0, 9, 2, 9, 6, 9])[::2]
+    agree(device, ids, weight, cu_seqlens=bounds)
+    places = torch.tensor([[0, 9, 3, 9, 1, 9, 4, 9, 2, 9, 5, 9]])[:, ::2]
+    assert places.reshape(-1).stride() == (2,)
+    agree(device, ids, weight, position_ids=places, lengths=torch.tensor([6]))
+
+
 @pytest.mark.parametrize("sign", (1, -1))
 def test_noise_masks_and_signs(device, sign):
     """Documents that the noise mask's operator has told, in every kind of layout."""

@@ -353,10 +353,9 @@ class NEFTuneHandle:
             and (own, name) not in self._uninvolved
         )
 
-    @property
-    def has_followed(self) -> bool:
-        """Whether there is something that multipliers may follow."""
-        return bool(self._followed)
+    def may_have_changed(self) -> bool:
+        """Whether :meth:`refresh` may find something to do."""
+        return bool(self._followed) or self.has_moved()
 
     def read_again(self) -> None:
         """What sites are multiplied by, where something has changed that it may follow."""

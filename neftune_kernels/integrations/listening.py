@@ -94,9 +94,8 @@ class Listener:
         if outermost and compiling:
             if module.training and torch.is_grad_enabled() and has_moved(state.handle_key):
                 raise RuntimeError(MOVED)
-        elif outermost and (handle := state.handle) is not None:
-            if handle.has_followed or handle.has_moved():
-                self._follow_the_model(module)
+        elif outermost and state.handle is not None and state.handle.may_have_changed():
+            self._follow_the_model(module)
         if outermost and state.unmeasured and state.embedding_multiplier is None:
             self._measure(module, args, kwargs)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs} if args else {**kwargs}
