@@ -235,7 +235,7 @@ def target_of(configuration: Configuration) -> Target:
     return Target(11.5, 10.5) if layout == "nothing" else Target(12.5, 11.0)
 
 
-REGISTER_TARGET = Target(40, 32)
+REGISTER_TARGET = Target(64, 40)
 FORBIDDEN = re.compile(
     r"^(LDS|STS|LDL|STL|SHFL|BAR|ATOM|RED)\b|^(ds_|scratch_|buffer_.*lds|s_barrier)"
 )
@@ -264,6 +264,26 @@ def row_accesses(configuration: Configuration) -> tuple[int, int]:
     return wide, sum(
         n for name, n in opcodes.items() if name.startswith("STG") and "128" not in name
     )
+
+
+ROW_LOAD = re.compile(r"LDG\S*\.128|(global|flat|buffer)_load_dwordx4")
+ROW_STORE = re.compile(r"STG\S*\.128|(global|flat|buffer)_store_dwordx4")
+
+
+def loads_in_flight(configuration: Configuration) -> int:
+    """The most 16-byte loads of a thread that no store of its row waits behind: the compiler keeps
+    them in the order that the kernel has them in.
+    """
+    if configuration.backend == "cuda":
+        lines = cuda_code.lines_of(*configuration[:2], *configuration[3:5])
+    else:
+        lines = instruction_lines(configuration)
+    most = loads = stores = 0
+    for name in map(opcode, lines):
+        loads += ROW_LOAD.match(name) is not None
+        stores += ROW_STORE.match(name) is not None
+        most = max(most, loads - stores)
+    return most
 
 
 def forbidden(configuration: Configuration) -> dict[str, int]:
@@ -325,6 +345,7 @@ def row(configuration: Configuration) -> dict[str, Any]:
         "registers": code.registers,
         "elements_per_thread": code.elements_per_thread,
         "accesses_128_bit": wide,
+        "loads_in_flight": loads_in_flight(configuration),
         "narrower_stores": narrow,
         "stack_bytes": code.stack_bytes,
         "shared_bytes": code.shared_bytes,
@@ -369,7 +390,7 @@ def main() -> None:
         f"triton {triton.__version__}, nvcc {nvcc}; product and sum separate; instructions per "
         f"element up to EXIT\n"
     )
-    titles = ("/element", "at most", "stretch", "regs", "128-bit")
+    titles = ("/element", "at most", "stretch", "regs", "128-bit", "  in flight")
     print(
         f"{'':7}{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}"
         + "".join(f"{title:>9}" for title in titles)
@@ -393,7 +414,8 @@ def main() -> None:
             f"{'yes' if configuration.scaled else '':6}"
             f"{found['per_element']:9.2f}{found['target']:9}"
             f"{stretch if stretch is not None else '-':>9}"
-            f"{found['registers']:9}{found['accesses_128_bit']:9}  {verdict}"
+            f"{found['registers']:9}{found['accesses_128_bit']:9}{found['loads_in_flight']:11}"
+            f"  {verdict}"
             + (
                 f" {found['forbidden']} stack {found['stack_bytes']} shared {found['shared_bytes']}"
                 if verdict == "missed"

@@ -212,6 +212,13 @@ def usage(target: str) -> dict[str, dict[str, int]]:
     }
 
 
+def lines_of(target: str, dtype: str, layout: str, scaled: bool) -> list[str]:
+    """Of the kernel's noisy loop, twice: what one trip leaves on its way is seen in the next."""
+    code = function(target, kernel_name(target, dtype, layout, scaled))
+    loop = noisy_loop(code)
+    return code.lines[: loop.first] + 2 * code.lines[loop.first : loop.last + 1]
+
+
 def measure(target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool) -> Measured:
     code = function(target, kernel_name(target, dtype, layout, scaled))
     used = usage(target)[code.name]

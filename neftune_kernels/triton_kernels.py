@@ -110,11 +110,27 @@ def unpacked(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def row_piece(
+def loaded(piece, source, D: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr):
+    """A piece of a row as vectors hold it: 32-bit words twice, or the two halves of its blocks."""
+    if KIND == "pairs":  # 16-bit rows, 16-byte aligned: a thread's block is one 128-bit access
+        pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+        first = tl.load(source.to(tl.pointer_type(tl.uint32)) + pair, mask=pair < D // 2, other=0)
+        last = first
+    else:
+        # float32 rows, 16-byte aligned: a thread's block is two 128-bit accesses, so that no layout
+        # is converted
+        lane = tl.arange(0, 4 * BLOCKS)
+        column = piece * (8 * BLOCKS) + lane // 4 * 8 + lane % 4
+        first = tl.load(source + column, mask=column < D, other=0)
+        last = tl.load(source + column + 4, mask=column + 4 < D, other=0)
+    return first, last
+
+
+@triton.jit
+def stored(
     piece,
-    source,
+    values,  # of `loaded`
     target,
-    source_column,
     counter,
     step,
     scale,
@@ -124,7 +140,95 @@ def row_piece(
     NOISY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Columns piece·8·BLOCKS onwards of one row: load, scale, add noise, round, store."""
+    """Scale a piece, add its noise, round, store."""
+    DTYPE: tl.constexpr = target.dtype.element_ty
+    first, last = values
+    if NOISY:
+        position, sample, replica, k0, k1 = counter
+        block = piece * BLOCKS + tl.arange(0, BLOCKS)
+        n0, n1, n2, n3, n4, n5, n6, n7 = uniform_noise(
+            block, position, sample, replica, k0, k1, step
+        )
+    if KIND == "pairs":
+        if NOISY or SCALED:
+            even, odd = unpacked(first, DTYPE)
+            even = scaled(even, scale, DTYPE, SCALED)
+            odd = scaled(odd, scale, DTYPE, SCALED)
+            if NOISY:
+                even += interleaved(n0, n2, n4, n6, 4 * BLOCKS)
+                odd += interleaved(n1, n3, n5, n7, 4 * BLOCKS)
+            column = piece * (8 * BLOCKS) + tl.arange(0, 8 * BLOCKS)
+            both = tl.join(even, odd).reshape(8 * BLOCKS)
+            tl.store(target + column, both.to(DTYPE), mask=column < D)
+        else:
+            pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+            tl.store(target.to(tl.pointer_type(tl.uint32)) + pair, first, mask=pair < D // 2)
+    else:
+        lane = tl.arange(0, 4 * BLOCKS)
+        column = piece * (8 * BLOCKS) + lane // 4 * 8 + lane % 4
+        first = scaled(first, scale, DTYPE, SCALED)
+        last = scaled(last, scale, DTYPE, SCALED)
+        if NOISY:
+            first += interleaved(n0, n1, n2, n3, 4 * BLOCKS)
+            last += interleaved(n4, n5, n6, n7, 4 * BLOCKS)
+        tl.store(target + column, first, mask=column < D)
+        tl.store(target + column + 4, last, mask=column + 4 < D)
+
+
+@triton.jit
+def pieces_at(
+    piece,
+    source,
+    target,
+    counter,
+    step,
+    scale,
+    COUNT: tl.constexpr,
+    D: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+    NOISY: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """COUNT pieces, four 16-byte loads on their way all the time: the next is asked for only once
+    the last has been stored, since for all that the compiler knows it might lie there.
+    """
+    v0 = loaded(piece, source, D, BLOCKS, KIND)
+    v1, v2, v3 = v0, v0, v0
+    AHEAD: tl.constexpr = 4 if KIND == "pairs" else 2
+    if COUNT > 1:
+        v1 = loaded(piece + 1, source, D, BLOCKS, KIND)
+    if AHEAD == 4:
+        if COUNT > 2:
+            v2 = loaded(piece + 2, source, D, BLOCKS, KIND)
+        if COUNT > 3:
+            v3 = loaded(piece + 3, source, D, BLOCKS, KIND)
+    for k in tl.static_range(COUNT):
+        stored(piece + k, v0, target, counter, step, scale, D, BLOCKS, KIND, NOISY, SCALED)
+        following = v0
+        if k + AHEAD < COUNT:
+            following = loaded(piece + k + AHEAD, source, D, BLOCKS, KIND)
+        if AHEAD == 4:
+            v0, v1, v2, v3 = v1, v2, v3, following
+        else:
+            v0, v1 = v1, following
+
+
+@triton.jit
+def columns_of(
+    piece,
+    source,
+    target,
+    source_column,
+    counter,
+    step,
+    scale,
+    D: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NOISY: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """A piece of any strides, any d, any alignment: a column at a time."""
     DTYPE: tl.constexpr = target.dtype.element_ty
     position, sample, replica, k0, k1 = counter
     block = piece * BLOCKS + tl.arange(0, BLOCKS)
@@ -132,49 +236,16 @@ def row_piece(
         n0, n1, n2, n3, n4, n5, n6, n7 = uniform_noise(
             block, position, sample, replica, k0, k1, step
         )
-    if KIND == "pairs":  # 16-bit rows, 16-byte aligned: a thread's block is one 128-bit access
-        pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
-        words = tl.load(source.to(tl.pointer_type(tl.uint32)) + pair, mask=pair < D // 2, other=0)
+    first_column = block.to(tl.int64) * 8
+    for k in tl.static_range(8):
+        column = first_column + k
+        value = tl.load(source + column * source_column, mask=column < D, other=0)
         if NOISY or SCALED:
-            even, odd = unpacked(words, DTYPE)
-            even = scaled(even, scale, DTYPE, SCALED)
-            odd = scaled(odd, scale, DTYPE, SCALED)
+            wide = scaled(value.to(tl.float32), scale, DTYPE, SCALED)
             if NOISY:
-                even += interleaved(n0, n2, n4, n6, 4 * BLOCKS)
-                odd += interleaved(n1, n3, n5, n7, 4 * BLOCKS)
-            column = piece * (8 * BLOCKS) + tl.arange(0, 8 * BLOCKS)
-            tl.store(
-                target + column, tl.join(even, odd).reshape(8 * BLOCKS).to(DTYPE), mask=column < D
-            )
-        else:
-            tl.store(target.to(tl.pointer_type(tl.uint32)) + pair, words, mask=pair < D // 2)
-    elif (
-        KIND == "quads"
-        # float32 rows, 16-byte aligned: a thread's block is two 128-bit accesses, so that no layout
-        # is converted
-    ):
-        lane = tl.arange(0, 4 * BLOCKS)
-        column = piece * (8 * BLOCKS) + lane // 4 * 8 + lane % 4
-        first = scaled(tl.load(source + column, mask=column < D, other=0), scale, DTYPE, SCALED)
-        last = scaled(
-            tl.load(source + column + 4, mask=column + 4 < D, other=0), scale, DTYPE, SCALED
-        )
-        if NOISY:
-            first += interleaved(n0, n1, n2, n3, 4 * BLOCKS)
-            last += interleaved(n4, n5, n6, n7, 4 * BLOCKS)
-        tl.store(target + column, first, mask=column < D)
-        tl.store(target + column + 4, last, mask=column + 4 < D)
-    else:  # any strides, any d, any alignment
-        first_column = block.to(tl.int64) * 8
-        for k in tl.static_range(8):
-            column = first_column + k
-            value = tl.load(source + column * source_column, mask=column < D, other=0)
-            if NOISY or SCALED:
-                wide = scaled(value.to(tl.float32), scale, DTYPE, SCALED)
-                if NOISY:
-                    wide += (n0, n1, n2, n3, n4, n5, n6, n7)[k]
-                value = wide.to(DTYPE)
-            tl.store(target + column, value, mask=column < D)
+                wide += (n0, n1, n2, n3, n4, n5, n6, n7)[k]
+            value = wide.to(DTYPE)
+        tl.store(target + column, value, mask=column < D)
 
 
 @triton.jit
@@ -192,37 +263,24 @@ def row_pieces(
     NOISY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    if NOISY and PIECES <= 16:
-        for piece in tl.static_range(PIECES):
-            row_piece(
-                piece,
-                source,
-                target,
-                source_column,
-                counter,
-                step,
-                scale,
-                D,
-                BLOCKS,
-                KIND,
-                NOISY,
-                SCALED,
-            )
-    else:
+    """One row: load, scale, add noise, round, store."""
+    if KIND == "columns":
         for piece in range(PIECES):
-            row_piece(
-                piece,
-                source,
-                target,
-                source_column,
-                counter,
-                step,
-                scale,
-                D,
-                BLOCKS,
-                KIND,
-                NOISY,
-                SCALED,
+            columns_of(
+                piece, source, target, source_column, counter, step, scale, D, BLOCKS, NOISY, SCALED
+            )
+    elif NOISY and PIECES <= 16:
+        pieces_at(0, source, target, counter, step, scale, PIECES, D, BLOCKS, KIND, NOISY, SCALED)
+    else:
+        WHOLE: tl.constexpr = PIECES // 4 * 4
+        for piece in range(0, WHOLE, 4):
+            pieces_at(
+                piece, source, target, counter, step, scale, 4, D, BLOCKS, KIND, NOISY, SCALED
+            )
+        if PIECES > WHOLE:
+            REST: tl.constexpr = PIECES - WHOLE
+            pieces_at(
+                WHOLE, source, target, counter, step, scale, REST, D, BLOCKS, KIND, NOISY, SCALED
             )
 
 
@@ -418,8 +476,8 @@ def noisy_rows(
             source += index * ROW_STRIDE
         target = out + token * D
         if step != 0:
-            k0 = tl.load(seed.to(tl.pointer_type(tl.uint32)))
-            k1 = tl.load(seed.to(tl.pointer_type(tl.uint32)) + 1)
+            key = tl.load(seed).to(tl.uint64)
+            k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
             counter = (place, (sample + sample_offset).to(tl.uint32), replica.to(tl.uint32), k0, k1)
             row_pieces(
                 source,
@@ -882,7 +940,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-REGISTERS = 40  # of an NVIDIA thread: 48 warps of a multiprocessor's 65536
+REGISTERS = 64  # of an NVIDIA thread: 32 one-warp programs, a multiprocessor's most, have them
 
 
 def compile_options(target_backend: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The functions of bench.codegen.
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -62,8 +63,9 @@ def needs_nvcc(configuration):
     ],
 )
 def test_targets(configuration):
-    """Instructions per element, registers, 128-bit rows, no spills, shared memory, shuffles or
-    barriers. The number of instructions is that of one triton; the rest holds for all.
+    """Instructions per element, registers, 128-bit rows, four loads of a row on their way, no
+    spills, shared memory, shuffles or barriers. The number of instructions is that of one triton;
+    the rest holds for all.
     """
     needs_nvcc(configuration)
     code = codegen.measure(configuration)
@@ -72,6 +74,10 @@ def test_targets(configuration):
     wide, narrow = codegen.row_accesses(configuration)
     assert wide > 0 and narrow == 0
     assert code.stack_bytes == code.shared_bytes == 0 and not codegen.forbidden(configuration)
+    if configuration.backend == "triton":
+        loads = codegen.loads_in_flight(configuration)
+        own = code.elements_per_thread * codegen.DTYPES[configuration.dtype].itemsize / 16
+        assert loads >= min(4, math.ceil(own)), f"{loads} of {own} loads on their way"
     target = codegen.target_of(configuration).per_element
     other = not triton.__version__.startswith(f"{codegen.FIGURES_OF}.")
     if code.per_element > target and other and configuration.backend == "triton":
