@@ -1,9 +1,13 @@
 """The noise is a constant: gradients are those of F.embedding(...) * embed_scale, bit for bit."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import require_native
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding
 from neftune_kernels.lookup import IN_PLACE_LIMIT
@@ -186,3 +190,42 @@ def test_small_call_with_padding_idx_has_no_gradient_there(with_mask):
     noisy_embedding(ids, weight, 5.0, padding_idx=2, seed=torch.tensor(3), **given).backward(grad)
     F.embedding(ids, plain, 2).backward(grad)
     assert torch.equal(weight.grad, plain.grad) and not weight.grad[2].any()
+
+
+def test_transforms_of_torch_func():
+    """Nothing is said but the seed, where a plain call takes the shortest way."""
+    generator = torch.Generator().manual_seed(0)
+    weight, seed = torch.randn(7, 16, generator=generator), torch.tensor(1)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def call(ids, weight):
+        return noisy_embedding(ids, weight, 5.0, seed=seed)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vmap has no rule of its own for our operators
+        rows = torch.func.vmap(call, in_dims=(0, None))(ids[:, None], weight)
+    assert torch.equal(rows, torch.stack([call(row[None], weight) for row in ids]))
+    grad = torch.func.grad(lambda weight: call(ids, weight).square().sum())(weight)
+    expected = torch.zeros_like(weight)
+    expected[ids] = 2 * call(ids, weight)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("trainable, name", [(False, "out"), (True, "default")])
+def test_dispatch_modes_see_the_whole_operator(trainable, name):
+    """Who counts or replaces operators gets the same as without the shorter ways."""
+    require_native()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    module = NEFTuneEmbedding(7, 16, noise_alpha=5.0).requires_grad_(trainable)
+    seed, ids = torch.tensor(1), torch.tensor([[1, 2, 3]])
+    for call in (module, lambda ids, seed: noisy_embedding(ids, module.weight, 5.0, seed=seed)):
+        names = []
+        with Seen():
+            call(ids, seed=seed)
+        ours = [one for one in names if one.startswith("neftune_kernels.")]
+        assert ours == [f"neftune_kernels.noisy_embedding.{name}"]

@@ -482,3 +482,37 @@ def test_layout_is_checked_without_noise_too(quiet):
         module(ids, torch.ones(2, 4))
     with pytest.raises(ValueError, match="at most one of"):
         module(ids, torch.ones(2, 3), lengths=torch.tensor([3, 1]))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("distribution", "normal"), ("equal_variance", False), ("replica", 3)]
+)
+def test_settings_assigned_later_are_those_of_the_next_call(name, value):
+    rest = {"distribution": "normal"} if name == "equal_variance" else {}
+    module = NEFTuneEmbedding(10, 24, noise_alpha=5.0, **rest)
+    given = NEFTuneEmbedding.from_pretrained(
+        module.weight, freeze=False, noise_alpha=5.0, **rest, **{name: value}
+    )
+    ids, outputs = torch.arange(10)[None], []
+    before = module(ids, seed=torch.tensor(3))
+    setattr(module, name, value)
+    for one in (module, given):
+        torch.manual_seed(5)
+        outputs += [one(ids), one(ids, seed=torch.tensor(3))]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[1], before)
+
+
+def test_scale_of_a_table_that_cannot_be_fused():
+    module = NEFTuneEmbedding(10, 24, max_norm=0.5, embed_scale=3.0, noise_alpha=5.0)
+    ids, seed, before = torch.arange(10)[None], torch.tensor(3), module.weight.detach().clone()
+    out = module(ids, seed=seed)
+    assert not torch.equal(module.weight, before), "renormalised by its own lookup"
+    assert torch.equal(out, add_noise(F.embedding(ids, module.weight) * 3.0, 5.0, seed=seed))
+
+
+def test_negative_padding_idx_counts_from_the_end():
+    weight, ids = torch.ones(10, 24), torch.tensor([[3, 9, 9]])
+    out = noisy_embedding(ids, weight, 5.0, padding_idx=-1, seed=3)
+    assert torch.equal(out, noisy_embedding(ids, weight, 5.0, padding_idx=9, seed=3))
+    assert torch.equal(out[0, 1:], weight[:2]) and not torch.equal(out[0, 0], weight[0])
