@@ -161,6 +161,28 @@ def test_unknown_lengths_warn_once_and_name_the_remedy():
         model.get_input_embeddings()(ids)
 
 
+def test_embeddings_made_for_one_model_excuse_no_other():
+    """Noisy embeddings of the encoder's table do not make the decoder's clean ones noisy."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = transformers.BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(transformers.BertConfig(**sizes)),
+        decoder=transformers.BertLMHeadModel(decoder),
+    ).train()
+    ids, mask = ragged()
+    handle = apply_neftune(model, 5.0)
+    with handle.told(attention_mask=mask):
+        noisy = model.encoder.get_input_embeddings()(ids)
+    clean = model.decoder.get_input_embeddings().weight[ids].detach()
+    with pytest.warns(UserWarning, match="inputs_embeds.*add_noise"):
+        model.decoder(inputs_embeds=clean, attention_mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encoder(inputs_embeds=noisy, attention_mask=mask)
+
+
 def test_only_in_training_with_grad():
     model = make_model()
     ids, mask = ragged()

@@ -250,13 +250,12 @@ def _heard(caught: list[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_it_was(root: nn.Module, state: State, sites: list[nn.Module]) -> Iterator[None]:
     """Puts back what a forward in training mode changes."""
-    lasts = [(site, site.last) for one in sites if (site := one.__dict__["_neftune"])]
+    lasts = [(site, site.last, site.outside) for one in sites if (site := one.__dict__["_neftune"])]
     counted = (
         state.calls,
         state.skipped.copy(),
         state.skipped_last,
         set(state.warned),
-        state.outside,
         state.embedded,
     )
     state.warned.clear()  # what was said before is said again, to whom asks
@@ -264,7 +263,7 @@ def _as_it_was(root: nn.Module, state: State, sites: list[nn.Module]) -> Iterato
         with _modes_kept(root), undisturbed(root):
             yield
     finally:
-        for site, last in lasts:
-            site.last = last
+        for site, last, outside in lasts:
+            site.last, site.outside = last, outside
         state.calls, state.skipped, state.skipped_last = counted[:3]
-        state.warned, state.outside, state.embedded = counted[3:]
+        state.warned, state.embedded = counted[3:]

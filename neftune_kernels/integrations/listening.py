@@ -101,9 +101,11 @@ class Listener:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs} if args else {**kwargs}
         forward = Forward(self, given, call)
         if outermost and forward.has_embeds and self.hears(module) and torch.is_grad_enabled():
-            if state.outside:  # tokens were embedded before this forward, with noise
-                state.outside = False
-            else:
+            # embedded before this forward, with noise
+            outside = [site for site in self.sites if site.outside]
+            for site in outside:
+                site.outside = False
+            if not outside:
                 state.warn_once(EMBEDS)
         forwards.append(forward)
 

@@ -187,7 +187,7 @@ def _note(site: Site, input: Tensor, given: Given, noisy: Tensor) -> None:
     state = site.state
     state.calls += 1
     state.embedded = shape = noisy.shape
-    state.outside = not RUNNING.forwards
+    site.outside = not RUNNING.forwards
     state.skipped_last = None
     samples, noise, noise_alpha, _, _, factors = given
     made = shape, noisy.device, noisy.dtype

@@ -89,7 +89,6 @@ class State:
     def __init__(self) -> None:
         self.origin = uuid.uuid4().hex  # copies keep it: their sites are taken for ours by remove()
         self.calls = 0
-        self.outside = False  # a lookup outside its model's forward has had noise since the last
         self.compilations = 0  # traces of noisy forwards
         self.embedded: torch.Size | None = None  # the shape of the last noisy lookup's output
         self.skipped: Counter[str] = Counter()
@@ -413,6 +412,7 @@ class Site:
         self.factors: dict[torch.dtype, float] = {}  # that the lookup is multiplied by afterwards
         self.each: Each | None = None  # factors of each sample, by the arguments of that model
         self.factor_listener: Any = None  # only while its model runs; None: always
+        self.outside = False  # its last lookup was in no forward: one is given what it made
         self.last: NoisyCall | None = None
         self.firsts = FirstPasses()
 
