@@ -2,6 +2,7 @@
 checkpoints, threads.
 """
 
+import contextlib
 import copy
 import functools
 import re
@@ -602,6 +603,36 @@ def test_compiled_code_in_a_checkpoint_is_right_or_raises(change):
                     out.sum().backward()
                 return
         out.sum().backward()
+        gradients.append(model.mix.weight.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("then", ["inside", "told again", "outside", "told otherwise"])
+def test_compiled_code_in_a_checkpoint_that_was_told_is_right_or_raises(then):
+    """The same tensors, in whichever `with`."""
+    torch._dynamo.reset()
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Segment(nn.Embedding, True, WAYS["none"]).train()
+        handle = apply_neftune(model, 5.0, embedding_multiplier=1.0)
+        torch.manual_seed(7)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        with handle.told(attention_mask=MASK):
+            out = checkpoint(run, IDS, use_reentrant=False)
+            if then == "inside":
+                out.sum().backward()
+        if then == "told again":
+            with handle.told(attention_mask=MASK):
+                out.sum().backward()
+        if then in ("outside", "told otherwise"):
+            told = handle.told(attention_mask=MASK.flip(0))
+            with told if then == "told otherwise" else contextlib.nullcontext():
+                if compiled:
+                    with pytest.raises(RuntimeError, match=r"is told\(\) of other samples"):
+                        out.sum().backward()
+                    return
+                out.sum().backward()
         gradients.append(model.mix.weight.grad)
     assert torch.equal(*gradients)
 

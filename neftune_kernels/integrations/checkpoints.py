@@ -40,7 +40,8 @@ TWO_WITH_ONE_SEED = (
 )
 OTHER_SETTINGS = (
     "a checkpoint recomputes compiled code inside backward, and NEFTune has other settings than in "
-    "its first pass: change them between steps, not between a forward and its backward"
+    "its first pass, or is told() of other samples: change them between steps, not between a "
+    "forward and its backward, and call backward() inside `with handle.told(...)`"
 )
 REMOVED = (
     "NEFTune was taken off the model between a checkpointed forward and its backward, which would "
