@@ -269,18 +269,17 @@ def row_pieces(
             columns_of(
                 piece, source, target, source_column, counter, step, scale, D, BLOCKS, NOISY, SCALED
             )
-    elif NOISY and PIECES <= 16:
-        pieces_at(0, source, target, counter, step, scale, PIECES, D, BLOCKS, KIND, NOISY, SCALED)
     else:
-        WHOLE: tl.constexpr = PIECES // 4 * 4
-        for piece in range(0, WHOLE, 4):
+        # pieces of a loop: padding, and rows that are too long for one straight line
+        LOOPED: tl.constexpr = 0 if NOISY and PIECES <= 16 else PIECES // 4 * 4
+        REST: tl.constexpr = PIECES - LOOPED
+        for piece in range(0, LOOPED, 4):
             pieces_at(
                 piece, source, target, counter, step, scale, 4, D, BLOCKS, KIND, NOISY, SCALED
             )
-        if PIECES > WHOLE:
-            REST: tl.constexpr = PIECES - WHOLE
+        if REST > 0:
             pieces_at(
-                WHOLE, source, target, counter, step, scale, REST, D, BLOCKS, KIND, NOISY, SCALED
+                LOOPED, source, target, counter, step, scale, REST, D, BLOCKS, KIND, NOISY, SCALED
             )
 
 

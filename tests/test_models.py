@@ -251,6 +251,15 @@ def labels_and_ids(model):
     return labels, real
 
 
+def shifted_with_noise(labels, real, embedding):
+    """What a decoder that makes its ids of labels looks up: start token 2, padding 1."""
+    ids = labels.clamp(min=1).where(labels >= 0, 1).roll(1, 1)
+    ids[:, 0] = 2
+    seed = last_seed(embedding)
+    noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=seed)
+    return nn.functional.embedding(ids, embedding.weight) + noise
+
+
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_encoder_decoders(family, proves):
     """Encoder and decoder tokens get noise, each once and each with its own lengths; `shared`,
@@ -375,10 +384,7 @@ def test_whisper(proves):
     handle = apply_neftune(model, 5.0)
     with Recorded(decoder) as (seen,):
         model(input_features=features, labels=labels)
-    shifted = labels.clamp(min=1).where(labels >= 0, 1).roll(1, 1)
-    shifted[:, 0] = 2
-    noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(decoder))
-    assert torch.equal(seen[0], nn.functional.embedding(shifted, decoder.weight) + noise)
+    assert torch.equal(seen[0], shifted_with_noise(labels, real, decoder))
     assert handle.stats()["calls"] == 1
     proves("Whisper", "forward", "encoder and decoder")
 
@@ -518,10 +524,7 @@ def test_vision_encoder_decoder(inner_pad, proves):
     with Recorded(embedding) as (seen,), warnings.catch_warnings():
         warnings.simplefilter("error")
         model(pixel_values=torch.randn(len(labels), 3, 8, 8), labels=labels)
-    shifted = labels.clamp(min=1).where(labels >= 0, 1).roll(1, 1)
-    shifted[:, 0] = 2
-    noise = neftune_noise(real.shape, HIDDEN, 5.0, attention_mask=real, seed=last_seed(embedding))
-    assert torch.equal(seen[0], nn.functional.embedding(shifted, embedding.weight) + noise)
+    assert torch.equal(seen[0], shifted_with_noise(labels, real, embedding))
     assert handle.stats()["calls"] == 1
     proves("VisionEncoderDecoder", "forward", "encoder and decoder")
 

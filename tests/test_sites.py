@@ -153,17 +153,20 @@ def test_a_parametrised_embedding_gets_its_noise_behind():
     assert everything(model) == everything(build())
 
 
+def quantised(model):
+    """By a tool that looks for nn.Embedding and no class of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        config = {nn.Embedding: torch.ao.quantization.float_qparams_weight_only_qconfig}
+        copied = copy.deepcopy(model).eval()
+        return torch.ao.quantization.quantize_dynamic(copied, config, torch.quint8)
+
+
 def test_tools_that_look_at_the_exact_class():
     """With fused=False they find nn.Embedding; with the class swap they do not."""
     model = build()
     handle = apply_neftune(model, 5.0, fused=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        config = {nn.Embedding: torch.ao.quantization.float_qparams_weight_only_qconfig}
-        quantised = torch.ao.quantization.quantize_dynamic(
-            copy.deepcopy(model).eval(), config, torch.quint8
-        )
-    assert type(quantised.embed) is torch.ao.nn.quantized.Embedding
+    assert type(quantised(model).embed) is torch.ao.nn.quantized.Embedding
     assert type(model.embed) is nn.Embedding
     handle.fused = None
     assert type(model.embed) is not nn.Embedding and handle.fused is None
@@ -272,13 +275,7 @@ def test_remedies_for_tools_that_look_at_the_exact_class(remedy):
         if remedy == "removed":
             handle.remove()
     assert type(model.embed) is nn.Embedding
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        config = {nn.Embedding: torch.ao.quantization.float_qparams_weight_only_qconfig}
-        quantised = torch.ao.quantization.quantize_dynamic(
-            copy.deepcopy(model).eval(), config, torch.quint8
-        )
-    assert type(quantised.embed) is torch.ao.nn.quantized.Embedding
+    assert type(quantised(model).embed) is torch.ao.nn.quantized.Embedding
     if remedy != "behind":  # TorchScript compiles no hook with keyword arguments
         scripted = torch.jit.script(model.embed)
         assert torch.equal(scripted(IDS), F.embedding(IDS, model.embed.weight))

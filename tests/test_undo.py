@@ -278,10 +278,8 @@ def test_an_interrupt_inside_a_forward_that_goes_on():
     assert torch.equal(out, expected(model.inner)) and not RUNNING.forwards
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_forward_tells_a_direct_call_nothing(kind):
-    model = build(kind)
-    apply_neftune(model, 5.0)
+def interrupted(model):
+    """A forward that ends at its embedding, so that no hook of ours hears its end."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -290,6 +288,14 @@ def test_an_interrupted_forward_tells_a_direct_call_nothing(kind):
     with pytest.raises(KeyboardInterrupt):
         model(IDS, MASK)
     hook.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_forward_tells_a_direct_call_nothing(kind):
+    model = build(kind)
+    apply_neftune(model, 5.0)
+
+    interrupted(model)
     torch.manual_seed(7)
     with pytest.warns(UserWarning, match="outside its model's forward"):
         out = model.embed(IDS)
@@ -300,13 +306,7 @@ def test_an_interrupted_forward_whose_frame_left_its_id_to_the_next_call():
     model = build()
     apply_neftune(model, 5.0, embedding_multiplier=1.0)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    hook = model.embed.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(IDS, MASK)
-    hook.remove()
+    interrupted(model)
 
     def alike(*_):
         RUNNING.forwards[-1].frame = id(sys._getframe(1))
@@ -584,17 +584,23 @@ def test_a_first_pass_without_noise_and_one_with_it_of_one_seed():
             sum(outputs).sum().backward()
 
 
-@pytest.mark.parametrize("change", ["nothing", "alpha", "sign", "off", "mode", "remove"])
-def test_compiled_code_in_a_checkpoint_is_right_or_raises(change):
-    """It runs again with the settings of then; only its draw and the checkpoint can tell."""
+def eager_and_compiled():
+    """A segment with frozen embeddings and its handle, each alike, and what to call."""
     torch._dynamo.reset()
-    gradients = []
     for compiled in (False, True):
         torch.manual_seed(0)
         model = Segment(nn.Embedding, True, WAYS["none"]).train()
         handle = apply_neftune(model, 5.0, embedding_multiplier=1.0)
         torch.manual_seed(7)
         run = torch.compile(model, backend="aot_eager") if compiled else model
+        yield model, handle, run, compiled
+
+
+@pytest.mark.parametrize("change", ["nothing", "alpha", "sign", "off", "mode", "remove"])
+def test_compiled_code_in_a_checkpoint_is_right_or_raises(change):
+    """It runs again with the settings of then; only its draw and the checkpoint can tell."""
+    gradients = []
+    for model, handle, run, compiled in eager_and_compiled():
         out = checkpoint(run, IDS, MASK, use_reentrant=False)
         if compiled:
             BETWEEN[change](model, handle)
@@ -610,14 +616,8 @@ def test_compiled_code_in_a_checkpoint_is_right_or_raises(change):
 @pytest.mark.parametrize("then", ["inside", "told again", "outside", "told otherwise"])
 def test_compiled_code_in_a_checkpoint_that_was_told_is_right_or_raises(then):
     """The same tensors, in whichever `with`."""
-    torch._dynamo.reset()
     gradients = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = Segment(nn.Embedding, True, WAYS["none"]).train()
-        handle = apply_neftune(model, 5.0, embedding_multiplier=1.0)
-        torch.manual_seed(7)
-        run = torch.compile(model, backend="aot_eager") if compiled else model
+    for model, handle, run, compiled in eager_and_compiled():
         with handle.told(attention_mask=MASK):
             out = checkpoint(run, IDS, use_reentrant=False)
             if then == "inside":

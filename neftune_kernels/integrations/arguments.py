@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import layout as layouts
 from ..layout import check_cu_seqlens_values
 from ..samples import UNSAID, Samples
+from .places import values_cost_nothing
 
 OPS = torch.ops.neftune_kernels
 OUR_NAMES = (
@@ -63,7 +64,7 @@ def _fits(name: str, value: Any, ids: Any) -> bool:
     """Whether an argument of a name of ours may be what we call so: values are asked on the CPU."""
     if not isinstance(value, Tensor) or not isinstance(ids, Tensor):
         return isinstance(value, Tensor)
-    asked = value.is_cpu and value.numel() and not torch.compiler.is_compiling()
+    asked = value.numel() and values_cost_nothing(value)
     if name == "noise_mask":
         return value.shape == ids.shape and not (
             asked and value.is_floating_point() and bool((value != value.round()).any())
@@ -225,7 +226,7 @@ def _has_branches(position_ids: Tensor, mask: Tensor | None) -> bool:
     """(rows, T), on the CPU: whether an id goes back to one that its row's sample has passed, other
     than 0 and the row's first.
     """
-    if not position_ids.is_cpu or torch.compiler.is_compiling() or not position_ids.numel():
+    if not position_ids.numel() or not values_cost_nothing(position_ids):
         return False
     back = position_ids[..., 1:] <= position_ids[..., :-1]
     first = position_ids[..., :1]

@@ -20,7 +20,6 @@ from ..distributed import (
     shared_seed,
 )
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise, noisy_lookup
-from ..modules import HUGGING_FACE_MARK as MARK
 from ..modules import TWO_NOISES, has_other_noise
 from ..noise import NO_OFFSETS, Offsets, draw_seed, make_noise
 from ..samples import UNSAID, Samples, real_tokens
@@ -95,7 +94,7 @@ def _given(
         return None
     if state.handle is None and not compiling:
         state.warn_once(COPIED)
-    if (MARK in module.__dict__ and has_other_noise(module)) or (site.wrappers and site.marked()):
+    if has_other_noise(module) or (site.wrappers and site.marked()):
         raise RuntimeError(TWO_NOISES)
     if state.replica is None and "_is_replica" in module.__dict__:
         raise RuntimeError(DATA_PARALLEL)

@@ -29,6 +29,11 @@ def behind(others: int) -> Place:
     return lambda values: torch.nn.functional.pad(values, (others, 0))
 
 
+def values_cost_nothing(input: Tensor) -> bool:
+    """Whether values can be asked: on an accelerator that would wait for it."""
+    return input.is_cpu and not torch.compiler.is_compiling()
+
+
 def place(input: Tensor, ids: Tensor) -> Place | None:
     """By storage where the lookup's ids are the sequence or a view of it, else by value on the CPU:
     the same, flattened, transposed, some rows in any order, a chunk, shifted by one, or padded to a

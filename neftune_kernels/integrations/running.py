@@ -27,7 +27,7 @@ from ..torch_internals import asked_outside_the_graph
 from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
-from .places import Place, behind, padded, place, same, transposed
+from .places import Place, behind, padded, place, same, transposed, values_cost_nothing
 from .quirks import Each
 from .sequences import Sequence, among_arguments, other_sequences, sequence, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
@@ -311,6 +311,14 @@ class _Running(threading.local):
 RUNNING = _Running()  # of this thread
 
 
+def _told_to(state: State) -> Words | None:
+    """What the innermost told() of this apply_neftune says."""
+    for owner, words in reversed(RUNNING.told):
+        if owner is state:
+            return words
+    return None
+
+
 def probing() -> bool:
     """Whether a model is being looked at; an interrupt may have ended that without a word."""
     if RUNNING.probing is None:
@@ -532,9 +540,9 @@ class Site:
         outermost forward, the model that apply_neftune was given if it runs. None: nothing.
         """
         state = self.state
-        for owner, words in reversed(RUNNING.told):
-            if owner is state:
-                return self._spoken_of([words], None, input)
+        told = _told_to(state)
+        if told is not None:
+            return self._spoken_of([told], None, input)
         if state.read is None or not forwards:
             return None
         outermost = forwards[0].listener
@@ -637,11 +645,6 @@ def _untold(
     return told._replace(attention_mask=kept)
 
 
-def values_cost_nothing(input: Tensor) -> bool:
-    """Whether values can be asked: on an accelerator that would wait for it."""
-    return input.is_cpu and not torch.compiler.is_compiling()
-
-
 def _is_window(forward: Forward, input: Tensor, padding: int) -> bool:
     """Whether nothing but padding is looked up: by value on the CPU, else as the table says."""
     if not input.numel() or not values_cost_nothing(input):
@@ -690,8 +693,8 @@ class _Told:
 def _drawn(handle_key: str, seed: Tensor) -> None:
     state = _state_of(handle_key)
     if state is not None:
-        told = next((words for owner, words in reversed(RUNNING.told) if owner is state), {})
-        drawn_in_compiled_code(state.compiled_firsts, (state.settings(), _Told(told)), seed)
+        told = _Told(_told_to(state) or {})
+        drawn_in_compiled_code(state.compiled_firsts, (state.settings(), told), seed)
 
 
 when_drawn.append(_drawn)
