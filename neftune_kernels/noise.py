@@ -210,14 +210,18 @@ def function_noise(
 _ON_CPU = torch.empty((), dtype=torch.int64, device="cpu")  # empty_like of it is twice as fast
 
 
+def draw_on_cpu() -> Tensor:
+    """:func:`draw_seed` of the CPU's default generator, where no dispatch mode listens."""
+    return torch.empty_like(_ON_CPU).random_(-(2**63), None)
+
+
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """One 64-bit draw from the device's default (or the given) generator: a 0-dim int64 tensor on
     the device.
     """
-    if device.type == "cpu" and not dispatch_modes():
-        seed = torch.empty_like(_ON_CPU)
-    else:
-        seed = torch.empty((), dtype=torch.int64, device=device)
+    if generator is None and device.type == "cpu" and not dispatch_modes():
+        return draw_on_cpu()
+    seed = torch.empty((), dtype=torch.int64, device=device)
     return seed.random_(-(2**63), None, generator=generator)
 
 
