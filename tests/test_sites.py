@@ -195,13 +195,17 @@ def test_per_sample_gradients_by_torch_func_name_the_remedy():
     handle.remove()
 
 
+class ByHand(Model):
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(add_noise(self.embed(input_ids), 5.0, attention_mask=attention_mask))
+
+
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ew"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_opacus(order, mode):
     """Its hooks know classes exactly: behind, per-sample gradients are those of a plain model with
     the noise; fused, it says what to do or is right (ExpandedWeights need no class).
     """
-    pytest.importorskip("opacus")
     from opacus.grad_sample import get_gsm_class
 
     def gradients(fused):
@@ -217,10 +221,6 @@ def test_opacus(order, mode):
         out.square().sum().backward()
         return model.embed.weight.grad_sample
 
-    class ByHand(Model):
-        def forward(self, input_ids, attention_mask=None):
-            return self.head(add_noise(self.embed(input_ids), 5.0, attention_mask=attention_mask))
-
     behind = gradients(False)
     torch.manual_seed(0)
     by_hand = ByHand(nn.Embedding(VOCAB, HIDDEN)).train()
@@ -233,6 +233,52 @@ def test_opacus(order, mode):
     else:
         with pytest.raises(RuntimeError, match="Opacus.*fused=False"):
             gradients(None)
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_opacus_with_ghost_clipping(order, ghost):
+    """Two backward passes through one graph, with norms by the exact class or gradients of each
+    sample: behind, both are those of a plain model with the noise; fused, it says what to do.
+    """
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+    def clipped(model, wrapped):
+        optimizer = DPOptimizerFastGradientClipping(
+            torch.optim.SGD(wrapped.parameters(), 0.1),
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=len(IDS),
+        )
+        torch.manual_seed(7)
+        losses = wrapped(IDS, MASK).square().sum((1, 2))
+        DPTensorFastGradientClipping(wrapped, optimizer, losses, "mean").backward()
+        return wrapped.per_sample_gradient_norms, model.embed.weight.grad
+
+    def forget(model, args, out):  # Opacus may copy what its hooks reach
+        del model.arrived
+
+    def ours(fused):
+        model = build()
+        handle = apply_neftune(model, 5.0, fused=fused) if order == "before" else None
+        wrapped = GradSampleModuleFastGradientClipping(model, use_ghost_clipping=ghost)
+        handle = handle or apply_neftune(model, 5.0, fused=fused)
+        model.register_forward_hook(forget)
+        found = clipped(model, wrapped)
+        assert handle.stats()["calls"] == 1
+        return found
+
+    torch.manual_seed(0)
+    by_hand = ByHand(nn.Embedding(VOCAB, HIDDEN)).train()
+    norms, gradient = clipped(
+        by_hand, GradSampleModuleFastGradientClipping(by_hand, use_ghost_clipping=ghost)
+    )
+    behind = ours(False)
+    assert torch.equal(behind[0], norms) and torch.equal(behind[1], gradient)
+    with pytest.raises(RuntimeError, match="Opacus.*fused=False"):
+        ours(None)
 
 
 @pytest.mark.parametrize("fused", [None, False])
