@@ -416,51 +416,94 @@ class Around(nn.Module):
         return self.inner(ids)
 
 
+def table_in(wrap):
+    def around(model):
+        model.shared = model.encoder.embed_tokens = model.decoder.embed_tokens = wrap(model.shared)
+        return model
+
+    return around
+
+
+def blocks_in_fsdp1(model):
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    kinds = {type(block) for block in model.encoder.block}
+    return fsdp1(model, auto_wrap_policy=ModuleWrapPolicy(kinds))
+
+
 ENCODER_DECODER_WRAPPERS = {
-    "own module": (Around, "Around"),
-    "not declared": (offload_wrapper, "OffloadWrapper"),
-    "checkpoint_wrapper": (checkpoint_wrapper, "CheckpointWrapper"),
-    "torch.compile": (lambda module: torch.compile(module, backend="eager"), "Embedding"),
-}
-WEIGHT = {
-    "Around": "shared.inner.weight",
-    "OffloadWrapper": "shared._checkpoint_wrapped_module.weight",
-    "CheckpointWrapper": "shared._checkpoint_wrapped_module.weight",
-    "Embedding": "shared._orig_mod.weight",
+    "one table": (table_in(lambda table: table), "Embedding"),
+    "own module": (table_in(Around), "Around"),
+    "not declared": (table_in(offload_wrapper), "OffloadWrapper"),
+    "checkpoint_wrapper": (table_in(checkpoint_wrapper), "CheckpointWrapper"),
+    "torch.compile": (table_in(WRAPPERS["torch.compile"]), "Embedding"),
+    "FSDP1": (table_in(fsdp1), "Embedding"),
+    "checkpoint in FSDP1": (table_in(WRAPPERS["checkpoint in FSDP1"]), "CheckpointWrapper"),
+    "the model in FSDP1": (fsdp1, "Embedding"),
+    "the model in FSDP1 of original parameters": (
+        WRAPPERS["FSDP1 of original parameters"],
+        "Embedding",
+    ),
+    "the model's blocks in FSDP1": (blocks_in_fsdp1, "Embedding"),
 }
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODER_WRAPPERS)
-def test_encoder_decoders_are_climbed_alike(name):
+def encoder_decoder():
     transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
     sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    config = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
-    wrap, site = ENCODER_DECODER_WRAPPERS[name]
-    model = transformers.T5ForConditionalGeneration(config).train()
-    model.shared = model.encoder.embed_tokens = model.decoder.embed_tokens = wrap(model.shared)
-    plain = {name: type(module) for name, module in model.named_modules()}
-    handle = apply_neftune(model, 5.0)
-    assert {type(one).__name__ for one in handle._sites()} == {site}
-    arrivals = []
-    for stack in (model.encoder, model.decoder):
-        stack.dropout.register_forward_pre_hook(lambda _, args: arrivals.append(args[0].detach()))
+    options = {"decoder_start_token_id": 0, "dropout_rate": 0.0, **sizes}
+    config = transformers.T5Config(vocab_size=VOCAB, **options)
+    return transformers.T5ForConditionalGeneration(config).train()
+
+
+def arrivals(model, whole):
+    """What arrives at the encoder's first block and at the decoder's, of labels like the ids."""
+    stacks = (model.encoder, model.decoder)
+    found = {}
+
+    def hook(stack):
+        return lambda _, args: found.setdefault(stack, args[0].detach().clone())
+
+    hooks = [stack.dropout.register_forward_pre_hook(hook(stack)) for stack in stacks]
     torch.manual_seed(7)
-    model(input_ids=IDS, attention_mask=MASK, labels=IDS)
-    noisy, decoded = arrivals[:2]
-    assert torch.equal(noisy, exact(model, F.embedding(IDS, model.get_parameter(WEIGHT[site]))))
-    assert not torch.equal(
-        decoded[:, 1:], F.embedding(IDS, model.get_parameter(WEIGHT[site]))[:, :-1]
-    )
+    whole(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    for one in hooks:
+        one.remove()
+    return [found[stack] for stack in stacks]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", ENCODER_DECODER_WRAPPERS)
+def test_encoder_decoders_are_climbed_alike(name, order, process_group):
+    """The decoder's tokens are not the encoder's, though its labels are the same: no mask of the
+    encoder's counts there.
+    """
+    torch._dynamo.reset()
+    wrap, site = ENCODER_DECODER_WRAPPERS[name]
+    model = encoder_decoder()
+    shifted = F.pad(IDS[:, :-1], (1, 0))
+    clean = [F.embedding(ids, model.shared.weight.detach().clone()) for ids in (IDS, shifted)]
+    if order == "before":
+        handle = apply_neftune(model, 5.0)
+    whole = wrap(model)
+    plain = {name: type(module) for name, module in model.named_modules()}
+    if order == "after":
+        handle = apply_neftune(whole, 5.0)
+        assert {type(one).__name__ for one in handle._sites()} == {site}
+    noisy = arrivals(model, whole)
+    torch.manual_seed(7)
+    assert torch.equal(noisy[0], add_noise(clean[0], 5.0, attention_mask=MASK))
+    assert torch.equal(noisy[1], add_noise(clean[1], 5.0))
     handle.remove()
-    assert plain == {name: type(module) for name, module in model.named_modules()}
+    assert all(map(torch.equal, arrivals(model, whole), clean))
+    if order == "after":
+        assert plain == {name: type(module) for name, module in model.named_modules()}
 
 
 def test_a_table_in_an_encoder_that_cannot_be_noised_is_refused():
     """As in any other model, and not passed over because the decoder has one."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    config = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
-    model = transformers.T5ForConditionalGeneration(config)
+    model = encoder_decoder()
     model.encoder.embed_tokens = nn.Sequential(nn.Embedding(VOCAB, HIDDEN), nn.Identity())
     with pytest.raises(ValueError, match=r"must be an nn.Embedding, got torch\.nn.*Sequential"):
         apply_neftune(model, 5.0)

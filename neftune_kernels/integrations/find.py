@@ -197,10 +197,15 @@ def _stack(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def decoder_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The decoder of an encoder-decoder, with all that is inside it."""
+    """The decoder of an encoder-decoder, with what is inside it and not in its encoder too: a
+    table's wrapper is both's.
+    """
     decoder = _stack(model, "get_decoder") if _is_encoder_decoder(model) else None
-    if decoder is not None:
-        yield from decoder.modules()
+    if decoder is None:
+        return
+    encoder = _stack(model, "get_encoder")
+    shared = set() if encoder is None else set(encoder.modules())
+    yield from (one for one in decoder.modules() if one is decoder or one not in shared)
 
 
 def padding_of(model: nn.Module) -> Padding:

@@ -487,6 +487,9 @@ class Site:
             if found is None:
                 continue
             index, ids, where = found
+            of_decoder = (forward.sequences[index] if index else forward).decoder
+            if decoder and not of_decoder:
+                continue  # a decoder's own ids are not the encoder's, even where they are alike
             told = forward.told(index, input)
             if where is not same:
                 prompts = forward.listener.quirks.prompts
@@ -497,7 +500,7 @@ class Site:
             if told is not UNSAID and not told.padding_unsaid:
                 return self._fitting(told, input, forward), False
             known = known or forward
-            decoder = decoder or (forward.sequences[index] if index else forward).decoder
+            decoder = decoder or of_decoder
             untold = told if untold is UNSAID or untold.unsaid else untold
         if known is not None:
             if not (decoder or forwards[0].listener.tells):
