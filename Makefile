@@ -80,7 +80,7 @@ bench: setup
 
 # 200 000 drawn calls against the oracle; goes on where it stopped. Writes bench/results/fuzz.md.
 fuzz: setup
-	$(BIN)/python -m bench.fuzz $(ARGS)
+	$(BIN)/python -m bench.fuzz --jobs $(JOBS) $(ARGS)
 
 # Wrong code that the tests must see; goes on where it stopped. Writes bench/results/mutants.md.
 mutants: setup

@@ -113,9 +113,13 @@ def kernel_name(
 
 @functools.cache
 def function(target: str, name: str, source: pathlib.Path = KERNELS, *options: str) -> Function:
+    return parse(name, sections(target, source, *options)[name])
+
+
+def parse(name: str, text: str) -> Function:
     lines: list[str] = []
     labels = {}
-    for line in sections(target, source, *options)[name].splitlines():
+    for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(lines)
         elif re.search(r"/\*[0-9a-f]{4,}\*/", line):

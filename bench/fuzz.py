@@ -8,8 +8,10 @@ hypothesis's own report and is tried first the next time.
 """
 
 import argparse
+import concurrent.futures
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -69,7 +71,7 @@ def run_chunk(number: int) -> None:
     run_state_machine_as_test(seed(number)(machine), settings=options)
 
 
-def write_result(sources: str, chunks: int, seconds: float) -> None:
+def write_result(sources: str, chunks: int, seconds: float, jobs: int) -> None:
     levels = ", ".join(properties.KERNELS)
     text = [
         "# Drawn calls against the oracle",
@@ -82,7 +84,7 @@ def write_result(sources: str, chunks: int, seconds: float) -> None:
         "",
         f"Backends: reference, {levels}. Chunks 0 to {chunks - 1}, sources {sources}.",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes of one process, torch "
+        f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes of {jobs} processes, torch "
         f"{torch.__version__}, numpy {numpy.__version__},",
         f"hypothesis {hypothesis.__version__}, Python {platform.python_version()}, {cpu_model()},",
         f"native library at {backends.simd_level()}; written by `python -m bench.fuzz`.",
@@ -93,22 +95,27 @@ def write_result(sources: str, chunks: int, seconds: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--cases", type=int, default=200_000)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no chunk after")
     arguments = parser.parse_args()
     sources = fingerprint()
     done = json.loads(DONE.read_text()) if DONE.exists() else {}
     chunks, spent = done.get(sources, (0, 0.0))
     start = time.monotonic()
-    while chunks * CHUNK < arguments.cases:
-        begun = time.monotonic()
-        if begun - start > 60 * arguments.minutes:
-            break
-        run_chunk(chunks)
-        chunks, spent = chunks + 1, spent + time.monotonic() - begun
-        DONE.parent.mkdir(exist_ok=True)
-        DONE.write_text(json.dumps({sources: (chunks, spent)}))
-        print(f"{chunks * CHUNK} calls", flush=True)
-        write_result(sources, chunks, spent)
+    wanted = range(chunks, -(-arguments.cases // CHUNK))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context) as pool:
+        for first in wanted[:: arguments.jobs]:
+            begun = time.monotonic()
+            if begun - start > 60 * arguments.minutes:
+                break
+            some = wanted[first - wanted.start :][: arguments.jobs]
+            list(pool.map(run_chunk, some))  # raises where one failed
+            chunks, spent = chunks + len(some), spent + time.monotonic() - begun
+            DONE.parent.mkdir(exist_ok=True)
+            DONE.write_text(json.dumps({sources: (chunks, spent)}))
+            print(f"{chunks * CHUNK} calls", flush=True)
+            write_result(sources, chunks, spent, arguments.jobs)
     return 0
 
 

@@ -1,8 +1,9 @@
 """What torch.compile makes of NEFTune for an NVIDIA GPU, without one: `python -m
 bench.inductor_code [--json]`.
 
-Both rivals are captured on the CPU, their ATen graphs moved to a stubbed sm_90 device, and
-Inductor's Triton kernels compiled offline.
+Both rivals, and the start of a Llama and of a GPT-2 up to the first matmul, are captured on the
+CPU, their ATen graphs moved to a stubbed sm_90 device, and Inductor's Triton kernels compiled
+offline.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,7 +27,9 @@ from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.disassembly import resources, sass, sass_instructions
+import neftune_kernels  # noqa: F401  (its operators)
+from bench.cuda_code import loops, parse
+from bench.disassembly import resources, sass
 
 BATCH, LENGTH, VOCABULARY, D = 8, 512, 32000, 4096
 ALPHA = 5.0
@@ -50,7 +53,11 @@ H100 = types.SimpleNamespace(
 )
 
 
-def hook(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def plain(input_ids: torch.Tensor, weight: torch.Tensor, *drawn: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.embedding(input_ids, weight)
+
+
+def hook(input_ids: torch.Tensor, weight: torch.Tensor, *drawn: torch.Tensor) -> torch.Tensor:
     """transformers' neftune_post_forward_hook behind an embedding."""
     output = torch.nn.functional.embedding(input_ids, weight)
     dims = torch.tensor(output.size(1) * output.size(2))
@@ -58,14 +65,85 @@ def hook(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return output + torch.zeros_like(output).uniform_(-mag_norm, mag_norm)
 
 
-def rewrite(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def rewrite(input_ids: torch.Tensor, weight: torch.Tensor, *drawn: torch.Tensor) -> torch.Tensor:
     output = torch.nn.functional.embedding(input_ids, weight)
     return output + (torch.rand_like(output) * 2 - 1) * (
         ALPHA / math.sqrt(output.size(1) * output.size(2))
     )
 
 
-RIVALS = {"HF hook, compiled": hook, "rand_like rewrite, compiled": rewrite}
+class Case(NamedTuple):
+    function: Callable[..., Any]
+    d: int
+    inputs: tuple[torch.Tensor, ...]
+
+
+def lookup_inputs(d: int) -> tuple[torch.Tensor, ...]:
+    """Ids, the table, and what ours has drawn: a seed, and alpha, which stays with the host."""
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    alpha = torch.full((), ALPHA, dtype=torch.float64)
+    table = torch.empty(VOCABULARY, d, dtype=torch.bfloat16)
+    return ids, table, torch.zeros((), dtype=torch.int64), alpha
+
+
+RIVALS = {
+    "HF hook, compiled": Case(hook, D, lookup_inputs(D)),
+    "rand_like rewrite, compiled": Case(rewrite, D, lookup_inputs(D)),
+}
+
+
+def ours(input_ids: torch.Tensor, weight: torch.Tensor, *drawn: torch.Tensor) -> torch.Tensor:
+    """The operator that a compiled module calls."""
+    out: torch.Tensor = torch.ops.neftune_kernels.noisy_embedding(input_ids, weight, *drawn)
+    return out
+
+
+Lookup = Callable[..., torch.Tensor]
+LOOKUPS: dict[str, Lookup] = {
+    "no noise": plain,
+    "rand_like rewrite": rewrite,
+    "HF hook": hook,
+    "ours": ours,
+}
+
+
+def llama(lookup: Lookup) -> Callable[..., Any]:
+    """LlamaModel up to the first block's first matmul: the residual and its RMSNorm."""
+
+    def start(norm: torch.Tensor, *looked_up: torch.Tensor) -> Any:
+        hidden = lookup(*looked_up)
+        wide = hidden.float()
+        variance = wide.pow(2).mean(-1, keepdim=True)
+        return hidden, norm * (wide * torch.rsqrt(variance + 1e-6)).to(hidden.dtype)
+
+    return start
+
+
+def gpt2(lookup: Lookup) -> Callable[..., Any]:
+    """GPT2Model, likewise: the positions' rows are added, then LayerNorm."""
+
+    def start(
+        positions: torch.Tensor, norm: torch.Tensor, bias: torch.Tensor, *looked_up: torch.Tensor
+    ) -> Any:
+        hidden = lookup(*looked_up) + positions
+        return hidden, torch.nn.functional.layer_norm(hidden, norm.shape, norm, bias)
+
+    return start
+
+
+def start_cases() -> dict[str, Case]:
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16)
+
+    cases = {}
+    for name, lookup in LOOKUPS.items():
+        inputs = ones(D), *lookup_inputs(D)
+        cases[f"Llama, d = {D}, {name}"] = Case(llama(lookup), D, inputs)
+    d = 1024
+    for name, lookup in LOOKUPS.items():
+        inputs = ones(LENGTH, d), ones(d), ones(d), *lookup_inputs(d)
+        cases[f"GPT-2, d = {d}, {name}"] = Case(gpt2(lookup), d, inputs)
+    return cases
 
 
 @contextlib.contextmanager
@@ -110,7 +188,7 @@ class Captured(Exception):
     pass
 
 
-def captured_graph(function: Callable[..., torch.Tensor]) -> torch.fx.GraphModule:
+def captured_graph(case: Case) -> torch.fx.GraphModule:
     """The ATen graph that AOTAutograd and the joint-graph passes hand to Inductor's lowering; fails
     at a graph break.
     """
@@ -125,13 +203,11 @@ def captured_graph(function: Callable[..., torch.Tensor]) -> torch.fx.GraphModul
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         return compile_fx(graph, inputs, inner_compile=stop)  # type: ignore[arg-type]
 
-    input_ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
-    weight = torch.empty(VOCABULARY, D, dtype=torch.bfloat16)
     torch._dynamo.reset()
     with contextlib.suppress(
         Exception
     ):  # Captured comes back wrapped in the compiler's own exceptions
-        torch.compile(function, backend=backend, fullgraph=True)(input_ids, weight)
+        torch.compile(case.function, backend=backend, fullgraph=True)(*case.inputs)
     if len(graphs) != 1:
         raise RuntimeError(f"{len(graphs)} graphs captured instead of one")
     return graphs[0]
@@ -148,6 +224,8 @@ def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
         if isinstance(value, torch.device) and value.type == "cpu":
             return gpu
         if isinstance(value, torch._subclasses.FakeTensor):
+            if value.dtype == torch.float64 and not value.dim():  # alpha
+                return value
             with value.fake_mode:
                 return torch.empty_strided(
                     value.size(), value.stride(), dtype=value.dtype, device=gpu
@@ -165,13 +243,13 @@ def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
     return inputs
 
 
-def wrapper_code(function: Callable[..., torch.Tensor]) -> str:
+def wrapper_code(case: Case) -> str:
     from torch._inductor.compile_fx import record_original_output_strides
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    graph = captured_graph(function)
+    graph = captured_graph(case)
     with stubbed_device():
         inputs = on_gpu(graph)
         record_original_output_strides(graph)
@@ -221,19 +299,36 @@ def measure(name: str, source: str) -> dict[str, Any]:
             target=TARGET,
             options=options,
         )
-    instructions = len(sass_instructions(sass(kernel.asm["cubin"])))
+    code = parse(name, sass(kernel.asm["cubin"]))
     block = math.prod(value for key, value in config.kwargs.items() if key.endswith("BLOCK"))
-    accesses = re.findall(r"tl\.(?:load|store)\((\w+)", source)
+    instructions, elements = float(len(code.lines)), block
+    rows = re.search(r"r0_numel = (\d+)", source)
+    if rows:  # a reduction: a program walks whole rows, and the compiler may unroll its loops
+        elements = int(rows[1]) * config.kwargs.get("XBLOCK", 1)
+        trips = math.ceil(int(rows[1]) / config.kwargs.get("R0_BLOCK", elements))
+        walks = loops(code)
+        if walks and trips != 2:  # two trips are a loop or unrolled, nothing between
+            raise RuntimeError(f"{name}: {len(walks)} loops of {trips} trips or of fewer")
+        instructions += (trips - 1) * sum(loop.last + 1 - loop.first for loop in walks)
+    threads = config.num_warps * TARGET.warp_size
     return {
-        "per_element": instructions / (block / (config.num_warps * TARGET.warp_size)),
-        "bytes": sum(ITEMSIZES.get(str(meta["signature"].get(pointer)), 0) for pointer in accesses),
+        "per_element": instructions / (elements / threads),
+        "bytes": sum(ITEMSIZES.get(str(meta["signature"].get(one)), 0) for one in rows_of(source)),
         "registers": resources(kernel.asm["cubin"]).registers,
         "choice": f"{block} elements and {config.num_warps} warps",
     }
 
 
-def rival(name: str) -> dict[str, Any]:
-    code = wrapper_code(RIVALS[name])
+def rows_of(source: str) -> set[str]:
+    """The tensors that a kernel reads or writes for every token: what it reads again comes from a
+    cache, and so do a norm's weights.
+    """
+    accesses = re.findall(r"tl\.(?:load|store)\((\w+) \+ \((.*?)\), ", source)
+    return {pointer for pointer, index in accesses if not re.fullmatch(r"r0_\d+", index)}
+
+
+def measured(name: str, case: Case) -> dict[str, Any]:
+    code = wrapper_code(case)
     sources = dict(
         re.findall(
             r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'",
@@ -242,34 +337,46 @@ def rival(name: str) -> dict[str, Any]:
         )
     )
     body = code[code.index("def call(") :].split("def benchmark_compiled_module")[0]
-    measured = {
+    kernels = {
         kernel: measure(kernel, sources[kernel])
         for kernel in re.findall(r"^\s+(\w+)\.run\(", body, re.MULTILINE)
     }
     uniforms = body.count("torch.ops.aten.uniform.default(")
     seeds = len(re.findall(r"aten\.randint\.\w+\(", body))
+    own = body.count("torch.ops.neftune_kernels.noisy_embedding.default(")
     return {
         "name": name,
-        "launches": len(measured) + uniforms * len(UNIFORM_KERNELS) + seeds,
+        "d": case.d,
+        "ours": own,  # of the project's own kernels, which bench.codegen counts
+        "launches": len(kernels) + uniforms * len(UNIFORM_KERNELS) + seeds + own,
         "bytes_per_element": float(
-            sum(found["bytes"] for found in measured.values()) + uniforms * UNIFORM_BYTES
+            sum(found["bytes"] for found in kernels.values()) + uniforms * UNIFORM_BYTES
         ),
         "instructions_per_element": round(
-            sum(found["per_element"] for found in measured.values()), 2
+            sum(found["per_element"] for found in kernels.values()), 2
         ),
         "uncounted": [*UNIFORM_KERNELS] * uniforms,  # ATen's own kernels: no code here to count
-        "registers": max(found["registers"] for found in measured.values()),
+        "registers": max(found["registers"] for found in kernels.values()),
         "kernels": [
-            *(f"{kernel} ({found['choice']})" for kernel, found in measured.items()),
+            *(f"{kernel} ({found['choice']})" for kernel, found in kernels.items()),
             *([*UNIFORM_KERNELS] * uniforms + ["randint"] * seeds),
         ],
     }
 
 
 def rivals() -> list[dict[str, Any]]:
+    return _elsewhere("rivals")
+
+
+def starts() -> list[dict[str, Any]]:
+    """From the ids to the first matmul."""
+    return _elsewhere("starts")
+
+
+def _elsewhere(what: str) -> list[dict[str, Any]]:
     """In a process of their own, so that no stub or compiler cache is left behind in this one."""
     root = pathlib.Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "bench.inductor_code", "--json"]
+    command = [sys.executable, "-m", "bench.inductor_code", what, "--json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
         version = torch.__version__
@@ -293,19 +400,21 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("what", nargs="?", default="rivals", choices=("rivals", "starts"))
     parser.add_argument("--json", action="store_true", help="only JSON on stdout")
     parser.add_argument("--code", action="store_true", help="print Inductor's wrapper code instead")
     arguments = parser.parse_args()
+    cases = RIVALS if arguments.what == "rivals" else start_cases()
     if arguments.code:
-        print("\n".join(map(wrapper_code, RIVALS.values())))
+        print("\n".join(map(wrapper_code, cases.values())))
         return
-    found = list(map(rival, RIVALS))
+    found = [measured(name, case) for name, case in cases.items()]
     if arguments.json:
         print(json.dumps(found))
         return
     print(
         f"torch {torch.__version__}, triton {triton.__version__}, sm_90, bfloat16, ({BATCH}, "
-        f"{LENGTH}, {D}); instructions up to EXIT\n"
+        f"{LENGTH}); instructions up to EXIT\n"
     )
     print_rows(found)
 
