@@ -325,3 +325,22 @@ def test_what_inductor_makes_of_the_rivals():
     ]
     ours = codegen.measure(Configuration("sm_90", "bfloat16", inductor_code.D))
     assert rewrite["instructions_per_element"] > 3 * ours.per_element
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="the code is taken out of Inductor 2.13, whose internals the tool follows",
+)
+def test_what_inductor_makes_of_the_starts_of_models():
+    """From the ids to the first matmul: opacity costs a launch and a read of the embeddings."""
+    found = {start["name"]: start for start in inductor_code.starts()}
+    for model, moved, behind in (("Llama, d = 4096", 6.0, 4.0), ("GPT-2, d = 1024", 8.0, 8.0)):
+        clean, ours = found[f"{model}, no noise"], found[f"{model}, ours"]
+        assert (clean["launches"], clean["bytes_per_element"], clean["ours"]) == (1, moved, 0)
+        # behind our kernel, which moves 4 bytes: Llama's residual is what it wrote
+        assert (ours["launches"], ours["bytes_per_element"], ours["ours"]) == (2, behind, 1)
+        rewrite = found[f"{model}, rand_like rewrite"]
+        assert rewrite["instructions_per_element"] > 4 * clean["instructions_per_element"]
+        hook = found[f"{model}, HF hook"]
+        assert (hook["launches"], hook["bytes_per_element"]) == (4, moved + 10)
