@@ -25,6 +25,7 @@ from .torch_internals import asked_outside_the_graph, dispatch_modes, entry
 OPS = torch.ops.neftune_kernels
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE_DTYPES = (*CPP_DTYPES, torch.float64)
+WRONG_DEVICE = "wrong device"
 DEFAULT_BACKEND = os.environ.get("NEFTUNE_BACKEND") or None  # for who cannot reach the code
 
 
@@ -271,7 +272,7 @@ def _triton_reason(device_type: str | None) -> str:
     Does not import triton.
     """
     if device_type is not None and device_type not in TRITON_DEVICES:
-        return f"wrong device: runs on GPUs, not on {device_type}"
+        return f"{WRONG_DEVICE}: runs on GPUs, not on {device_type}"
     if load_triton.cache_info().currsize and isinstance(reason := load_triton(), str):
         return reason
     if reason := _no_triton() or self_check.failure("triton", device_type):
@@ -307,7 +308,7 @@ def past_the_dispatcher(name: str) -> Callable[..., None]:
 def _cuda_reason(device_type: str | None) -> str:
     """Empty where the CUDA library serves tensors of that device (None: of any), else why not."""
     if device_type not in (None, "cuda"):
-        return f"wrong device: runs on GPUs, not on {device_type}"
+        return f"{WRONG_DEVICE}: runs on GPUs, not on {device_type}"
     if reason := native_cuda.reason or self_check.failure("cuda", device_type):
         return reason
     return "" if torch.cuda.is_available() else "no device: torch sees no cuda"
@@ -395,7 +396,7 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
             raise ValueError(f"device_type: {error}") from None
     cpp = native.reason or _no_simd_level() or "available"
     if cpp == "available" and device_type not in (None, "cpu"):
-        cpp = f"wrong device: runs on cpu, not on {device_type}"
+        cpp = f"{WRONG_DEVICE}: runs on cpu, not on {device_type}"
     gpu = {
         "triton": _triton_reason(device_type) or "available",
         "cuda": _cuda_reason(device_type) or "available",
@@ -489,7 +490,9 @@ def choose_backend(
     if backend == "triton" and reason == "available":
         reason = _triton_fails(device.type) or reason
     if reason != "available":
-        raise ValueError(f"backend {backend!r}{said_by} is not available: {reason}")
+        move = reason.startswith(WRONG_DEVICE)
+        remedy = f"; leave it out, or move the tensors from {device.type}" if move else ""
+        raise ValueError(f"backend {backend!r}{said_by} is not available: {reason}{remedy}")
     if backend != "reference" and dtype not in CPP_DTYPES:
         raise ValueError(
             f"backend {backend!r}{said_by} is not available: "

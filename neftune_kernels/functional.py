@@ -151,7 +151,8 @@ def noisy_embedding(
         refuse_unknown("noisy_embedding", unknown)
     noise_alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+        remedy = ": pass its .weight" if isinstance(weight, torch.nn.Embedding) else ""
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}{remedy}")
     if weight.dim() != 2:
         raise ValueError(
             f"weight must have shape (num_embeddings, embedding_dim), got {tuple(weight.shape)}"

@@ -87,7 +87,9 @@ def check_layout(
         if value is None:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            raise TypeError(
+                f"{name} must be a tensor, got {type(value).__name__}: pass torch.as_tensor({name})"
+            )
         if value.device != device:
             raise ValueError(
                 f"{name} is on {value.device}, the tokens are on {device}: they must be on one "
@@ -100,6 +102,7 @@ def check_layout(
             if mask.shape != shape:
                 raise ValueError(
                     f"{name} must have the tokens' shape {tuple(shape)}, got {tuple(mask.shape)}"
+                    f"{_remedy(mask.shape, shape)}"
                 )
     if lengths is not None:
         if lengths.dtype not in INTEGER_DTYPES:
@@ -131,6 +134,15 @@ def check_layout(
                 )
             position_ids = position_ids.reshape(shape[-1]).expand(shape)
     return position_ids
+
+
+def _remedy(given: torch.Size, shape: tuple[int, ...]) -> str:
+    """What to do about a mask of a shape that is a known mistake."""
+    if given == (*shape, 1):
+        return ": its last axis is one too many, mask.squeeze(-1)"
+    if len(given) == 4 and len(shape) == 2:
+        return ": one of four axes is made for attention, pass the tokenizer's"
+    return ""
 
 
 REAL_WHERE = "a token is real where it is not 0, padding where it is 0"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from . import ops
 from .backends import CPP, CPP_SERVES, choose_backend, number_documents
@@ -26,14 +27,20 @@ IN_PLACE_LIMIT = (
 
 def check_embeds(inputs_embeds: Tensor) -> None:
     if not isinstance(inputs_embeds, Tensor):
-        raise TypeError(f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}")
+        raise TypeError(
+            f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}: pass "
+            "torch.as_tensor(inputs_embeds)"
+        )
     if inputs_embeds.dim() == 0:
         raise ValueError("inputs_embeds must have shape (..., embedding_dim), got ()")
 
 
 def check_ids(input_ids: Tensor) -> None:
     if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+        raise TypeError(
+            f"input_ids must be a tensor, got {type(input_ids).__name__}: pass "
+            "torch.as_tensor(input_ids)"
+        )
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
 
@@ -158,9 +165,20 @@ def embed_with_noise(
             chosen.add_noise_out(rows, *drawn, out=rows)
             return embedded
     args = (input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale)
+    if by_function:
+        _refuse_forward_mode(weight)
     if by_function or needs_graph:
         return ops.NoisyEmbedding.apply(chosen.noisy_embedding, *args)
     return chosen.noisy_embedding(*args)
+
+
+def _refuse_forward_mode(tensor: Tensor) -> None:
+    """Dynamo traces no autograd.Function that has a jvp, so none can say it itself."""
+    if unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            "NEFTune noise has no forward-mode derivative (jvp): use backward(), torch.func.vjp or "
+            "jacrev, or add neftune_noise(...) to F.embedding"
+        )
 
 
 def _no_noise(weight: Tensor, noise: Noise) -> Noise:
@@ -196,7 +214,10 @@ def embeds_with_noise(inputs_embeds: Tensor, samples: Samples, noise: Noise) -> 
     if not fused:
         operator = chosen.add_variant_noise
         args = (*args, variant.distribution, variant.equal_variance)
-    if transformed() or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
+    by_function = transformed()
+    if by_function:
+        _refuse_forward_mode(inputs_embeds)
+    if by_function or (inputs_embeds.requires_grad and torch.is_grad_enabled()):
         return ops.AddNoise.apply(operator, *args)
     if torch.compiler.is_compiling() or not fused:
         return operator(*args)

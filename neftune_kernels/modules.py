@@ -116,6 +116,11 @@ class NEFTuneEmbedding(nn.Embedding):
         if unknown:
             refuse_unknown("NEFTuneEmbedding", unknown)
         check_batch_first(batch_first)
+        if padding_idx is not None and not hasattr(padding_idx, "__index__"):
+            raise TypeError(
+                f"padding_idx must be an int or None, got {padding_idx!r}: noise_alpha goes by its "
+                f"name, NEFTuneEmbedding({num_embeddings}, {embedding_dim}, noise_alpha=...)"
+            )
         alpha = check_alpha(noise_alpha)  # refuse before anything is allocated
         check_variant(distribution, equal_variance, 1)
         embed_scale = check_scale(embed_scale)
@@ -159,6 +164,12 @@ class NEFTuneEmbedding(nn.Embedding):
         # A graph input: no recompilation per value.
         self._alpha = torch.full((), self._noise_alpha, dtype=torch.float64, device="cpu")
         self._noise = self._make_noise()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks every module for what it is to compile."""
+        raise TypeError(
+            "TorchScript knows no NEFTune noise: script module.to_embedding() in its place"
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -279,7 +290,10 @@ class NEFTuneEmbedding(nn.Embedding):
         if unknown:
             refuse_unknown("from_embedding", unknown)
         if not isinstance(embedding, nn.Embedding):
-            raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
+            remedy = ": from_pretrained takes a weight" if isinstance(embedding, Tensor) else ""
+            raise TypeError(
+                f"embedding must be an nn.Embedding, got {type(embedding).__name__}{remedy}"
+            )
         if isinstance(embedding, NEFTuneEmbedding):
             raise TypeError(
                 "embedding is a NEFTuneEmbedding already: assign its noise_alpha, or convert its "
@@ -352,6 +366,10 @@ class NEFTuneEmbedding(nn.Embedding):
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
             10.0
         """
+        if not isinstance(embeddings, Tensor):
+            is_module = isinstance(embeddings, nn.Embedding)
+            remedy = ": from_embedding takes a module" if is_module else ""
+            raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}{remedy}")
         if embeddings.dim() != 2:
             raise ValueError(
                 f"embeddings must have shape (num_embeddings, embedding_dim), got "

@@ -76,6 +76,10 @@ def check_alpha(noise_alpha: float | None) -> float:
     if not isinstance(noise_alpha, (float, torch.SymFloat)):
         if isinstance(noise_alpha, (str, bytes, bool)) or not hasattr(noise_alpha, "__float__"):
             raise TypeError(f"noise_alpha must be a number or None, got {noise_alpha!r}")
+        if isinstance(noise_alpha, Tensor) and noise_alpha.numel() != 1:
+            raise ValueError(
+                f"noise_alpha must be one number, got a tensor of shape {tuple(noise_alpha.shape)}"
+            )
         try:
             noise_alpha = float(noise_alpha)
         except OverflowError:

@@ -5,8 +5,10 @@ the rule it breaks.
 import math
 import re
 
+import numpy
 import pytest
 import torch
+from torch import nn
 
 from neftune_kernels import (
     add_noise,
@@ -506,3 +508,27 @@ def test_other_python_values():
         5.0,
     )
     refused(ValueError, "device_type: .*xx", available_backends, "xx")
+
+
+REMEDIES = [
+    ("noise_alpha must be one number, got a tensor of shape (2,)", {"noise_alpha": torch.ones(2)}),
+    ("mask.squeeze(-1)", {"attention_mask": torch.ones(*IDS.shape, 1)}),
+    ("pass the tokenizer's", {"attention_mask": torch.ones(2, 1, 5, 5), "shape": (2, 5)}),
+    *(
+        (f"pass torch.as_tensor({name})", {name: kind([[1, 1], [1, 0]]), "shape": (2, 2)})
+        for name in ("attention_mask", "lengths", "cu_seqlens", "position_ids", "noise_mask")
+        for kind in (list, numpy.array)
+    ),
+    ("pass its .weight", {"weight": nn.Embedding.from_pretrained(WEIGHT)}),
+    ("pass torch.as_tensor(input_ids)", {"input_ids": IDS.tolist()}),
+    ("leave it out, or move the tensors from cpu", {"backend": "triton"}),
+]
+
+
+@pytest.mark.parametrize("message, given", REMEDIES, ids=[message for message, _ in REMEDIES])
+def test_errors_name_the_remedy(message, given):
+    shape, given = given.get("shape", tuple(IDS.shape)), {"noise_alpha": 5.0, **given}
+    given.pop("shape", None)
+    call = {"input_ids": torch.zeros(shape, dtype=torch.int64), "weight": WEIGHT, **given}
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        noisy_embedding(**call)

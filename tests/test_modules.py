@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -516,3 +517,32 @@ def test_negative_padding_idx_counts_from_the_end():
     out = noisy_embedding(ids, weight, 5.0, padding_idx=-1, seed=3)
     assert torch.equal(out, noisy_embedding(ids, weight, 5.0, padding_idx=9, seed=3))
     assert torch.equal(out[0, 1:], weight[:2]) and not torch.equal(out[0, 0], weight[0])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: NEFTuneEmbedding(100, 16, 5.0), "NEFTuneEmbedding(100, 16, noise_alpha=...)"),
+        (
+            lambda: NEFTuneEmbedding.from_embedding(torch.ones(4, 3)),
+            "from_pretrained takes a weight",
+        ),
+        (
+            lambda: NEFTuneEmbedding.from_pretrained(nn.Embedding(4, 3)),
+            "from_embedding takes a module",
+        ),
+        (
+            lambda: torch.jit.script(NEFTuneEmbedding(4, 3)),
+            "script module.to_embedding() in its place",
+        ),
+    ],
+)
+def test_errors_name_the_remedy(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
+def test_a_script_of_the_plain_embedding():
+    module = NEFTuneEmbedding(4, 3)
+    scripted = torch.jit.script(module.to_embedding())
+    assert torch.equal(scripted(torch.arange(4)), module.weight)

@@ -94,3 +94,16 @@ def test_what_is_no_model():
     with pytest.raises(ValueError, match=r"Wrapper .* apply_neftune\(model.module\)"):
         apply_neftune(Wrapper(model))
     apply_neftune(Wrapper(model).module).remove()
+
+
+def test_a_handle_stays_with_its_model():
+    """It steers this model, whoever holds it, and no other process's."""
+    model = Model()
+    handle = apply_neftune(model, 5.0)
+    remedy = r"take its copy over with handle = apply_neftune\(copy\)"
+    with pytest.raises(TypeError, match=remedy):
+        pickle.dumps({"handle": handle})
+    assert copy.copy(handle) is handle
+    assert copy.deepcopy({"handle": handle})["handle"] is handle
+    with pytest.raises(TypeError, match=r"call handle.remove\(\) before"):
+        torch.jit.script(model)

@@ -5,7 +5,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,19 @@ class NEFTuneHandle:
     def root(self) -> nn.Module | None:
         """The model applied to last, if it is alive."""
         return self._roots[-1][0]() if self._roots else None
+
+    def __copy__(self) -> "NEFTuneHandle":
+        """Itself: it steers its model, whoever holds it."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NEFTuneHandle":
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a NEFTuneHandle steers a model of this process and cannot be pickled: pickle the "
+            "model, and take its copy over with handle = apply_neftune(copy)"
+        )
 
     def __repr__(self) -> str:
         if self._state is None:

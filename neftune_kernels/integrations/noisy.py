@@ -5,7 +5,7 @@ and adds noise in one pass. Behind: a forward hook adds the noise to the site's 
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +249,11 @@ def noisy_forward(self: Any, input: Tensor) -> Tensor:
     return noisy
 
 
+def _refuse_script(self: Any) -> NoReturn:
+    """torch.jit.script asks every module for what it is to compile."""
+    raise TypeError("TorchScript knows no NEFTune noise: call handle.remove() before")
+
+
 def _extra_repr(self: Any) -> str:
     plain = type(self)._neftune_base.extra_repr(self)
     if self.__dict__.get("_neftune") is None:
@@ -300,6 +305,7 @@ def _noisy_class(base: type[nn.Module], before: bool) -> Any:
             "forward": _BeforeInstance() if before else noisy_forward,
             "__reduce_ex__": _reduce,
             "extra_repr": _extra_repr,
+            "__prepare_scriptable__": _refuse_script,
             "_neftune_base": base,
             "_neftune_before": before,
         }
