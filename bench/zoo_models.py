@@ -69,8 +69,13 @@ NO_TOKENS = {
 
 
 def taken(entry: Entry, model: type[nn.Module]) -> list[str]:
-    """The parameters of a model's forward, without those that are no tokens."""
+    """The parameters of a model's forward, without those that are no tokens; a mask may be told to
+    one that takes any argument (VibeVoice hands it on).
+    """
+    given = inspect.signature(model.forward).parameters.values()
     found = parameters(model)
+    if "input_ids" in found and any(one.kind is one.VAR_KEYWORD for one in given):
+        found += ["attention_mask"] * ("attention_mask" not in found)
     return [one for one in found if one != "decoder_input_ids"] if entry.name in CODES else found
 
 
@@ -336,6 +341,8 @@ STAGES = {
     "backbone_config.out_features": ["stem", "stage1", "stage2"],
     "backbone_config.out_indices": [0, 1, 2],
     "backbone_config.num_heads": [2, 4],
+    "backbone_config.image_size": 64,
+    "num_queries": 16,
 }
 SMALL_IMAGE = {
     "vision_config.backbone_config.image_size": 112,
