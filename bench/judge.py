@@ -451,6 +451,39 @@ def gradients(model: nn.Module, output: Any) -> dict[str, Tensor]:
     return found
 
 
+class _Constant(torch.autograd.Function):
+    """Another value for what was looked up, as a constant added to it makes: the gradient is the
+    lookup's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, looked_up: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _gradients_behind(
+    subject: Subject, state: State, expected: Expected, hook: Callable[[Tensor, Tensor], Any]
+) -> dict[str, Tensor]:
+    """Of a forward and backward with a hook behind each lookup, given its ids and output."""
+
+    def behind(module: nn.Module, args: Any, output: Any) -> Any:
+        is_lookup = isinstance(output, Tensor) and not args[0].is_floating_point()
+        return hook(args[0], output) if is_lookup else None
+
+    hooks = [one.register_forward_hook(behind) for one in expected.targets]
+    state.put_back()
+    try:
+        with watching(subject.sequences, expected.targets):
+            return gradients(subject.model, subject.call(subject.model, subject.given))
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 def around(
     subject: Subject, state: State, expected: Expected, options: dict[str, Any]
 ) -> list[str]:
@@ -464,9 +497,6 @@ def around(
     model.train()
     with torch.no_grad():  # attention may take another kernel
         silent_clean = run(subject, state, expected.targets).outputs
-    state.put_back()
-    with watching(subject.sequences, expected.targets, expected.shares):
-        theirs = gradients(model, subject.call(model, subject.given))
     before, keys = _looks(model), list(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -477,9 +507,8 @@ def around(
             for one, other in zip(values.values(), model.state_dict().values(), strict=True)
         ):
             wrong.append("state_dict")
-        state.put_back()
-        with watching(subject.sequences, expected.targets):
-            mine = gradients(model, subject.call(model, subject.given))
+        looked_up: list[Tensor] = []
+        mine = _gradients_behind(subject, state, expected, lambda _, out: looked_up.append(out))
         model.eval()
         if difference(run(subject, state).outputs, eval_clean):
             wrong.append("eval")
@@ -489,6 +518,10 @@ def around(
         if difference(silent, silent_clean):
             wrong.append("no-grad")
         handle.remove()
+    kept_values = iter([one.detach().clone() for one in looked_up])
+    theirs = _gradients_behind(
+        subject, state, expected, lambda _, out: _Constant.apply(out, next(kept_values))
+    )
     if wrong_gradient(model, mine, theirs, expected.targets):
         wrong.append("gradient")
     if _looks(model) != before:

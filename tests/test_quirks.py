@@ -96,8 +96,8 @@ def built(module, name, forward):
     return type(name, (Base,), {"forward": own, "__module__": module})().train()
 
 
-def called(model, ids, **given):
-    apply_neftune(model, 5.0, embedding="embed")
+def called(model, ids, embedding="embed", **given):
+    apply_neftune(model, 5.0, embedding=embedding)
     torch.manual_seed(7)
     out = model(ids, **given)
     torch.manual_seed(7)
@@ -315,15 +315,53 @@ def test_a_mask_that_stays_with_the_outer_model():
     package = "transformers.models.qwen2_5_omni"
     model = built(package, "Qwen2_5OmniTalkerForConditionalGeneration", talker)
     model.model = built(package, "Qwen2_5OmniTalkerModel", talker_model)
-    apply_neftune(model, 5.0, embedding="model.embed")
-    torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = model(IDS, attention_mask=KEEP)
-    torch.manual_seed(7)
-    seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+        out, seed = called(model, IDS, "model.embed", attention_mask=KEEP)
     weight = model.model.embed.weight
     assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, attention_mask=KEEP, seed=seed))
+
+
+def several_parts(self, input_ids=None, pixel_values=None, **kwargs):
+    return self.model(inputs_embeds=self.model.embed(input_ids), **kwargs)
+
+
+@pytest.mark.parametrize("given", [{}, {"attention_mask": KEEP}], ids=["untold", "told"])
+def test_a_model_of_several_parts_that_names_no_samples(given):
+    """VibeVoice looks its tokens up itself and hands on what its inner model is told."""
+    package = "transformers.models.vibevoice"
+    model = built(package, "VibeVoiceModel", several_parts)
+    model.config_class = types.SimpleNamespace(sub_configs={"text_config": object})
+    model.model = built(package, "Qwen2Model", talker_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, "model.embed", **given)
+    weight = model.model.embed.weight
+    assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, **given, seed=seed))
+
+
+def grounding(self, input_ids=None, pixel_values=None, attention_mask=None):
+    phrases = torch.arange(input_ids.shape[1]).expand_as(input_ids) % 3
+    attends = torch.eye(input_ids.shape[1], dtype=torch.bool)[None, None]
+    return self.text_backbone(input_ids, attends, phrases)
+
+
+def text_backbone(self, input_ids=None, attention_mask=None, position_ids=None):
+    return self.embed(input_ids)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("name", ["GroundingDinoModel", "MMGroundingDinoModel"])
+def test_phrases_that_the_model_makes_of_a_sample_are_no_samples(name, told):
+    """Their texts' positions begin anew in each phrase: L is still the text's."""
+    model = built("transformers.models.grounding_dino", name, grounding)
+    model.text_backbone = built("transformers.models.bert", "BertModel", text_backbone)
+    given = {"attention_mask": KEEP} if told else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, "text_backbone.embed", **given)
+    weight = model.text_backbone.embed.weight
+    assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, **given, seed=seed))
 
 
 def vits(self, input_ids, padding_mask=None, attention_mask=None):
