@@ -103,6 +103,28 @@ def test_exact(kind, layout):
     assert not judge.around(one, state, expected, {})
 
 
+class Multiplied(Plain):
+    """By a number that float32 has not: noise by hand is rounded otherwise than ours."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.block(self.embed(input_ids) * 0.88).pow(2)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_gradient_is_that_of_constant_noise(constant):
+    one = subject(Multiplied(), "right")
+    state = judge.State(one.model)
+    expected = judge.expectation(one, state)
+
+    def varying(module, args, output):
+        noisy = "_neftune" in vars(module) and not constant
+        return output + (output - output.detach()) if noisy else None
+
+    one.model.embed.register_forward_hook(varying)
+    options = {"embedding_multiplier": lambda given: torch.full((ROWS,), 0.88)}
+    assert judge.around(one, state, expected, options) == ([] if constant else ["gradient"])
+
+
 def test_refused_with_a_remedy_that_ends_exact():
     one = subject(Unnamed(), "right")
     state = judge.State(one.model)
