@@ -144,7 +144,7 @@ def judged(entry: Entry, kind: type[nn.Module]) -> dict[str, Any]:
     except RuntimeError as error:
         return {"unbuilt": str(error)}
     parameters = zoo_models.taken(entry, kind)
-    made: dict[str, Any] = {"way": built.way, "layouts": {}, "around": []}
+    made: dict[str, Any] = {"way": built.way, "layouts": {}}
     state = judge.State(built.model)
     for layout in LAYOUTS:
         tokens = told(parameters, layout)
@@ -164,13 +164,14 @@ def judged(entry: Entry, kind: type[nn.Module]) -> dict[str, Any]:
             continue
         verdict = judge.judge(subject, state, expected)
         made["layouts"][layout] = {
-            name: value for name, value in verdict._asdict().items() if value
+            name: value
+            for name, value in verdict._asdict().items()
+            if value and name != "options"
         }
         factors = {f"{one:.6g}" for one in expected.factors.values()}
         made["layouts"][layout]["factors"] = sorted(factors)
-        if layout != "packed" and not made.get("tried_around") and verdict.word == "EXACT":
-            made["tried_around"] = True
-            made["around"] = judge.around(subject, state, expected, {})
+        if layout != "packed" and "around" not in made and verdict.options is not None:
+            made["around"] = judge.around(subject, state, expected, verdict.options)
     return made
 
 

@@ -467,7 +467,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         for name, value in (("num_filters", 4), ("depths", [1] * 7))
     },
     "videoprism": {"vision_config.num_frames": 4, "vision_config.image_size": 36},
-    "vits": {"vocab_size": VOCAB},
+    "vits": {"vocab_size": VOCAB, "upsample_initial_channel": 32},
     "whisper": {"max_source_positions": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 2, "layers_block_type": ["hybrid", "hybrid"]},
@@ -480,7 +480,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "speech-encoder-decoder": {"encoder.num_feat_extract_layers": 7},
     "clap": {"audio_config.hidden_size": 64},
     "fastspeech2_conformer": {"vocab_size": VOCAB},
-    "fastspeech2_conformer_with_hifigan": {"model_config.vocab_size": VOCAB},
+    "fastspeech2_conformer_with_hifigan": {
+        "model_config.vocab_size": VOCAB,
+        "vocoder_config.upsample_initial_channel": 32,
+    },
 }
 
 
