@@ -164,9 +164,7 @@ def judged(entry: Entry, kind: type[nn.Module]) -> dict[str, Any]:
             continue
         verdict = judge.judge(subject, state, expected)
         made["layouts"][layout] = {
-            name: value
-            for name, value in verdict._asdict().items()
-            if value and name != "options"
+            name: value for name, value in verdict._asdict().items() if value and name != "options"
         }
         factors = {f"{one:.6g}" for one in expected.factors.values()}
         made["layouts"][layout]["factors"] = sorted(factors)

@@ -1,8 +1,9 @@
 """Which rows of quirks.py a model of transformers needs: `python -m bench.zoo_rows`, a part of
 `make zoo`.
 
-A row is needed where a model of its package is judged otherwise without it. Kept in
-build/zoo_rows.json, for the table.
+A row is needed where a model of its package is judged otherwise without it; of the others
+tests/test_quirks.py demands a test that fails without them. What was found on these sources is kept
+in build/zoo_rows.json, for the table, and not looked for again.
 """
 
 import json
@@ -68,30 +69,46 @@ def needed(key: Key, entries: list[zoo_models.Entry], queue: Any) -> None:
     queue.put("")
 
 
-def main() -> int:
-    entries = zoo_models.entries()
-    found: dict[str, str] = {}
+def before_now(sources: str) -> dict[str, str]:
+    kept = json.loads(FOUND.read_text()) if FOUND.exists() else {}
+    found: dict[str, str] = kept["rows"] if kept.get("sources") == sources else {}
+    return found
+
+
+def looked_for(key: Key, entries: list[zoo_models.Entry]) -> str:
+    """In a process of its own, as a verdict may hang."""
+    package = package_of(key)
+    own = [
+        one
+        for one in entries
+        if any(
+            kind is not None and kind.__module__.split(".")[2] == package
+            for kind in (one.head, one.base, *one.others)
+        )
+    ]
     context: Any = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=needed, args=(key, own, queue))
+    process.start()
+    process.join(2 * zoo.LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return "" if queue.empty() else str(queue.get())
+
+
+def main() -> int:
+    sources = zoo.fingerprint()
+    entries = zoo_models.entries()
+    found = before_now(sources)
     keys = [key for key in quirks.QUIRKS if key[0] == "transformers"]
     for number, key in enumerate(keys):
-        package = package_of(key)
-        own = [
-            one
-            for one in entries
-            if any(
-                kind is not None and kind.__module__.split(".")[2] == package
-                for kind in (one.head, one.base, *one.others)
-            )
-        ]
-        queue = context.SimpleQueue()
-        process = context.Process(target=needed, args=(key, own, queue))
-        process.start()
-        process.join(2 * zoo.LIMIT)
-        found[key[1]] = "" if queue.empty() else queue.get()
-        if process.is_alive():
-            process.kill()
-        print(f"{number + 1} of {len(keys)}: {key[1]}: {found[key[1]]}", flush=True)
-    FOUND.write_text(json.dumps(found, indent=1))
+        if key[1] not in found:
+            found[key[1]] = looked_for(key, entries)
+            FOUND.write_text(json.dumps({"sources": sources, "rows": found}, indent=1))
+        bar = "#" * (30 * (number + 1) // len(keys))
+        print(f"\r[{bar:30}] {number + 1} of {len(keys)}, {key[1]:50.50}", end="", flush=True)
+    print()
     return 0
 
 

@@ -187,7 +187,6 @@ class Quirks(NamedTuple):
 NO_QUIRKS = Quirks()
 SCALED = Quirks(factor=_attribute("embed_scale"))
 SCALED_TOO = Quirks(factor=_attribute("embed_scale"), embeds_too=True)
-FAIRSEQ = Quirks(_by_padding_idx("src_tokens", "prev_output_tokens"))
 MULTIPLIED = Quirks(factor=_attribute("embedding_multiplier"), embeds_too=True)
 
 QUIRKS: dict[tuple[str, str], Quirks] = {
@@ -202,8 +201,9 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("transformers", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
     ("esm", "ESM2.forward"): Quirks(_by_padding_idx("tokens"), each=_fair_esm),
     ("esm", "ESMC.forward"): Quirks(_by_sequence_id("sequence_tokens")),
-    ("fairseq", "FairseqEncoderDecoderModel.forward"): FAIRSEQ,
-    ("fairseq", "TransformerModelBase.forward"): FAIRSEQ,
+    ("fairseq", "FairseqEncoderDecoderModel.forward"): Quirks(
+        _by_padding_idx("src_tokens", "prev_output_tokens")
+    ),
     ("fairseq", "TransformerEncoderBase.forward"): Quirks(_by_padding_idx("src_tokens")),
     ("fairseq", "TransformerDecoderBase.forward"): Quirks(_by_padding_idx("prev_output_tokens")),
     ("model", "Transformer.forward"): Quirks(  # mistral-finetune
