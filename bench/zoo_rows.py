@@ -3,10 +3,9 @@
 
 A row is needed where a model of its package is judged otherwise without it; of the others
 tests/test_quirks.py demands a test that fails without them. What was found on these sources is kept
-in build/zoo_rows.json, for the table, and not looked for again.
+in build/zoo_rows.jsonl, for the table, and not looked for again.
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -18,8 +17,9 @@ import torch
 from neftune_kernels.integrations import quirks
 
 from . import zoo, zoo_models
+from .resumed import ROOT, Bar, before_now, keep
 
-FOUND = zoo.ROOT / "build/zoo_rows.json"
+FOUND = ROOT / "build/zoo_rows.jsonl"
 Key = tuple[str, str]
 
 
@@ -69,12 +69,6 @@ def needed(key: Key, entries: list[zoo_models.Entry], queue: Any) -> None:
     queue.put("")
 
 
-def before_now(sources: str) -> dict[str, str]:
-    kept = json.loads(FOUND.read_text()) if FOUND.exists() else {}
-    found: dict[str, str] = kept["rows"] if kept.get("sources") == sources else {}
-    return found
-
-
 def looked_for(key: Key, entries: list[zoo_models.Entry]) -> str:
     """In a process of its own, as a verdict may hang."""
     package = package_of(key)
@@ -98,17 +92,16 @@ def looked_for(key: Key, entries: list[zoo_models.Entry]) -> str:
 
 
 def main() -> int:
-    sources = zoo.fingerprint()
+    sources = zoo.sources_now()
     entries = zoo_models.entries()
-    found = before_now(sources)
+    done = before_now(FOUND, sources)
     keys = [key for key in quirks.QUIRKS if key[0] == "transformers"]
-    for number, key in enumerate(keys):
-        if key[1] not in found:
-            found[key[1]] = looked_for(key, entries)
-            FOUND.write_text(json.dumps({"sources": sources, "rows": found}, indent=1))
-        bar = "#" * (30 * (number + 1) // len(keys))
-        print(f"\r[{bar:30}] {number + 1} of {len(keys)}, {key[1]:50.50}", end="", flush=True)
-    print()
+    bar = Bar(len(keys), len(done))
+    for key in keys:
+        if key[1] not in done:
+            done[key[1]] = {"name": key[1], "why": looked_for(key, entries)}
+            keep(FOUND, sources, done[key[1]])
+            bar.show(len(done), key[1])
     return 0
 
 

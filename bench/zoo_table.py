@@ -1,7 +1,6 @@
 """bench/results/zoo.md from what `make zoo` judged: `python -m bench.zoo_table`."""
 
 import json
-import pathlib
 import platform
 import sys
 import time
@@ -11,14 +10,15 @@ from typing import Any
 import torch
 
 import neftune_kernels
+from neftune_kernels.integrations.quirks import QUIRKS
 
 from .judge import FINE
+from .resumed import ROOT, before_now
 from .zoo_models import NO_TOKENS
 
-ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "bench/results/zoo.md"
 DONE = ROOT / "build/zoo.jsonl"
-ROWS = ROOT / "build/zoo_rows.json"
+ROWS = ROOT / "build/zoo_rows.jsonl"
 # The worst of an entry's verdicts is its own.
 WORST_FIRST = (
     "CRASH",
@@ -146,9 +146,8 @@ def _cell(text: str) -> str:
 def main() -> int:
     import transformers
 
-    read = [json.loads(line) for line in DONE.read_text().splitlines()]
-    sources = read[-1]["sources"]
-    entries = list({one["name"]: one for one in read if one["sources"] == sources}.values())
+    sources = json.loads(DONE.read_text().splitlines()[-1])["sources"]
+    entries = list(before_now(DONE, sources).values())
     seconds = sum(one.get("seconds", 0.0) for one in entries)
     versions = (
         f"{time.strftime('%Y-%m-%d')}, transformers {transformers.__version__}, torch "
@@ -156,10 +155,10 @@ def main() -> int:
         f"{sources}, Python {platform.python_version()}; {seconds / 60:.0f} minutes of one core; "
         "written by `make zoo`."
     )
-    rows = json.loads(ROWS.read_text())
-    if rows["sources"] != sources:
-        raise SystemExit(f"{ROWS} is of other sources: run python -m bench.zoo_rows")
-    RESULT.write_text(written(entries, rows["rows"], versions))
+    rows = {name: one["why"] for name, one in before_now(ROWS, sources).items()}
+    if missing := [name for top, name in QUIRKS if top == "transformers" and name not in rows]:
+        raise SystemExit(f"not looked for on these sources: {missing}; python -m bench.zoo_rows")
+    RESULT.write_text(written(entries, rows, versions))
     return int(is_faulty(entries))
 
 
