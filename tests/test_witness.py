@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import judge, zoo_table
+from bench import judge, resumed, zoo_table
 from bench.judge import Subject
 from bench.witness import packed, padded
 
@@ -185,3 +185,19 @@ def test_a_warning_over_exact_noise_is_true_or_a_false_alarm(message, true):
     one = subject(Plain(), "right")
     expected = judge.expectation(one, judge.State(one.model))
     assert judge.is_true(message, one, expected) is true
+
+
+def test_a_sweep_goes_on_with_what_it_judged_on_these_sources(tmp_path, capsys):
+    file = tmp_path / "build" / "zoo.jsonl"
+    assert resumed.before_now(file, "now") == {}
+    for sources, name, word in [("old", "a", 1), ("now", "b", 2), ("now", "b", 3), ("now", "c", 4)]:
+        resumed.keep(file, sources, {"name": name, "word": word})
+    kept = resumed.before_now(file, "now")
+    assert {name: one["word"] for name, one in kept.items()} == {"b": 3, "c": 4}
+    resumed.Bar(total=4, before=2).show(3, "d")
+    assert "3 of 4" in capsys.readouterr().out
+
+
+def test_sources_are_the_packages_and_the_judges():
+    one = resumed.fingerprint(["judge.py"])
+    assert resumed.fingerprint(["judge.py"]) == one != resumed.fingerprint(["witness.py"])
