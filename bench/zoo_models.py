@@ -422,6 +422,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1},
     "nemotron_h_omni": {"text_config.mamba_num_heads": 8, "text_config.n_groups": 1},
+    "owlv2": {"vision_config.image_size": 64},
     "paddleocr_vl": sections("text_config.", 2, 1, 1),
     "paddleocr_vl_text": sections("", 2, 1, 1),
     "perceiver": {"d_latents": 32, "num_latents": 8, "image_size": 16, "train_size": [16, 16]},
@@ -467,7 +468,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         for name, value in (("num_filters", 4), ("depths", [1] * 7))
     },
     "videoprism": {"vision_config.num_frames": 4, "vision_config.image_size": 36},
-    "vits": {"vocab_size": VOCAB, "upsample_initial_channel": 32},
+    "vits": {
+        "vocab_size": VOCAB,
+        "upsample_initial_channel": 32,
+        "flow_size": 32,
+        "duration_predictor_filter_channels": 32,
+    },
     "whisper": {"max_source_positions": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 2, "layers_block_type": ["hybrid", "hybrid"]},
