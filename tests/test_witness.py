@@ -2,6 +2,7 @@
 at the first block is the paper's noise, or a message leads there.
 """
 
+import contextlib
 import inspect
 
 import pytest
@@ -120,6 +121,34 @@ def test_a_gradient_is_that_of_constant_noise(constant):
     one.model.embed.register_forward_hook(varying)
     options = {"embedding_multiplier": lambda given: torch.full((ROWS,), 0.88)}
     assert judge.around(one, state, expected, options) == ([] if constant else ["gradient"])
+
+
+def double(module, args, output):
+    return output * 2
+
+
+FAULTS = {  # done to the model under apply_neftune, in eval mode too
+    "state_dict": lambda model: model.register_buffer("ours", torch.zeros(1)),
+    "eval": lambda model: model.register_forward_hook(double),
+    "removal leaves something": lambda model: setattr(model, "ours", 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_else_must_hold_is_seen_not_to(fault, monkeypatch):
+    one = subject(Plain(), "right")
+    state = judge.State(one.model)
+    expected = judge.expectation(one, state)
+    applied = judge.applied
+
+    @contextlib.contextmanager
+    def broken(subject, options):
+        with applied(subject, options):
+            FAULTS[fault](subject.model)
+            yield
+
+    monkeypatch.setattr(judge, "applied", broken)
+    assert fault in judge.around(one, state, expected, {})
 
 
 def test_refused_with_a_remedy_that_ends_exact():
