@@ -87,15 +87,15 @@ mutants: setup
 	NEFTUNE_REQUIRE_CPP=1 $(BIN)/python -m bench.mutants $(ARGS)
 
 # Every model type of transformers that takes tokens; goes on where it stopped. Writes
-# bench/results/zoo.md, with the rows of quirks.py that a model needs; fails where noise is silently
-# wrong. ARGS="llama bert" judges those alone and prints what was found.
+# bench/results/zoo.md, with the rows of quirks.py that a model needs; fails where an entry is neither
+# exact nor led there by a true message. ARGS="llama bert" prints what is found of those alone.
 zoo: setup
 	$(BIN)/python -m bench.zoo $(ARGS)
 	test -n "$(ARGS)" || $(BIN)/python -m bench.zoo_rows
 	test -n "$(ARGS)" || $(BIN)/python -m bench.zoo_table
 
-# Models of other packages, each in an environment of its own, pinned in bench/pins; writes
-# bench/results/foreign.md. ARGS="x-transformers" judges that alone.
+# Models of other packages, each in an environment of its own, pinned in bench/pins; goes on where it
+# stopped, fails alike. Writes bench/results/foreign.md. ARGS="x-transformers" judges that alone.
 foreign: setup
 	$(BIN)/python -m bench.foreign $(ARGS)
 

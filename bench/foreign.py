@@ -1,13 +1,13 @@
 """Real models of other packages, tiny, each in an environment of its own: `make foreign`.
 
-    python -m bench.foreign            writes bench/results/foreign.md
+    python -m bench.foreign            goes on where it stopped; writes bench/results/foreign.md
     python -m bench.foreign NAMES      only these
 
 An environment is a folder below build/foreign with what bench/pins/ names, and torch beside it:
 nothing else is importable. Each model is trained as its package trains, under a plain
-apply_neftune, then what the error says, then what the warning says, until EXACT (bench/judge.py);
-and by hand, its embedding replaced by NEFTuneEmbedding: initialisation, ties, strict loading, the
-noise, a step on its own loss.
+apply_neftune, then what the error says, then what the warning says, until EXACT (bench/judge.py),
+then eval, no-grad, state_dict, gradient, a step on its own loss and removal; and by hand, its
+embedding replaced by NEFTuneEmbedding: initialisation, ties, strict loading, the noise, a step.
 """
 
 import argparse
@@ -31,12 +31,13 @@ from neftune_kernels import NEFTuneEmbedding
 
 from . import judge
 from .judge import Subject
+from .resumed import ROOT, Bar, before_now, fingerprint, keep
 from .witness import ALPHA, arrival, packed, padded
 
-ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "bench/results/foreign.md"
 BUILD = ROOT / "build/foreign"
 PINS = ROOT / "bench/pins"
+DONE = ROOT / "build/foreign.jsonl"
 VOCAB = 30  # ids 4 to 23 are amino acids in ESM's alphabet, words elsewhere
 GENERATOR = torch.Generator().manual_seed(2)
 IDS = torch.randint(4, 24, (3, 12), generator=GENERATOR)
@@ -399,9 +400,30 @@ def judged(name: str) -> dict[str, Any]:
     subject = package.build()
     state = judge.State(subject.model)
     expected = judge.expectation(subject, state)
-    verdict = judge.judge(subject, state, expected)
+    verdict = judge.judge(subject, state, expected)._asdict()
+    options = verdict.pop("options")
+    around = ["not tried"]
+    if options is not None:
+        around = judge.around(subject, state, expected, options)
+        before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+        with judge.applied(subject, options):
+            ran = judge.run(subject, state, expected.targets)
+            around += [] if stepped(subject.model, ran, expected.targets) else ["a step"]
+        subject.model.load_state_dict(before)
     wrong = by_hand(package, subject, state, expected)
-    return {"name": name, **verdict._asdict(), "by hand": ", ".join(wrong) or "holds"}
+    return {**verdict, "around": ", ".join(around), "by hand": ", ".join(wrong)}
+
+
+def stepped(model: nn.Module, ran: judge.Ran, tables: set[Any]) -> bool:
+    """Whether a step on its loss, the output's first, trains the tables."""
+    before = [one.weight.detach().clone() for one in tables]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss = next(judge.tensors_of(ran.output))
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+    trained = not any(torch.equal(a.weight, b) for a, b in zip(tables, before, strict=True))
+    return bool(loss.isfinite()) and trained
 
 
 def ties(model: nn.Module) -> list[set[str]]:
@@ -451,11 +473,7 @@ def by_hand(
         factor = expected.factors[lookup.sequence]
         if not (found.error <= 1 and abs(found.factor / factor - 1) < 1e-5):
             wrong.append(f"noise {found.factor:.4g} times, the factor is {factor:.4g}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loss = next(judge.tensors_of(ran.output))
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    if not loss.isfinite() or torch.equal(noisy.weight, before[f"{path}.weight"]):
+    if not stepped(model, ran, {noisy}):
         wrong.append("a step on its loss")
     if ties(model) != tied:
         wrong.append("ties after a step")
@@ -483,30 +501,49 @@ def main() -> int:
     if arguments.inside:
         print(json.dumps(judged(arguments.names[0])))
         return 0
+    names = arguments.names or list(PACKAGES)
+    pins = [f"pins/{one.name}" for one in PINS.glob("*.txt")]
+    sources = fingerprint(["foreign.py", "judge.py", "witness.py", *pins])
+    done = {} if arguments.names else before_now(DONE, sources)
+    bar = Bar(len(names), len(done))
+    for name in names:
+        if name not in done:
+            done[name] = {"name": name, **run(name)}
+            keep(DONE, sources, done[name])
+            bar.show(len(done), name)
+    if arguments.names:
+        print(json.dumps(done, indent=1))
+        return 0
+    entries = [done[name] for name in names]
+    RESULT.write_text(written(entries))
+    return int(any(is_faulty(one) for one in entries))
+
+
+def is_faulty(found: dict[str, Any]) -> bool:
+    return found["word"] not in judge.FINE or bool(found["around"] or found["by hand"])
+
+
+def written(entries: list[dict[str, Any]]) -> str:
     lines = ["# Models of other packages", "", __doc__.split("\n\n")[-1].strip(), ""]
     lines += [
-        "| model | pins | verdict | message | done | by hand |",
-        "|---|---|---|---|---|---|",
+        "| model | pins | verdict | message | done | eval to removal | by hand |",
+        "|---|---|---|---|---|---|---|",
     ]
-    totals: Counter[str] = Counter()
-    for name in arguments.names or PACKAGES:
-        found = run(name)
-        totals[found["word"]] += 1
+    totals = Counter(found["word"] for found in entries)
+    for found in entries:
         said, detail = found.get("message", ""), found.get("detail", "")
         told = f"{said[:110]}; then: {detail}" if detail else said[:150]
         told = " ".join(told.replace("|", "/").split())
-        own, *others = (PINS / f"{PACKAGES[name].environment}.txt").read_text().split()
-        pins = f"{own} and {len(others)} more" if others else own
-        cells = (name, pins, found["word"], told, found.get("remedy", ""), found.get("by hand", ""))
+        pins = PINS / f"{PACKAGES[found['name']].environment}.txt"
+        own, *others = pins.read_text().split()
+        cells = [found["name"], f"{own} and {len(others)} more" if others else own]
+        cells += [found["word"], told, found.get("remedy", "")]
+        cells += [found.get(how, "not tried") or "holds" for how in ("around", "by hand")]
         lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-    if arguments.names:
-        return 0
     lines += ["", "; ".join(f"{word}: {count}" for word, count in totals.items()) + "."]
     lines += ["", "NO WAY OUT: following the messages does not end EXACT.", ""]
     lines += [f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}; `make foreign`."]
-    RESULT.write_text("\n".join([*lines, ""]))
-    return 0
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

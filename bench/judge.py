@@ -3,6 +3,7 @@ CRASH, by bench/witness.py.
 """
 
 import ast
+import contextlib
 import math
 import re
 import traceback
@@ -48,6 +49,7 @@ class Verdict(NamedTuple):
     message: str = ""  # of the warning or error
     remedy: str = ""
     arrivals: str = ""  # factor and module
+    options: dict[str, Any] | None = None  # with which it ended EXACT; None: not by apply_neftune
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
@@ -198,28 +200,31 @@ def ours(error: BaseException) -> bool:
     return bool(frames) and "/neftune_kernels/" in frames[-1].filename and isinstance(error, named)
 
 
+@contextlib.contextmanager
+def applied(subject: Subject, options: dict[str, Any]) -> Iterator[None]:
+    """Under apply_neftune with these options and what handle.told() is told; the model is left as
+    it was.
+    """
+    settings = {"noise_alpha": ALPHA, **subject.options, **options}
+    told = settings.pop("told", None)
+    handle = apply_neftune(subject.model, **settings)
+    try:
+        with contextlib.nullcontext() if told is None else handle.told(**told):
+            yield
+    finally:
+        handle.remove()
+
+
 def attempt(subject: Subject, state: State, expected: Expected, options: dict[str, Any]) -> Attempt:
-    """apply_neftune and two forwards; the model is left as it was."""
-    handle: Any = None
-    options = dict(options)
-    alpha = options.pop("noise_alpha", ALPHA)
-    told = options.pop("told", None)
+    """Two forwards."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            handle = apply_neftune(subject.model, alpha, **subject.options, **options)
-            if told is not None:
-                with handle.told(**told):
-                    first = run(subject, state, expected.targets)
-                    ran = run(subject, state, expected.targets)
-            else:
+            with applied(subject, options):
                 first = run(subject, state, expected.targets)
                 ran = run(subject, state, expected.targets)
         except Exception as error:
             return Attempt(False, "", _messages(caught), error)
-        finally:
-            if handle is not None:
-                handle.remove()
     detail, arrivals = _compare(subject, expected, ran)
     if not detail and difference(first.outputs, ran.outputs):
         detail = "the first forward differs from the second"
@@ -329,8 +334,8 @@ def follow(
     expected: Expected,
     so_far: dict[str, Any],
     depth: int,
-) -> tuple[str, bool, str]:
-    """(what was done, whether it ended EXACT, the last complaint)"""
+) -> tuple[str, dict[str, Any] | None, str]:
+    """(what was done where it ended EXACT, or nothing; with which options; the last complaint)"""
     last = text
     for name, options in remedies(text, subject, expected):
         if any(so_far.get(key) == value for key, value in options.items() if key != "samples"):
@@ -342,25 +347,27 @@ def follow(
             last = f"{type(tried.error).__name__}: {tried.error}"
             continue
         if tried.exact and set(tried.messages) <= set(text.split(" | ")):
-            return name, True, ""
+            return name, merged, ""
         last = complaint or tried.detail or last
         if complaint and depth:
-            more, good, last = follow(complaint, subject, state, expected, merged, depth - 1)
-            if good:
-                return f"{name}, then {more}", True, ""
+            more, found, last = follow(complaint, subject, state, expected, merged, depth - 1)
+            if more:
+                return f"{name}, then {more}", found, ""
     outside = "inputs_embeds" in text and _takes_embeds(subject)
     if outside and _with_embeds(subject, state, expected):
-        return "add_noise as inputs_embeds", True, ""
-    return "", False, last
+        return "add_noise as inputs_embeds", None, ""
+    return "", None, last
 
 
-def silenced(text: str, subject: Subject, state: State, expected: Expected) -> str:
+def silenced(
+    text: str, subject: Subject, state: State, expected: Expected
+) -> tuple[str, dict[str, Any] | None]:
     """What was done after which nothing of this is said any more and all is exact; or nothing."""
     for name, options in remedies(text, subject, expected):
         tried = attempt(subject, state, expected, options)
         if tried.exact and not tried.messages:
-            return name
-    return ""
+            return name, options
+    return "", None
 
 
 def is_true(message: str, subject: Subject, expected: Expected) -> bool:
@@ -407,20 +414,20 @@ def judge(subject: Subject, state: State, expected: Expected) -> Verdict:
             where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}"
             return Verdict("CRASH", f"{type(tried.error).__name__} at {where}: {tried.error}")
         text = str(tried.error)
-        done, good, last = follow(text, subject, state, expected, {}, 2)
-        return Verdict("REFUSED" if good else "NO WAY OUT", last, text, done)
+        done, options, last = follow(text, subject, state, expected, {}, 2)
+        return Verdict("REFUSED" if done else "NO WAY OUT", last, text, done, options=options)
     if tried.exact and not tried.messages:
-        return Verdict("EXACT", arrivals=tried.arrivals)
+        return Verdict("EXACT", arrivals=tried.arrivals, options={})
     if tried.exact:
-        done = silenced(text, subject, state, expected)
+        done, options = silenced(text, subject, state, expected)
         true = all(is_true(one, subject, expected) for one in tried.messages)
         word = "WARNED" if true and done else "FALSE ALARM"
-        return Verdict(word, "", text, done, tried.arrivals)
+        return Verdict(word, "", text, done, tried.arrivals, options)
     if not tried.messages:
         return Verdict("SILENT WRONG", tried.detail, "", "", tried.arrivals)
-    done, good, last = follow(text, subject, state, expected, {}, 2)
-    detail = tried.detail if good else f"{tried.detail}; after the remedies: {last}"
-    return Verdict("WARNED" if good else "NO WAY OUT", detail, text, done, tried.arrivals)
+    done, options, last = follow(text, subject, state, expected, {}, 2)
+    detail = tried.detail if done else f"{tried.detail}; after the remedies: {last}"
+    return Verdict("WARNED" if done else "NO WAY OUT", detail, text, done, tried.arrivals, options)
 
 
 # ---- what else must hold
@@ -439,6 +446,11 @@ def _looks(model: nn.Module) -> list[Any]:
     ]
 
 
+def _held(model: nn.Module) -> list[tuple[str, int]]:
+    """The state_dict's names and storages."""
+    return [(name, value.data_ptr()) for name, value in model.state_dict().items()]
+
+
 def gradients(model: nn.Module, output: Any) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss = sum(one.float().pow(2).mean() for one in tensors_of(output) if one.requires_grad)
@@ -451,11 +463,44 @@ def gradients(model: nn.Module, output: Any) -> dict[str, Tensor]:
     return found
 
 
+class _Constant(torch.autograd.Function):
+    """Another value for what was looked up, as a constant added to it makes: the gradient is the
+    lookup's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, looked_up: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def _gradients_behind(
+    subject: Subject, state: State, expected: Expected, hook: Callable[[Tensor], Any]
+) -> dict[str, Tensor]:
+    """Of a forward and backward with a hook behind each lookup, which is given its output."""
+
+    def behind(module: nn.Module, args: Any, output: Any) -> Any:
+        is_lookup = bool(args) and isinstance(output, Tensor) and not args[0].is_floating_point()
+        return hook(output) if is_lookup else None
+
+    hooks = [one.register_forward_hook(behind) for one in expected.targets]
+    state.put_back()
+    try:
+        with watching(subject.sequences, expected.targets):
+            return gradients(subject.model, subject.call(subject.model, subject.given))
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 def around(
     subject: Subject, state: State, expected: Expected, options: dict[str, Any]
 ) -> list[str]:
-    """Of eval, no-grad, state_dict, gradient and removal those that do not hold; the model's plain
-    apply_neftune is exact.
+    """Of eval, no-grad, state_dict, gradient and removal those that do not hold; apply_neftune with
+    these options is exact.
     """
     model = subject.model
     wrong = []
@@ -464,22 +509,15 @@ def around(
     model.train()
     with torch.no_grad():  # attention may take another kernel
         silent_clean = run(subject, state, expected.targets).outputs
-    state.put_back()
-    with watching(subject.sequences, expected.targets, expected.shares):
-        theirs = gradients(model, subject.call(model, subject.given))
-    before, keys = _looks(model), list(model.state_dict())
-    with warnings.catch_warnings():
+    before, held = _looks(model), _held(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        handle = apply_neftune(model, ALPHA, **subject.options, **options)
-        values = model.state_dict()
-        if list(values) != keys or not all(
-            one.data_ptr() == other.data_ptr()
-            for one, other in zip(values.values(), model.state_dict().values(), strict=True)
-        ):
+        stack.enter_context(applied(subject, options))
+        if _held(model) != held:
             wrong.append("state_dict")
-        state.put_back()
-        with watching(subject.sequences, expected.targets):
-            mine = gradients(model, subject.call(model, subject.given))
+        looked_up: list[Tensor] = []
+        mine = _gradients_behind(subject, state, expected, lambda out: looked_up.append(out))
         model.eval()
         if difference(run(subject, state).outputs, eval_clean):
             wrong.append("eval")
@@ -488,7 +526,9 @@ def around(
             silent = run(subject, state, expected.targets).outputs
         if difference(silent, silent_clean):
             wrong.append("no-grad")
-        handle.remove()
+    theirs = _gradients_behind(
+        subject, state, expected, lambda out: _Constant.apply(out, looked_up.pop(0).detach())
+    )
     if wrong_gradient(model, mine, theirs, expected.targets):
         wrong.append("gradient")
     if _looks(model) != before:

@@ -10,11 +10,9 @@ Judged by what arrives at the first block and by the whole output against noise 
 
 import argparse
 import gc
-import hashlib
 import json
 import multiprocessing
 import os
-import pathlib
 import sys
 import time
 import traceback
@@ -26,23 +24,17 @@ from torch import Tensor, nn
 
 from . import judge, zoo_models
 from .judge import Subject
+from .resumed import ROOT, Bar, before_now, fingerprint, keep
 from .witness import Sequence, packed, padded
 from .zoo_models import COLUMNS, DOCUMENTS, FIRST_ID, LAST_ID, REAL, ROWS, Entry
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULT = ROOT / "bench/results/zoo.md"
 DONE = ROOT / "build/zoo.jsonl"
 LIMIT = 150.0  # seconds of an entry
 LAYOUTS = ("right", "left", "packed", "none")
 
 
-def fingerprint() -> str:
-    """Of what is judged and of what judges it."""
-    digest = hashlib.sha256()
-    own = [ROOT / f"bench/{name}.py" for name in ("judge", "witness", "zoo", "zoo_models")]
-    for file in (*sorted((ROOT / "neftune_kernels").rglob("*.py")), *own):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+def sources_now() -> str:
+    return fingerprint(("judge.py", "witness.py", "zoo.py", "zoo_models.py"))
 
 
 # ---- one entry
@@ -144,7 +136,7 @@ def judged(entry: Entry, kind: type[nn.Module]) -> dict[str, Any]:
     except RuntimeError as error:
         return {"unbuilt": str(error)}
     parameters = zoo_models.taken(entry, kind)
-    made: dict[str, Any] = {"way": built.way, "layouts": {}, "around": []}
+    made: dict[str, Any] = {"way": built.way, "layouts": {}}
     state = judge.State(built.model)
     for layout in LAYOUTS:
         tokens = told(parameters, layout)
@@ -164,13 +156,12 @@ def judged(entry: Entry, kind: type[nn.Module]) -> dict[str, Any]:
             continue
         verdict = judge.judge(subject, state, expected)
         made["layouts"][layout] = {
-            name: value for name, value in verdict._asdict().items() if value
+            name: value for name, value in verdict._asdict().items() if value and name != "options"
         }
         factors = {f"{one:.6g}" for one in expected.factors.values()}
         made["layouts"][layout]["factors"] = sorted(factors)
-        if layout != "packed" and not made.get("tried_around") and verdict.word == "EXACT":
-            made["tried_around"] = True
-            made["around"] = judge.around(subject, state, expected, {})
+        if layout != "packed" and "around" not in made and verdict.options is not None:
+            made["around"] = judge.around(subject, state, expected, verdict.options)
     return made
 
 
@@ -218,10 +209,9 @@ def run_all(entries: list[Entry], done: dict[str, Any], sources: str, jobs: int)
     context: Any = multiprocessing.get_context("fork")
     waiting = [one for one in entries if one.name not in done]
     running: list[tuple[Any, Any, Entry, float]] = []
-    DONE.parent.mkdir(exist_ok=True)
     gc.collect()
     gc.freeze()
-    begun, before = time.monotonic(), len(done)
+    bar = Bar(len(entries), len(done))
     while waiting or running:
         while waiting and len(running) < jobs:
             entry, queue = waiting.pop(0), context.SimpleQueue()
@@ -243,25 +233,8 @@ def run_all(entries: list[Entry], done: dict[str, Any], sources: str, jobs: int)
             process.join()
             running.remove(one)
             done[entry.name] = made
-            with DONE.open("a") as file:
-                file.write(json.dumps({"sources": sources, **made}) + "\n")
-            seconds = time.monotonic() - begun
-            left = seconds / (len(done) - before) * (len(entries) - len(done))
-            bar = "#" * (30 * len(done) // len(entries))
-            print(
-                f"\r[{bar:30}] {len(done)} of {len(entries)}, {seconds:.0f} s, "
-                f"{left:.0f} s to go, {entry.name:40.40}",
-                end="",
-                flush=True,
-            )
-    print()
-
-
-def before_now(sources: str) -> dict[str, Any]:
-    if not DONE.exists():
-        return {}
-    lines = [json.loads(line) for line in DONE.read_text().splitlines()]
-    return {one["name"]: one for one in lines if one["sources"] == sources}
+            keep(DONE, sources, made)
+            bar.show(len(done), entry.name)
 
 
 def main() -> int:
@@ -269,11 +242,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="of model types; none: all")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    sources = fingerprint()
+    sources = sources_now()
     entries = [one for one in zoo_models.entries() if one.name not in zoo_models.NO_TOKENS]
     if arguments.names:
         entries = [one for one in entries if one.name in arguments.names]
-    done = {} if arguments.names else before_now(sources)
+    done = {} if arguments.names else before_now(DONE, sources)
     run_all(entries, done, sources, arguments.jobs)
     if arguments.names:
         print(json.dumps(done, indent=1))

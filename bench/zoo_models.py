@@ -69,8 +69,13 @@ NO_TOKENS = {
 
 
 def taken(entry: Entry, model: type[nn.Module]) -> list[str]:
-    """The parameters of a model's forward, without those that are no tokens."""
+    """The parameters of a model's forward, without those that are no tokens; a mask may be told to
+    one that takes any argument (VibeVoice hands it on).
+    """
+    given = inspect.signature(model.forward).parameters.values()
     found = parameters(model)
+    if "input_ids" in found and any(one.kind is one.VAR_KEYWORD for one in given):
+        found += ["attention_mask"] * ("attention_mask" not in found)
     return [one for one in found if one != "decoder_input_ids"] if entry.name in CODES else found
 
 
@@ -336,6 +341,8 @@ STAGES = {
     "backbone_config.out_features": ["stem", "stage1", "stage2"],
     "backbone_config.out_indices": [0, 1, 2],
     "backbone_config.num_heads": [2, 4],
+    "backbone_config.image_size": 64,
+    "num_queries": 16,
 }
 SMALL_IMAGE = {
     "vision_config.backbone_config.image_size": 112,
@@ -415,6 +422,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1},
     "nemotron_h_omni": {"text_config.mamba_num_heads": 8, "text_config.n_groups": 1},
+    "owlv2": {"vision_config.image_size": 64},
     "paddleocr_vl": sections("text_config.", 2, 1, 1),
     "paddleocr_vl_text": sections("", 2, 1, 1),
     "perceiver": {"d_latents": 32, "num_latents": 8, "image_size": 16, "train_size": [16, 16]},
@@ -460,7 +468,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         for name, value in (("num_filters", 4), ("depths", [1] * 7))
     },
     "videoprism": {"vision_config.num_frames": 4, "vision_config.image_size": 36},
-    "vits": {"vocab_size": VOCAB},
+    "vits": {
+        "vocab_size": VOCAB,
+        "upsample_initial_channel": 32,
+        "flow_size": 32,
+        "duration_predictor_filter_channels": 32,
+    },
     "whisper": {"max_source_positions": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 2, "layers_block_type": ["hybrid", "hybrid"]},
@@ -473,7 +486,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "speech-encoder-decoder": {"encoder.num_feat_extract_layers": 7},
     "clap": {"audio_config.hidden_size": 64},
     "fastspeech2_conformer": {"vocab_size": VOCAB},
-    "fastspeech2_conformer_with_hifigan": {"model_config.vocab_size": VOCAB},
+    "fastspeech2_conformer_with_hifigan": {
+        "model_config.vocab_size": VOCAB,
+        "vocoder_config.upsample_initial_channel": 32,
+    },
 }
 
 

@@ -1,11 +1,11 @@
 """Which rows of quirks.py a model of transformers needs: `python -m bench.zoo_rows`, a part of
 `make zoo`.
 
-A row is needed where a model of its package is judged otherwise without it. Kept in
-build/zoo_rows.json, for the table.
+A row is needed where a model of its package is judged otherwise without it; of the others
+tests/test_quirks.py demands a test that fails without them. What was found on these sources is kept
+in build/zoo_rows.jsonl, for the table, and not looked for again.
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -17,8 +17,9 @@ import torch
 from neftune_kernels.integrations import quirks
 
 from . import zoo, zoo_models
+from .resumed import ROOT, Bar, before_now, keep
 
-FOUND = zoo.ROOT / "build/zoo_rows.json"
+FOUND = ROOT / "build/zoo_rows.jsonl"
 Key = tuple[str, str]
 
 
@@ -68,30 +69,39 @@ def needed(key: Key, entries: list[zoo_models.Entry], queue: Any) -> None:
     queue.put("")
 
 
-def main() -> int:
-    entries = zoo_models.entries()
-    found: dict[str, str] = {}
+def looked_for(key: Key, entries: list[zoo_models.Entry]) -> str:
+    """In a process of its own, as a verdict may hang."""
+    package = package_of(key)
+    own = [
+        one
+        for one in entries
+        if any(
+            kind is not None and kind.__module__.split(".")[2] == package
+            for kind in (one.head, one.base, *one.others)
+        )
+    ]
     context: Any = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=needed, args=(key, own, queue))
+    process.start()
+    process.join(2 * zoo.LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return "" if queue.empty() else str(queue.get())
+
+
+def main() -> int:
+    sources = zoo.sources_now()
+    entries = zoo_models.entries()
+    done = before_now(FOUND, sources)
     keys = [key for key in quirks.QUIRKS if key[0] == "transformers"]
-    for number, key in enumerate(keys):
-        package = package_of(key)
-        own = [
-            one
-            for one in entries
-            if any(
-                kind is not None and kind.__module__.split(".")[2] == package
-                for kind in (one.head, one.base, *one.others)
-            )
-        ]
-        queue = context.SimpleQueue()
-        process = context.Process(target=needed, args=(key, own, queue))
-        process.start()
-        process.join(2 * zoo.LIMIT)
-        found[key[1]] = "" if queue.empty() else queue.get()
-        if process.is_alive():
-            process.kill()
-        print(f"{number + 1} of {len(keys)}: {key[1]}: {found[key[1]]}", flush=True)
-    FOUND.write_text(json.dumps(found, indent=1))
+    bar = Bar(len(keys), len(done))
+    for key in keys:
+        if key[1] not in done:
+            done[key[1]] = {"name": key[1], "why": looked_for(key, entries)}
+            keep(FOUND, sources, done[key[1]])
+            bar.show(len(done), key[1])
     return 0
 
 

@@ -1,6 +1,9 @@
 """Packages that tell samples under names of their own, by their published signatures."""
 
+import functools
+import pathlib
 import pickle
+import re
 import types
 import warnings
 
@@ -10,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from neftune_kernels import apply_neftune, neftune_noise, noisy_embedding
+from neftune_kernels.integrations import places, running
 from neftune_kernels.integrations.listening import Listener
+from neftune_kernels.integrations.quirks import QUIRKS
 from neftune_kernels.integrations.running import State
 
 VOCAB, HIDDEN = 64, 32
@@ -72,15 +77,10 @@ CASES = [
     ),
     ("esm.models.esmc", "ESMC", esmc, {"sequence_id": KEEP.bool()}, KEEP),
     ("x_transformers.x_transformers", "TransformerWrapper", x_transformers, {"mask": KEEP}, KEEP),
-    ("transformers.models", "LongformerModel", transformers, {"attention_mask": KEEP * 2}, KEEP),
-    (
-        "transformers.models",
-        "LEDEncoder",
-        transformers,
-        {"attention_mask": KEEP + LEFT},
-        KEEP | LEFT,
+    *(
+        ("transformers.models", name, transformers, {"attention_mask": KEEP + LEFT}, KEEP | LEFT)
+        for name in ("LongformerModel", "LEDEncoder", "LEDModel")
     ),
-    ("transformers.models", "LEDModel", transformers, {"attention_mask": KEEP + LEFT}, KEEP | LEFT),
 ]
 
 
@@ -96,8 +96,8 @@ def built(module, name, forward):
     return type(name, (Base,), {"forward": own, "__module__": module})().train()
 
 
-def called(model, ids, **given):
-    apply_neftune(model, 5.0, embedding="embed")
+def called(model, ids, embedding="embed", **given):
+    apply_neftune(model, 5.0, embedding=embedding)
     torch.manual_seed(7)
     out = model(ids, **given)
     torch.manual_seed(7)
@@ -185,14 +185,22 @@ def fairseq_decoder(self, prev_output_tokens, encoder_out=None, src_lengths=None
     return self.embed(prev_output_tokens)
 
 
+def lstm_decoder(self, prev_output_tokens, encoder_out=None, incremental_state=None):
+    return self.embed(prev_output_tokens)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["TransformerModelBase", "FairseqEncoderDecoderModel"])
-def test_source_lengths_are_counted_by_the_padding_of_either_side(name, side):
-    """fairseq pads sources on the left by default, and counts src_lengths by its dictionary's."""
-    package = "fairseq.models.transformer"
+@pytest.mark.parametrize("family", ["Transformer", "LSTM"])
+def test_source_lengths_are_counted_by_the_padding_of_either_side(family, side):
+    """fairseq pads sources on the left by default, and counts src_lengths by its dictionary's.
+    LSTM's encoder and decoder have no rows: their model tells.
+    """
+    package, has_rows = "fairseq.models", family == "Transformer"
+    name = "TransformerModelBase" if has_rows else "FairseqEncoderDecoderModel"
+    base, decoder = ("Base", fairseq_decoder) if has_rows else ("", lstm_decoder)
     model = built(package, name, fairseq)
-    model.encoder = built(package, "TransformerEncoderBase", fairseq_encoder)
-    model.decoder = built(package, "TransformerDecoderBase", fairseq_decoder)
+    model.encoder = built(package, f"{family}Encoder{base}", fairseq_encoder)
+    model.decoder = built(package, f"{family}Decoder{base}", decoder)
     table = nn.Embedding(VOCAB, HIDDEN, padding_idx=1)
     model.embed = model.encoder.embed = model.decoder.embed = table
     keep = LEFT if side == "left" else KEEP
@@ -203,9 +211,10 @@ def test_source_lengths_are_counted_by_the_padding_of_either_side(name, side):
         apply_neftune(model, 5.0, embedding="embed", embedding_multiplier=1.0)
         torch.manual_seed(7)
         outs = model(source, keep.sum(1), target)
-        alone = model.encoder(source, keep.sum(1))
+        alone = [model.encoder(source, keep.sum(1))] if has_rows else []
     torch.manual_seed(7)
-    lookups = (outs[0], source, keep), (outs[1], target, KEEP), (alone, source, keep)
+    lookups = [(outs[0], source, keep), (outs[1], target, KEEP)]
+    lookups += [(out, source, keep) for out in alone]
     for out, ids, mask in lookups:
         seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
         expected = noisy_embedding(
@@ -240,6 +249,50 @@ def test_token_dropout_of_fair_esm(dropout):
     noise[0, 2] = 0 if dropout else noise[0, 2]
     # three roundings of the model, two of ours
     torch.testing.assert_close(out - clean, noise, rtol=1e-5, atol=1e-6)
+
+
+def esm_embeddings(self, input_ids=None, attention_mask=None, position_ids=None):
+    """transformers': zeroed where they are to be guessed, scaled by what is left."""
+    x = self.embed(input_ids).masked_fill((input_ids == self.mask_token_id)[..., None], 0.0)
+    observed = (input_ids == self.mask_token_id).sum(-1).float() / attention_mask.sum(-1)
+    return x * (1 - 0.15 * 0.8) / (1 - observed)[:, None, None]
+
+
+def test_token_dropout_of_esm():
+    model = built("transformers.models.esm", "EsmEmbeddings", esm_embeddings)
+    model.token_dropout, model.mask_token_id = True, 3
+    ids = IDS.clamp(min=4)
+    ids[0, 2] = 3
+    clean = esm_embeddings(model, ids, KEEP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, ids, attention_mask=KEEP)
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=KEEP, seed=seed)
+    noise[0, 2] = 0
+    # two roundings of the model, two of ours
+    torch.testing.assert_close(out - clean, noise, rtol=1e-5, atol=1e-6)
+
+
+def windowed(self, input_ids=None, attention_mask=None, token_type_ids=None):
+    """BigBird pads to a multiple of its attention's blocks."""
+    return self.embed(F.pad(input_ids, (0, 4)))
+
+
+def time_first(self, input_ids=None, attention_mask=None, mems=None):
+    return self.embed(input_ids.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", ["BigBirdModel", "XLNetModel"])
+def test_ids_that_the_model_moves_where_values_are_not_asked(name):
+    """As on an accelerator, where a look at a value would wait for it."""
+    model = built("transformers.models", name, windowed if name == "BigBirdModel" else time_first)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(places, "_by_value", lambda input, ids: None)
+        patch.setattr(running, "values_cost_nothing", lambda input: False)
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, attention_mask=KEEP)
+    expected = noisy_embedding(IDS, model.embed.weight, 5.0, attention_mask=KEEP, seed=seed)
+    assert torch.equal(out[:, :8], expected)
 
 
 def test_a_listener_of_a_model_with_a_row_pickles():
@@ -315,15 +368,53 @@ def test_a_mask_that_stays_with_the_outer_model():
     package = "transformers.models.qwen2_5_omni"
     model = built(package, "Qwen2_5OmniTalkerForConditionalGeneration", talker)
     model.model = built(package, "Qwen2_5OmniTalkerModel", talker_model)
-    apply_neftune(model, 5.0, embedding="model.embed")
-    torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = model(IDS, attention_mask=KEEP)
-    torch.manual_seed(7)
-    seed = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+        out, seed = called(model, IDS, "model.embed", attention_mask=KEEP)
     weight = model.model.embed.weight
     assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, attention_mask=KEEP, seed=seed))
+
+
+def several_parts(self, input_ids=None, pixel_values=None, **kwargs):
+    return self.model(inputs_embeds=self.model.embed(input_ids), **kwargs)
+
+
+@pytest.mark.parametrize("given", [{}, {"attention_mask": KEEP}], ids=["untold", "told"])
+def test_a_model_of_several_parts_that_names_no_samples(given):
+    """VibeVoice looks its tokens up itself and hands on what its inner model is told."""
+    package = "transformers.models.vibevoice"
+    model = built(package, "VibeVoiceModel", several_parts)
+    model.config_class = types.SimpleNamespace(sub_configs={"text_config": object})
+    model.model = built(package, "Qwen2Model", talker_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, "model.embed", **given)
+    weight = model.model.embed.weight
+    assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, **given, seed=seed))
+
+
+def grounding(self, input_ids=None, pixel_values=None, attention_mask=None):
+    phrases = torch.arange(input_ids.shape[1]).expand_as(input_ids) % 3
+    attends = torch.eye(input_ids.shape[1], dtype=torch.bool)[None, None]
+    return self.text_backbone(input_ids, attends, phrases)
+
+
+def text_backbone(self, input_ids=None, attention_mask=None, position_ids=None):
+    return self.embed(input_ids)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("name", ["GroundingDinoModel", "MMGroundingDinoModel"])
+def test_phrases_that_the_model_makes_of_a_sample_are_no_samples(name, told):
+    """Their texts' positions begin anew in each phrase: L is still the text's."""
+    model = built("transformers.models.grounding_dino", name, grounding)
+    model.text_backbone = built("transformers.models.bert", "BertModel", text_backbone)
+    given = {"attention_mask": KEEP} if told else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, "text_backbone.embed", **given)
+    weight = model.text_backbone.embed.weight
+    assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, **given, seed=seed))
 
 
 def vits(self, input_ids, padding_mask=None, attention_mask=None):
@@ -338,3 +429,50 @@ def test_a_factor_of_the_config():
         out, seed = called(model, IDS, attention_mask=KEEP)
     expected = noisy_embedding(IDS, model.embed.weight, 5.0 / 4, attention_mask=KEEP, seed=seed)
     assert torch.equal(out, expected * 4.0)
+
+
+# ---- every row is needed
+
+ZOO = pathlib.Path(__file__).parent.parent / "bench/results/zoo.md"
+NEEDED = set(re.findall(r"^- `(\w+\.forward)`: .* without it", ZOO.read_text(), re.MULTILINE))
+fairseq_of = test_source_lengths_are_counted_by_the_padding_of_either_side
+moved = test_ids_that_the_model_moves_where_values_are_not_asked
+phrases = test_phrases_that_the_model_makes_of_a_sample_are_no_samples
+talked = test_a_mask_that_stays_with_the_outer_model
+HELD = {
+    **{(case[0].split(".")[0], case[1]): functools.partial(test_a_row, case) for case in CASES},
+    ("transformers", "MPTModel"): functools.partial(test_a_row, CASES[7]),
+    ("esm", "ESM2"): functools.partial(test_token_dropout_of_fair_esm, True),
+    ("fairseq", "FairseqEncoderDecoderModel"): functools.partial(fairseq_of, "LSTM", "left"),
+    ("fairseq", "TransformerEncoderBase"): functools.partial(fairseq_of, "Transformer", "left"),
+    ("fairseq", "TransformerDecoderBase"): functools.partial(fairseq_of, "Transformer", "right"),
+    ("model", "Transformer"): test_lengths_in_a_list,
+    ("transformers", "BigBirdModel"): functools.partial(moved, "BigBirdModel"),
+    ("transformers", "XLNetModel"): functools.partial(moved, "XLNetModel"),
+    ("transformers", "GroundingDinoModel"): functools.partial(phrases, "GroundingDinoModel", True),
+    ("transformers", "MMGroundingDinoModel"): functools.partial(
+        phrases, "MMGroundingDinoModel", True
+    ),
+    ("transformers", "EsmEmbeddings"): test_token_dropout_of_esm,
+    ("transformers", "Qwen2_5OmniTalkerForConditionalGeneration"): talked,
+    ("transformers", "VitsTextEncoder"): test_a_factor_of_the_config,
+}
+
+
+@pytest.mark.parametrize("key", QUIRKS, ids=".".join)
+def test_a_row_is_needed(key, monkeypatch):
+    """By an entry of the sweep, whose table says so, or by a test of its published forward that
+    fails without it. A row with neither goes.
+    """
+    package, name = key
+    held = HELD.get((package, name.removesuffix(".forward")))
+    assert (package == "transformers" and name in NEEDED) or held
+    if held:
+        monkeypatch.delitem(QUIRKS, key)
+        with pytest.raises((AssertionError, UserWarning)):
+            held()
+
+
+def test_the_sweeps_table_is_of_these_rows():
+    assert len(NEEDED) > 30
+    assert {("transformers", name) for name in NEEDED} <= QUIRKS.keys()

@@ -32,6 +32,12 @@ def parameter_names(model: nn.Module) -> list[str]:
     return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
+def takes_any(model: nn.Module) -> bool:
+    """Whether its forward takes arguments under any name."""
+    given = inspect.signature(type(model).forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD for one in given)
+
+
 def tells_samples(model: nn.Module) -> bool:
     return any(name in KNOWN_NAMES for name in parameter_names(model))
 

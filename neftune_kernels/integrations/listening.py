@@ -15,6 +15,7 @@ from .quirks import (
     NO_QUIRKS,
     QUIRKS,
     Quirks,
+    hands_on,
     key_of,
     looks_up_inside,
     package_of,
@@ -57,7 +58,7 @@ class Listener:
         self.names = tuple(parameter_names(model))
         self.key = key_of(model) if quirks_of(model) is not NO_QUIRKS else None
         self.has_row = self.quirks.samples is not None
-        self.tells = self.has_row or tells_samples(model)
+        self.tells = self.has_row or tells_samples(model) or hands_on(model)
         self.sites: list[Site] = []
         self.decoder = False  # of an encoder-decoder
         self.padding = Padding()
@@ -265,9 +266,12 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     transformers' outer models only pass arguments on, except those of several parts, which merge
     images into embeddings; a hook on the others would cost torch.compile a second graph.
     """
-    telling = [model for model in ancestors if tells_samples(model) or row_of(model)]
+    phrases = [place for place, model in enumerate(ancestors) if quirks_of(model).phrases]
+    ancestors = ancestors[: phrases[0] + 1] if phrases else ancestors
+    free = {model for model in ancestors if row_of(model) or hands_on(model)}
+    telling = [model for model in ancestors if model in free or tells_samples(model)]
     masked = [
-        model for model in telling if "attention_mask" in parameter_names(model) or row_of(model)
+        model for model in telling if model in free or "attention_mask" in parameter_names(model)
     ]
     telling = (
         masked or telling

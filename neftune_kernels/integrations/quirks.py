@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import parameter_names
+from .arguments import parameter_names, takes_any
 from .telling import documents_of
 
 Given = dict[str, Any]
@@ -181,12 +181,12 @@ class Quirks(NamedTuple):
     # all its forward's, where its package's name is anybody's
     parameters: tuple[str, ...] | None = None
     prompts: int | None = None  # its padding's id; it looks up prompts of its own before its tokens
+    phrases: bool = False  # its inner model is told of parts of a sample that it makes itself
 
 
 NO_QUIRKS = Quirks()
 SCALED = Quirks(factor=_attribute("embed_scale"))
 SCALED_TOO = Quirks(factor=_attribute("embed_scale"), embeds_too=True)
-FAIRSEQ = Quirks(_by_padding_idx("src_tokens", "prev_output_tokens"))
 MULTIPLIED = Quirks(factor=_attribute("embedding_multiplier"), embeds_too=True)
 
 QUIRKS: dict[tuple[str, str], Quirks] = {
@@ -201,8 +201,9 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("transformers", "MPTModel.forward"): Quirks(_by_sequence_id("input_ids")),
     ("esm", "ESM2.forward"): Quirks(_by_padding_idx("tokens"), each=_fair_esm),
     ("esm", "ESMC.forward"): Quirks(_by_sequence_id("sequence_tokens")),
-    ("fairseq", "FairseqEncoderDecoderModel.forward"): FAIRSEQ,
-    ("fairseq", "TransformerModelBase.forward"): FAIRSEQ,
+    ("fairseq", "FairseqEncoderDecoderModel.forward"): Quirks(
+        _by_padding_idx("src_tokens", "prev_output_tokens")
+    ),
     ("fairseq", "TransformerEncoderBase.forward"): Quirks(_by_padding_idx("src_tokens")),
     ("fairseq", "TransformerDecoderBase.forward"): Quirks(_by_padding_idx("prev_output_tokens")),
     ("model", "Transformer.forward"): Quirks(  # mistral-finetune
@@ -235,12 +236,14 @@ QUIRKS: dict[tuple[str, str], Quirks] = {
     ("transformers", "GraniteMoeSWAModel.forward"): MULTIPLIED,
     ("transformers", "GraniteMoeSharedModel.forward"): MULTIPLIED,
     ("transformers", "GraniteSWAModel.forward"): MULTIPLIED,
+    ("transformers", "GroundingDinoModel.forward"): Quirks(phrases=True),
     ("transformers", "HrmTextModel.forward"): Quirks(
         factor=_attribute("embedding_scale"), embeds_too=True
     ),
     ("transformers", "HyperCLOVAXModel.forward"): MULTIPLIED,
     ("transformers", "Kosmos2TextTransformer.forward"): SCALED_TOO,
     ("transformers", "Kosmos2_5TextTransformer.forward"): SCALED_TOO,
+    ("transformers", "MMGroundingDinoModel.forward"): Quirks(phrases=True),
     ("transformers", "MarianDecoder.forward"): SCALED_TOO,
     ("transformers", "MarianEncoder.forward"): SCALED,
     ("transformers", "MvpDecoder.forward"): SCALED,
@@ -294,6 +297,13 @@ def is_scanned(model: nn.Module) -> bool:
     """Whether it is a class of a transformers that the table has been held against."""
     version = getattr(sys.modules.get("transformers"), "__version__", None)
     return package_of(model) == "transformers" and version in SCANNED
+
+
+def hands_on(model: nn.Module) -> bool:
+    """Whether what it is told of samples by its inner model's names, in **kwargs, reaches that:
+    transformers' models of several parts (VibeVoice).
+    """
+    return package_of(model) == "transformers" and looks_up_inside(model) and takes_any(model)
 
 
 def looks_up_inside(model: nn.Module) -> bool:

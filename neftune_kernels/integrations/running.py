@@ -199,20 +199,22 @@ class Forward:
             frame = frame.f_back
         return False
 
+    def _read(self) -> dict[str, Any]:
+        """Its arguments, and what a row of the table makes of them."""
+        given = self.given
+        return {**given, **self.listener.quirks.samples(given)} if self.listener.has_row else given
+
     @property
     def own(self) -> Sequence:
         """What its ids are, and what its arguments say of them."""
         if self._own is None:
-            given = self.given
-            if self.listener.has_row:
-                given = {**given, **self.listener.quirks.samples(given)}
-            self._own = sequence(given, self.decoder, not self.state.batch_first)
+            self._own = sequence(self._read(), self.decoder, not self.state.batch_first)
         return self._own
 
     @property
     def sequences(self) -> list[Sequence]:
         if self._others is None:
-            self._others = other_sequences(self.given, self.decoder, not self.state.batch_first)
+            self._others = other_sequences(self._read(), self.decoder, not self.state.batch_first)
         return [self.own, *self._others]
 
     def told(self, index: int, input: Tensor) -> Samples:
