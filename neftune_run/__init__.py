@@ -138,10 +138,10 @@ def verdict(reports: str) -> list[str]:
             "neftune_noise_alpha. Set it in the command's configuration, or give --alpha. "
             f"{NOT_REACHED}"
         ]
-    return [
-        f"no noise: {len(told['started'])} Python processes of the command were reached and none "
-        f"imported transformers.trainer. {NOT_REACHED}"
-    ]
+    if told["started"]:
+        reached = f"reached {len(told['started'])}, none imported transformers.trainer"
+        return [f"no noise: of the command's Python processes neftune-run {reached}. {NOT_REACHED}"]
+    return [f"no noise: no process of the command reported. {NOT_REACHED}"]
 
 
 def end_as(status: int) -> NoReturn:
