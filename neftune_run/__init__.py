@@ -15,7 +15,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 SITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")
 ALPHA = "NEFTUNE_RUN_ALPHA"  # --alpha
@@ -144,7 +147,7 @@ def verdict(reports: str) -> list[str]:
     return [f"no noise: no process of the command reported. {NOT_REACHED}"]
 
 
-def end_as(status: int) -> NoReturn:
+def end_as(status: int) -> "NoReturn":
     """With the command's own exit code, or killed by the signal that killed it."""
     if status >= 0:
         sys.exit(status)
@@ -156,7 +159,7 @@ def end_as(status: int) -> NoReturn:
     sys.exit(128 - status)  # the first process of a container survives its own signals
 
 
-def main() -> NoReturn:
+def main() -> "NoReturn":
     parsed = parse(sys.argv[1:])
     outer = os.environ.get(REPORTS)  # of a neftune-run around this one, which reads ours as well
     if outer is not None and not os.path.isdir(outer):

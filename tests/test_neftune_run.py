@@ -141,9 +141,6 @@ def test_arguments_of_the_command_are_its_own():
     assert done.stdout == "['--alpha', '-1', '--', '--strict']\n" and done.returncode == 0
 
 
-HEAVY = {"torch", "transformers", "neftune_kernels", "numpy", "typing", "inspect", "importlib.util"}
-
-
 def test_nothing_heavy_is_imported():
     """Beyond what the same Python imports at its start without us."""
     code = "import sys; print(*sorted(sys.modules))"
@@ -241,7 +238,7 @@ def test_another_finder_that_asks_all_finders(stubs):
                 return importlib.util.find_spec(name)
             finally:
                 cls.inside = False
-    copy = type(sys.meta_path[0])("Copy", (sys.meta_path[0],), {"searching": set()})
+    copy = type(sys.meta_path[0])()
     sys.meta_path.insert(int(sys.argv[1]), Asking)
     sys.meta_path.insert(int(sys.argv[1]), copy)
     import training
@@ -253,7 +250,9 @@ def test_another_finder_that_asks_all_finders(stubs):
         assert set(done.stdout.splitlines()) == {"patched None"}
 
 
-SHOW_OWN = "import sys; print(getattr(sys.modules.get('sitecustomize'), '__file__', None), sys.path)"
+SHOW_OWN = (
+    "import sys; print(getattr(sys.modules.get('sitecustomize'), '__file__', None), sys.path)"
+)
 
 
 @pytest.mark.parametrize("where", ["PYTHONPATH", "user site"])
@@ -342,7 +341,9 @@ def test_the_command_has_the_signals_it_would_have():
     show = ("grep", "-E", "Sig(Blk|Ign)", "/proc/self/status")
 
     def masks(launcher):
-        found = [int(line.split()[1], 16) for line in run(*show, launcher=launcher).stdout.splitlines()]
+        found = [
+            int(line.split()[1], 16) for line in run(*show, launcher=launcher).stdout.splitlines()
+        ]
         return [mask & ~(0b11 << 31) for mask in found]  # 32 and 33 are the C library's own
 
     assert masks(LAUNCHER) == masks(()) and len(masks(())) == 2

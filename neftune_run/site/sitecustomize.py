@@ -55,16 +55,16 @@ def patch() -> None:
 class TrainerFinder:
     """First on sys.meta_path: whoever finds the trainer, it is patched when it has run."""
 
-    searching: "set[int]" = set()  # threads inside; other finders may ask sys.meta_path again
+    def __init__(self) -> None:
+        self.searching = set()  # type: set[int]  # threads; another finder may ask us again
 
-    @classmethod
     def find_spec(
-        cls, name: str, path: object = None, target: object = None
+        self, name: str, path: object = None, target: object = None
     ) -> "ModuleSpec | None":
         thread = _thread.get_ident()
-        if name != TRAINER or thread in cls.searching:
+        if name != TRAINER or thread in self.searching:
             return None
-        cls.searching.add(thread)
+        self.searching.add(thread)
         try:
             found = (
                 finder.find_spec(name, path, target)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ class TrainerFinder:
             )
             spec = next((spec for spec in found if spec is not None), None)
         finally:
-            cls.searching.discard(thread)
+            self.searching.discard(thread)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -102,5 +102,5 @@ def run_own() -> None:
 
 
 report("started")
-sys.meta_path.insert(0, TrainerFinder)
+sys.meta_path.insert(0, TrainerFinder())
 run_own()
