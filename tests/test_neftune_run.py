@@ -7,6 +7,7 @@ torchrun and `trl sft` run on the real ones, under a probe in a sitecustomize of
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,28 @@ def test_a_trainer_without_noise_is_said(stubs):
     done = run(PYTHON, "-c", code, options=["--strict"], path=[stubs])
     assert done.returncode == 3 and done.stdout == "patched None\n"
     assert "no training began with a neftune_noise_alpha. Set it" in done.stderr
+
+
+def test_reports_leave_nothing_behind(stubs, tmp_path):
+    gone = str(tmp_path / "gone")  # of a neftune-run that has ended
+    for way in ("module", "neftune-run"):
+        command = [part.format(stubs) for part in WAYS[way]]
+        done = run(*command, path=[stubs], TMPDIR=str(tmp_path), NEFTUNE_RUN_REPORTS=gone)
+        assert (done.returncode, done.stderr) == (0, "") and not list(tmp_path.iterdir())
+    run("no-such-command", TMPDIR=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_may_outlive_the_command(stubs):
+    child = "input(); import training; training.train(); print('trained')"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        (*LAUNCHER, PYTHON, "-c", code), cwd=stubs, env=environment(stubs), **pipe
+    ) as command:
+        assert command.wait() == 0
+        out, _ = command.communicate("go\n")
+    assert out == "patched None\ntrained\n"
 
 
 def test_strict_leaves_an_exit_code_of_the_command(stubs):
@@ -497,11 +520,7 @@ def test_torchrun(probed, tmp_path):
     assert told[0].startswith(by_us.format(3)) and told[1].startswith(by_us.format(5))
 
 
-SFT = """
-model_name_or_path: {model}
-dataset_name: {data}
-output_dir: {out}
-neftune_noise_alpha: 5
+TINY = """
 per_device_train_batch_size: 4
 max_steps: 2
 learning_rate: 1.0e-3
@@ -516,7 +535,7 @@ dtype: float32
 
 
 def test_trl_sft(probed, tmp_path):
-    """The config file of docs/neftune_run.md, in front of it neftune-run."""
+    """The file and the command of docs/neftune_run.md, and the line that it promises."""
     pytest.importorskip("trl")
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -540,12 +559,21 @@ def test_trl_sft(probed, tmp_path):
     texts = [" ".join([f"w{3 + i}"] * length) for i, length in enumerate([9, 5, 3, 2, 8, 4, 6, 7])]
     write(data, {"train.jsonl": "\n".join(json.dumps({"text": text}) for text in texts)})
     file = tmp_path / "sft.yaml"
-    file.write_text(SFT.format(model=model, data=data, out=tmp_path / "out"))
+    page = (ROOT / "docs" / "neftune_run.md").read_text()
+    config = re.search(r"```yaml\n(.*?)```", page, flags=re.S)[1]
+    ours = {"model_name_or_path": model, "dataset_name": data, "output_dir": tmp_path / "out"}
+    for key, value in ours.items():
+        config, replaced = re.subn(f"^{key}: .*$", f"{key}: {value}", config, flags=re.M)
+        assert replaced == 1
+    file.write_text(config + TINY)
+    assert "neftune-run trl sft --config sft.yaml\n" in page
     command = (PYTHON, "-m", "trl.cli.main", "sft", "--config", file)
     done, (lines,) = probed(*command, options=["--strict"], PROBE_ALPHAS="5 5")
     assert len(lines) == 2 and all(line["exact"] and line["noisy"] for line in lines)
     assert all(map(padded, lines)) and "neftune-run" not in done.stderr
-    assert len(said(done)) == 1 and "neftune/length_max" in done.stdout
+    (line,) = said(done)
+    promised = re.search(r"^noise by neftune_kernels, .* backend ", page, flags=re.M)[0]
+    assert line.startswith(promised) and "neftune/length_min" in done.stdout
 
 
 def test_the_lazy_module_of_transformers_passes_a_failure_on(stubs, tmp_path):
