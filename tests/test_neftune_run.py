@@ -340,6 +340,7 @@ WAIT = """
 import signal, sys
 got = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 signal.pthread_sigmask(signal.SIG_BLOCK, got)
+signal.alarm(60)  # what fails leaves no process behind
 print("ready", flush=True)
 print(signal.Signals(signal.sigwait(got)).name, flush=True)
 sys.exit(5)
@@ -363,22 +364,37 @@ def test_the_command_has_the_signals_it_would_have():
         pytest.skip("no /proc here")
     show = ("grep", "-E", "Sig(Blk|Ign)", "/proc/self/status")
 
-    def masks(launcher):
-        found = [
-            int(line.split()[1], 16) for line in run(*show, launcher=launcher).stdout.splitlines()
-        ]
+    start = """
+    import os, signal, sys
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(sys.argv[1], sys.argv[1:])
+    """
+
+    def masks(*launcher):
+        shown = run(
+            *show, launcher=(PYTHON, "-c", textwrap.dedent(start), *launcher)
+        ).stdout.splitlines()
+        found = [int(line.split()[1], 16) for line in shown]
         return [mask & ~(0b11 << 31) for mask in found]  # 32 and 33 are the C library's own
 
-    assert masks(LAUNCHER) == masks(()) and len(masks(())) == 2
+    plain = masks()
+    assert len(plain) == 2 and all(plain) and masks(*LAUNCHER) == plain
 
 
 CTRL_C = """
 import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+signal.alarm(60)
+# the terminal's is taken before the launcher could send one, since two pending ones are one
+os.kill(os.getppid(), signal.SIGSTOP)
 print("ready", flush=True)
 signal.sigwait({signal.SIGINT})
 # the launcher sends this back after any SIGINT: lower numbers are taken first
 os.kill(os.getppid(), signal.SIGUSR1)
+os.kill(os.getppid(), signal.SIGCONT)
 signal.sigwait({signal.SIGUSR1})
 print("again" if signal.SIGINT in signal.sigpending() else "once", flush=True)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
