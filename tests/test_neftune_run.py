@@ -326,6 +326,15 @@ def test_exit_codes(launcher, tmp_path):
     assert code(write(tmp_path, {"file": ""}) / "file") == 126
 
 
+def test_who_ignores_its_children_has_the_exit_code():
+    """Ignored SIGCHLD is inherited, and loses what became of them."""
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    assert run("sh", "-c", "exit 7", launcher=(PYTHON, "-c", ignore, *LAUNCHER)).returncode == 7
+
+
 def test_a_shell_sees_the_commands_exit_code():
     inner = " ".join(f"'{part}'" for part in (*LAUNCHER, "sh", "-c", "kill -INT $$"))
     assert run("sh", "-c", f"{inner}; exit $?", launcher=()).returncode == 128 + signal.SIGINT
