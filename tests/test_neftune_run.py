@@ -83,6 +83,7 @@ def run(*command, options=(), path=(), launcher=LAUNCHER, folder=None, **changed
         text=True,
         cwd=folder or next(iter(path), None),  # `-c` and `-m` look there first
         env=environment(*path, **changed),
+        timeout=600,  # a launcher that waits for ever fails
     )
 
 
