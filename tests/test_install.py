@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 
 import pytest
@@ -36,6 +37,7 @@ def run(*command, folder=None, **environment):
 def source_copy(folder):
     keep = shutil.ignore_patterns("*.so", "_build_error*.txt", "__pycache__")
     shutil.copytree(ROOT / "neftune_kernels", folder / "neftune_kernels", ignore=keep)
+    shutil.copytree(ROOT / "neftune_run", folder / "neftune_run", ignore=keep)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
@@ -92,6 +94,32 @@ def test_install_without_a_compiler(tmp_path):
     assert re.search(
         "refused: backend 'cpp' is not available: not built: .*no-such-compiler", out
     ), out
+    starts_nothing(tmp_path, python)
+
+
+def starts_nothing(tmp_path, python):
+    """What is installed runs at Python's start under neftune-run, and only then."""
+    (script,) = (tmp_path / "venv").rglob("neftune-run")
+    site = script.parent.parent
+    assert {file.name for file in site.glob("*.pth")} == {"outer.pth"}  # ours, to find torch
+    assert not list(site.glob("*customize*")) and (site / "neftune_run").exists()
+    code = (
+        "import sys; print([name for name in sys.modules if 'custom' in name or 'neftune' in name])"
+    )
+    assert python("-c", code) == "[]\n"
+    reached = run(script, tmp_path / "venv" / "bin" / "python", "-c", code, PYTHONPATH=str(site))
+    assert reached.startswith("['sitecustomize']\n") and "neftune-run: no noise" in reached
+
+
+def test_source_distribution_has_the_launcher(tmp_path):
+    source_copy(tmp_path)
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    run(sys.executable, "-c", code, folder=tmp_path)
+    (file,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    launcher = {"__init__.py", "__main__.py", "site/sitecustomize.py"}
+    assert {f"neftune_run/{name}" for name in launcher} <= names
 
 
 def test_install_with_a_compiler_builds(tmp_path):

@@ -11,6 +11,7 @@ from neftune_kernels import neftune_noise
 
 transformers = pytest.importorskip("transformers")
 
+from neftune_kernels.integrations import transformers as integration  # noqa: E402
 from neftune_kernels.integrations.transformers import (  # noqa: E402
     NEFTuneCallback,
     patch_trainer,
@@ -151,6 +152,26 @@ def test_a_trial_trains_with_its_own_alpha(before, patch, tmp_path, monkeypatch)
         ours.train(trial={"neftune_noise_alpha": alpha})
         assert all(wears(call, alpha) for call in watch.calls) and len(watch.calls) == 2
         watch.calls.clear()
+
+
+@pytest.mark.parametrize("own, alpha", [(None, 3.0), (7.0, 7.0), (0.0, 0.0)])
+def test_the_alpha_of_trainings_that_say_none(own, alpha, patch, tmp_path):
+    told = []
+    assert patch_trainer(3.0) is patch and patch_trainer() is patch  # the second changes nothing
+    patch.on_noise = lambda: told.append("noise")
+    watch = Watch()
+    trainer(tmp_path, [watch], llama(), neftune_noise_alpha=own).train()
+    assert len(watch.calls) == 2 and told == ["noise"]
+    if alpha:
+        assert all(wears(call, alpha) for call in watch.calls)
+    else:
+        assert all(torch.equal(call.out, call.clean) for call in watch.calls)
+
+
+def test_a_bad_alpha_of_trainings_that_say_none():
+    with pytest.raises(ValueError, match="finite and >= 0, got -1"):
+        patch_trainer(-1.0)
+    assert not integration._patches
 
 
 def test_a_callback_beside_it_is_alone(patch, tmp_path):

@@ -6,6 +6,7 @@ Nothing here changes transformers until a NEFTuneCallback is made or patch_train
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -67,6 +68,8 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
         except RuntimeError:
             self.detach()
             raise
+        for patch in _patches:
+            patch.on_noise()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.follow_schedule(state.global_step)
@@ -126,6 +129,8 @@ class _Configured(NEFTuneCallback):
         if alpha is None:  # a trainer may keep it to itself
             alpha = getattr(self.trainer, "neftune_noise_alpha", None)
         if alpha is None:
+            alpha = self.patch.noise_alpha
+        if alpha is None:
             return
         self.noise_alpha = check_alpha(alpha)
         super().on_train_begin(args, state, control, model=model)
@@ -141,10 +146,16 @@ class _Configured(NEFTuneCallback):
         super().detach()
 
 
+def _nothing() -> None:
+    """Nobody has asked to be told."""
+
+
 class TrainerPatch:
     """What patch_trainer returns."""
 
     def __init__(self) -> None:
+        self.noise_alpha: float | None = None  # of trainings that say none
+        self.on_noise: Callable[[], None] = _nothing  # in every process whose training has noise
         self.handle: NEFTuneHandle | None = None  # of the training that runs
         self._last: dict[str, Any] | None = None
 
@@ -206,7 +217,7 @@ def _places() -> list[tuple[Any, str, Any]]:
     )
 
 
-def patch_trainer() -> TrainerPatch:
+def patch_trainer(noise_alpha: float | None = None) -> TrainerPatch:
     """Make `TrainingArguments(neftune_noise_alpha=...)` use this package in place of transformers'
     own hook, for the whole process.
 
@@ -214,7 +225,11 @@ def patch_trainer() -> TrainerPatch:
     once before the trainer trains. Noise, log and cleaning up are those of
     :class:`NEFTuneCallback`; a trial of a hyperparameter search trains with its own alpha. The
     first process says once per run what it does. Where the trainer has a NEFTuneCallback, that one
-    alone adds noise. A second call does nothing.
+    alone adds noise. A second call changes no more than a `noise_alpha` that it is given. Who has
+    a command and no Python of their own starts it with `neftune-run` (docs/neftune_run.md).
+
+    Args:
+        noise_alpha: of trainings whose arguments say None; what they say counts, 0 too.
 
     Returns:
         An object with undo(), and last_stats: the handle's stats() of the last training.
@@ -222,6 +237,7 @@ def patch_trainer() -> TrainerPatch:
     Raises:
         RuntimeError: a transformers that activates its hook in another way (4.55 to 5.23 are
             known).
+        ValueError, TypeError: noise_alpha is no finite number >= 0.
 
     Example:
         >>> from neftune_kernels.integrations.transformers import patch_trainer
@@ -230,12 +246,16 @@ def patch_trainer() -> TrainerPatch:
         True
         >>> patch.undo()
     """
+    if noise_alpha is not None:
+        noise_alpha = check_alpha(noise_alpha)
     if not _patches:
         for where, name, ours in _places():
             _replaced[where, name] = getattr(where, name)
             setattr(where, name, ours)
         _patches.append(TrainerPatch())
         _watch_training()
+    if noise_alpha is not None:
+        _patches[0].noise_alpha = noise_alpha
     return _patches[0]
 
 
