@@ -12,8 +12,10 @@ from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..noise import alpha_tensor
 from ..samples import Samples
 from .find import base_class
-from .probe import Measured, measure, undisturbed
+from .multiples import Measured
+from .probe import measure
 from .running import NoisyCall, Site, State
+from .undisturbed import undisturbed
 
 CLOSE = 0.02  # of the paper's magnitude: what low precision rounds away stays below
 COLUMNS = (
