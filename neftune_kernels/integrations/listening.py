@@ -23,7 +23,16 @@ from .quirks import (
     quirks_of,
     row_of,
 )
-from .running import NOT_LOOKED_AT, RUNNING, Forward, Site, State, forget_interrupted, has_moved, probing
+from .running import (
+    NOT_LOOKED_AT,
+    RUNNING,
+    Forward,
+    Site,
+    State,
+    forget_interrupted,
+    has_moved,
+    probing,
+)
 
 CHANGES = (
     "what {} multiplies its embeddings by has changed since it was first looked at, and it is looked "
@@ -184,8 +193,8 @@ class Listener:
         if factor is None and not found.high:
             state.warned.add(NOT_LOOKED_AT)  # the same without the reason
         if not kept and (factor is None or factor != (told or 1)):
-            message = _what_was_found(name, found) if told is None else CHANGES.format(name)
-            state.warn_once(message)
+            changes = factor is not None and told is not None
+            state.warn_once(CHANGES.format(name) if changes else _what_was_found(name, found))
         # last, as an interrupt may come between
         site.multiplier_known = not found.why
         if not found.why:

@@ -126,28 +126,29 @@ def _by_differences(e: Tensor, t: Tensor, rows: Tensor, eps: float) -> float | N
 def _by_difference(
     e: Tensor, t: Tensor, rows: Tensor, eps: float, axes: tuple[int, ...]
 ) -> float | None:
-    size = abs(e), abs(t)
+    size_e, size_t = e.abs(), t.abs()
     for axis in axes:
-        e, t = (
-            one.narrow(axis, 1, one.shape[axis] - 1) - one.narrow(axis, 0, 1) for one in (e, t)
-        )
-        size = tuple(
-            one.narrow(axis, 1, one.shape[axis] - 1) + one.narrow(axis, 0, 1) for one in size
-        )
-        rows = rows.narrow(axis, 1, rows.shape[axis] - 1) & rows.narrow(axis, 0, 1)
-    e, t, size = e[rows], t[rows], (size[0][rows], size[1][rows])
+        e, t = (_behind(one, axis) - one.narrow(axis, 0, 1) for one in (e, t))
+        size_e, size_t = (_behind(one, axis) + one.narrow(axis, 0, 1) for one in (size_e, size_t))
+        rows = _behind(rows, axis) & rows.narrow(axis, 0, 1)
+    e, t, size = e[rows], t[rows], eps * size_t[rows]
     square = float(e.square().sum())
     if not square:
         return None
     factor = float((e * t).sum()) / square
     rest = (t - factor * e).abs()
-    if bool((rest > eps * (abs(factor) * size[0] + size[1])).any()):
+    if bool((rest > size + eps * abs(factor) * size_e[rows]).any()):
         return None
     left = float(rest.square().sum())
     # positions so large that rounding hides the embeddings say nothing
     if left >= 0.01 * float(t.square().sum()):
         return None
     return _simplest(factor, e.shape[-1], SURE * (left / e.numel() / square) ** 0.5)
+
+
+def _behind(values: Tensor, axis: int) -> Tensor:
+    """All but the first."""
+    return values.narrow(axis, 1, values.shape[axis] - 1)
 
 
 def _of_rows(embedded: Tensor, arrived: Tensor) -> Measured:

@@ -99,7 +99,7 @@ def _content(value: Any) -> dict[str, Any]:
 
 
 def _version(module: nn.Module, name: str) -> tuple[Any, ...] | None:
-    tensor = module._parameters.get(name)
+    tensor: Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers.get(name)
     if tensor is None or tensor.is_inference():

@@ -18,13 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from .find import is_compiled
 from .multiples import Measured, multiple, thinned
-from .running import RUNNING, forward_runs, probing
+from .running import LOOKUPS, RUNNING, Site, forward_runs, probing
 from .undisturbed import NAMES_OF_TORCH, copied, is_open, undisturbed
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "mems", "hx", "state")
 TOO_FEW = "the batch has fewer than two different tokens"
 THINNED = "a dropout of its own stands before its first block"
-
+NO_MULTIPLE = "what enters its first block is no multiple of the lookup"
+NEAR = 1e-3  # relative: of what two lookups of a table are multiplied by
 
 NO_HOLDERS: dict[nn.Module, nn.Module] = {}
 HELD = Measured(1.0)  # looked up by a model that is known
@@ -222,19 +223,54 @@ DROPOUTS = frozenset(
 )
 
 
-class _Following(TorchFunctionMode):
-    """Lets dropouts do nothing, and knows what is made of a lookup."""
+class _Lookup:
+    """What a site returned, and what becomes of it."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, site: nn.Module, output: Tensor) -> None:
+        self.site = site
+        self.embedded = output.detach().clone()  # what follows may be in place
+        rows = self.embedded.reshape(-1, output.shape[-1])
+        self.distinct = rows.shape[0] > 0 and not bool((rows == rows[:1]).all())
         self.made: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self.pauses = False
+        self.made[id(output)] = output
+        self.found: Measured | None = None
+        self.over = False  # what arrived is no multiple any more
 
-    def add(self, values: Any) -> None:
-        self.made.update({id(one): one for one in _tensors(values)})
-
-    def knows(self, tensor: Tensor) -> bool:
+    def made_it(self, tensor: Tensor) -> bool:
         return self.made.get(id(tensor)) is tensor
+
+    def compare(self, tensors: list[Tensor]) -> None:
+        results = [(multiple(self.embedded, one), one) for one in tensors]
+        best = next((r for found, _ in results for r in found if r.factor is not None), None)
+        if best is not None:
+            self.found = best
+            return
+        made = [(found, one) for found, one in results if found and self.made_it(one)]
+        if not made:  # positions on their own, or of another shape
+            return
+        self.over = True
+        before = self.found
+        ranges = [r for found, _ in made for r in found if r.high]
+        if ranges and (before is None or ranges[0].by_sample):
+            self.found = ranges[0]
+        elif before is not None and before.factor is not None:
+            if any(thinned(self.embedded, one, before.factor) for _, one in made):
+                self.found = Measured(why=THINNED)
+
+    def result(self, failed: str) -> Measured:
+        if not self.distinct and self.found is not HELD:
+            factor = None if self.found is None else self.found.factor
+            return Measured(factor, why=TOO_FEW)
+        return self.found or Measured(why=failed or NO_MULTIPLE)
+
+
+class _Following(TorchFunctionMode):
+    """Lets dropouts do nothing, and notes what is made of lookups."""
+
+    def __init__(self, lookups: list[_Lookup]) -> None:
+        super().__init__()
+        self.lookups = lookups
+        self.pauses = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -245,8 +281,11 @@ class _Following(TorchFunctionMode):
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         result = func(*args, **kwargs)
-        if any(self.knows(one) for one in _tensors((args, kwargs))):
-            self.add(args[:1] if result is None else result)  # x[...] = y returns nothing
+        given = list(_tensors((args, kwargs)))
+        for lookup in self.lookups:
+            if not lookup.over and any(lookup.made_it(one) for one in given):
+                made = args[:1] if result is None else result  # x[...] = y returns nothing
+                lookup.made.update({id(one): one for one in _tensors(made)})
         return result
 
 
@@ -254,32 +293,32 @@ class _Watch:
     def __init__(self, sites: list[nn.Module], holders: dict[nn.Module, nn.Module]) -> None:
         self.sites = sites
         self.holders = holders
-        self.following = _Following()
-        self.embedded: dict[nn.Module, Tensor] = {}
-        self.distinct: dict[nn.Module, bool] = {}
-        self.found: dict[nn.Module, Measured] = {}
-        self.over: set[nn.Module] = set()
+        self.lookups: list[_Lookup] = []
+        self.following = _Following(self.lookups)
+
+    def of(self, site: nn.Module) -> list[_Lookup]:
+        return [one for one in self.lookups if one.site is site]
 
     def looked_up(self, site: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not probing() or site in self.embedded or not isinstance(output, Tensor):
+        if not probing() or not isinstance(output, Tensor) or len(self.of(site)) == LOOKUPS:
             return
-        self.following.add(output)
-        self.embedded[site] = output.detach().clone()  # what follows may be in place
-        rows = self.embedded[site].reshape(-1, output.shape[-1])
-        self.distinct[site] = rows.shape[0] > 0 and not bool((rows == rows[:1]).all())
+        lookup = _Lookup(site, output)
+        self.lookups.append(lookup)
         if forward_runs(self.holders.get(site)):
-            self.found[site] = HELD
-            self.over.add(site)
+            lookup.found, lookup.over = HELD, True
             self._end()
 
+    def _waits_for(self, site: nn.Module) -> bool:
+        own: Site = site.__dict__["_neftune"]
+        return len(self.of(site)) < own.lookups
+
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not probing():  # what an interrupt left
-            return
-        self._compare((args, kwargs))
-        self._end()
+        if probing():  # else an interrupt has left it
+            self._compare((args, kwargs))
+            self._end()
 
     def _end(self) -> None:
-        if len(self.over) == len(self.sites):
+        if all(one.over for one in self.lookups) and not any(map(self._waits_for, self.sites)):
             raise _Arrived
 
     def left(self, output: Any) -> None:
@@ -288,44 +327,35 @@ class _Watch:
         self._compare(output if plain else getattr(output, "__dict__", None))
 
     def _compare(self, values: Any) -> None:
+        waiting = [one for one in self.lookups if not one.over]
+        if not waiting:
+            return
         self.following.pauses = True
         try:
-            waiting = [site for site in self.embedded if site not in self.over]
-            tensors = list(_tensors(values)) if waiting else []
-            for site in waiting:
-                self._compare_with(site, tensors)
+            tensors = list(_tensors(values))
+            for lookup in waiting:
+                others = [one for one in self.lookups if one is not lookup]
+                lookup.compare(
+                    [
+                        one
+                        for one in tensors
+                        if lookup.made_it(one) or not any(other.made_it(one) for other in others)
+                    ]
+                )
         finally:
             self.following.pauses = False
 
-    def _compare_with(self, site: nn.Module, tensors: list[Tensor]) -> None:
-        embedded = self.embedded[site]
-        results = [(multiple(embedded, one), one) for one in tensors]
-        best = next((r for found, _ in results for r in found if r.factor is not None), None)
-        if best is not None:
-            self.found[site] = best
-            return
-        made = [(found, one) for found, one in results if found and self.following.knows(one)]
-        if not made:  # positions on their own, or of another shape
-            return
-        self.over.add(site)  # no multiple any more
-        before = self.found.get(site)
-        ranges = [r for found, _ in made for r in found if r.high]
-        if ranges and (before is None or ranges[0].by_sample):
-            self.found[site] = ranges[0]
-        elif before is not None and before.factor is not None:
-            if any(thinned(embedded, one, before.factor) for _, one in made):
-                self.found[site] = Measured(why=THINNED)
-
     def result(self, site: nn.Module, failed: str) -> Measured | None:
         """None: it was not looked up, or too little; the next forward may tell."""
-        if site not in self.embedded:
+        found = [one.result(failed) for one in self.of(site)]
+        if not found:
             return Measured(why=failed) if failed and site not in self.holders else None
-        if not self.distinct[site] and self.found.get(site) is not HELD:
-            found = self.found.get(site)
-            return None if found is None else found._replace(why=TOO_FEW)
-        return self.found.get(
-            site, Measured(why=failed or "what enters its first block is no multiple of the lookup")
-        )
+        factors = [one.factor for one in found if one.factor is not None]
+        if len(factors) == len(found) > 1 and max(factors) - min(factors) > NEAR * max(factors):
+            return Measured(low=min(factors), high=max(factors))
+        worst = next((one for one in found if one.factor is None), None)
+        worst = worst or next((one for one in found if one.why), found[0])
+        return None if worst.why == TOO_FEW and worst.factor is None else worst
 
 
 def is_left(hook: Any) -> bool:

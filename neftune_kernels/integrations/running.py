@@ -168,6 +168,9 @@ class State:
 # ---- forwards
 
 
+LOOKUPS = 4  # of a table in one forward, the most that a look sees
+
+
 class Forward:
     """A running forward of a model around sites: who listens to it, and what it was given."""
 
@@ -295,7 +298,7 @@ class Forward:
         its own number: the next forward is looked at again.
         """
         self._lookups[site] += 1
-        if self._lookups[site] > site.lookups:
+        if site.lookups < self._lookups[site] <= LOOKUPS:
             site.lookups = self._lookups[site]
             site.multiplier_known, self.state.unmeasured, self.state.looks = False, True, 0
 

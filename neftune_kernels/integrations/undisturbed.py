@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import functools
 import random
 import sys
 import types
@@ -17,7 +18,7 @@ LISTS = (list, collections.deque)
 MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 CONTAINERS = (*LISTS, *MAPPINGS, set)
 SMALL = 4096  # values of a parameter that may be a counter
-Undo = Callable[[], None]
+Undo = Callable[[], Any]
 
 
 @contextlib.contextmanager
@@ -56,7 +57,8 @@ def _of_module(module: nn.Module, kept: set[int]) -> list[Undo]:
     undos: list[Undo] = []
     for name, buffer in module._buffers.items():
         if buffer is not None:
-            undos += [_replaced(module._buffers, name, buffer), *_of_value(buffer, kept)]
+            undo_name = functools.partial(module._buffers.update, {name: buffer})
+            undos += [undo_name, *_of_value(buffer, kept)]
     for parameter in module._parameters.values():
         if parameter is not None and parameter.numel() <= SMALL:
             undos += _of_value(parameter, kept)
@@ -76,10 +78,6 @@ def _of_module(module: nn.Module, kept: set[int]) -> list[Undo]:
     return [*undos, undo]
 
 
-def _replaced(buffers: dict[str, Tensor | None], name: str, buffer: Tensor) -> Undo:
-    return lambda: buffers.update({name: buffer})
-
-
 def _of_value(value: Any, kept: set[int]) -> list[Undo]:
     """How to put a value's content back; kept: what is known to be put back."""
     if id(value) in kept:
@@ -89,13 +87,13 @@ def _of_value(value: Any, kept: set[int]) -> list[Undo]:
         return [] if value.is_meta else [_of_tensor(value)]
     if isinstance(value, torch.Generator):
         drawn = value.get_state()
-        return [lambda: value.set_state(drawn) and None]
+        return [functools.partial(value.set_state, drawn)]
     if isinstance(value, random.Random):
         state = value.getstate()
-        return [lambda: value.setstate(state)]
+        return [functools.partial(value.setstate, state)]
     if type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
         bits = value.bit_generator.state
-        return [lambda: setattr(value.bit_generator, "state", bits)]
+        return [functools.partial(setattr, value.bit_generator, "state", bits)]
     if type(value) is tuple:
         return [undo for one in value for undo in _of_value(one, kept)]
     if type(value) not in CONTAINERS:
@@ -135,25 +133,25 @@ def _holds_the_same(value: Any, before: Any) -> bool:
     return all(one is other for one, other in zip(value, before, strict=True))
 
 
-def copied(value: Any, inside: bool = False) -> Any:
+def copied(value: Any, inside: bool = False, tensors: bool = True) -> Any:
     """Arguments that a forward may change: what is called is not what the caller holds. Objects
-    inside objects are the caller's own.
+    inside objects are the caller's own, and tensors where they are to stay the same ones.
     """
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone() if tensors else value
     if isinstance(value, torch.Generator):
         return value.clone_state()
     if type(value) in (list, tuple):
-        return type(value)(copied(one, inside) for one in value)
+        return type(value)(copied(one, inside, tensors) for one in value)
     if isinstance(value, collections.UserDict) or type(value) in MAPPINGS:
         other = copy.copy(value)
         for name, one in value.items():
-            other[name] = copied(one, inside)
+            other[name] = copied(one, inside, tensors)
         return other
     is_object = isinstance(value, types.SimpleNamespace) or is_open(type(value))
     if is_object and not inside and not isinstance(value, nn.Module):
         other = copy.copy(value)
-        vars(other).update({name: copied(one, True) for name, one in vars(value).items()})
+        vars(other).update({name: copied(one, True, tensors) for name, one in vars(value).items()})
         return other
     return value
 
@@ -161,4 +159,6 @@ def copied(value: Any, inside: bool = False) -> Any:
 def is_open(kind: type) -> bool:
     """Whether vars() shows all that an object holds: a class of Python's own without slots."""
     own = kind.__mro__[:-1]
-    return bool(own) and not any("__new__" in vars(one) or vars(one).get("__slots__") for one in own)
+    return bool(own) and not any(
+        "__new__" in vars(one) or vars(one).get("__slots__") for one in own
+    )
