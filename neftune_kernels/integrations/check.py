@@ -14,8 +14,8 @@ from ..samples import Samples
 from .find import base_class
 from .multiples import Measured
 from .probe import measure
-from .sequences import tensors_in
 from .running import NoisyCall, Site, State
+from .sequences import tensors_in
 from .undisturbed import copied, undisturbed
 
 CLOSE = 0.02  # of the paper's magnitude: what low precision rounds away stays below

@@ -28,8 +28,8 @@ from .find import (
 )
 from .listening import Listener, heard, is_foreign, listeners_of
 from .multipliers import known_multiplier, read_row
-from .numbers import Numbers, numbers_of
 from .noisy import class_to_restore, describe, drop_hooks, make_noisy, make_plain
+from .numbers import Numbers, numbers_of
 from .probe import is_left
 from .running import (
     RUNNING,
@@ -68,7 +68,7 @@ class _Followed(NamedTuple):
     """What a factor was read from, or may have come from."""
 
     model: weakref.ref[nn.Module]
-    numbers: tuple[Numbers, ...] | None  # that it holds; None: its row
+    held: tuple[Numbers, ...] | None  # None: its row
     before: tuple[Any, ...]
 
 
@@ -348,7 +348,7 @@ class NEFTuneHandle:
             for parent, _ in ancestors_of(root, name)
         ]
         beside = [child for one in leading for child in one.children() if is_foreign(child)]
-        rows = [one for one in self._followed if one.numbers is None]
+        rows = [one for one in self._followed if one.held is None]
         self._followed = rows + [
             _followed(one, numbers_of(one, self._uninvolved))
             for one in dict.fromkeys([*leading, *beside])
@@ -364,12 +364,12 @@ class NEFTuneHandle:
             return
         names: set[tuple[weakref.ref[nn.Module], str]] = set()
         has_changed = False
-        for model, numbers, before in self._followed:
+        for model, held, before in self._followed:
             module = model()
-            if module is None or (now := _read(module, numbers)) == before:
+            if module is None or (now := _read(module, held)) == before:
                 continue
             has_changed = True
-            for one, old, new in zip(numbers or (), before, now, strict=False):
+            for one, old, new in zip(held or (), before, now, strict=False):
                 names |= {(model, name) for name in one.changed(old, new)}
         if has_changed:
             sites = self._sites()
@@ -725,16 +725,16 @@ def _factors(sites: list[nn.Module]) -> list[dict[torch.dtype, float]]:
     return [site.__dict__["_neftune"].factors for site in sites]
 
 
-def _followed(model: nn.Module, numbers: tuple[Numbers, ...] | None) -> _Followed:
-    return _Followed(weakref.ref(model), numbers, _read(model, numbers))
+def _followed(model: nn.Module, held: tuple[Numbers, ...] | None) -> _Followed:
+    return _Followed(weakref.ref(model), held, _read(model, held))
 
 
-def _read(model: nn.Module, numbers: tuple[Numbers, ...] | None) -> tuple[Any, ...]:
+def _read(model: nn.Module, held: tuple[Numbers, ...] | None) -> tuple[Any, ...]:
     """What its row says, or its numbers and what modules it holds; asked at every forward."""
-    if numbers is None:
+    if held is None:
         return (read_row(model),)
-    held = [weakref.ref(one) for one in model._modules.values() if one is not None]
-    return (*[one.read(model) for one in numbers], *held)
+    children = [weakref.ref(one) for one in model._modules.values() if one is not None]
+    return (*[one.read(model) for one in held], *children)
 
 
 def _places(

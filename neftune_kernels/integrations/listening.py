@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from .arguments import Padding, parameter_names, tells_samples
+from .multiples import Measured
 from .multipliers import DTYPES
 from .noisy import drop_hooks
-from .multiples import Measured
 from .probe import keep_factors, kept_factors, measure
 from .quirks import (
     NO_QUIRKS,
@@ -35,10 +35,10 @@ from .running import (
 )
 
 CHANGES = (
-    "what {} multiplies its embeddings by has changed since it was first looked at, and it is looked "
-    "at again whenever a number in what leads to its embedding changes. Say it to spare those looks: "
-    "apply_neftune(..., embedding_multiplier=lambda given: ...), which is given the forward's "
-    "arguments by name"
+    "what {} multiplies its embeddings by has changed since it was first looked at, and it is "
+    "looked at again whenever a number in what leads to its embedding changes. Say it to spare "
+    "those looks: apply_neftune(..., embedding_multiplier=lambda given: ...), which is given the "
+    "forward's arguments by name"
 )
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
 MOVED = (

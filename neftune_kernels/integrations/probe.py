@@ -253,9 +253,10 @@ class _Lookup:
         ranges = [r for found, _ in made for r in found if r.high]
         if ranges and (before is None or ranges[0].by_sample):
             self.found = ranges[0]
-        elif before is not None and before.factor is not None:
-            if any(thinned(self.embedded, one, before.factor) for _, one in made):
-                self.found = Measured(why=THINNED)
+        elif before is not None and any(
+            thinned(self.embedded, one, before.factor or 0.0) for _, one in made
+        ):
+            self.found = Measured(why=THINNED)
 
     def result(self, failed: str) -> Measured:
         if not self.distinct and self.found is not HELD:
