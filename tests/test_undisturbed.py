@@ -84,6 +84,12 @@ MOVES = {
     "a parameter that counts": adds("steps"),
     "a buffer": adds("state"),
     "a new buffer": lambda net, given: setattr(net, "state", net.state + 1),
+    "a buffer that it makes": lambda net, given: net.register_buffer(
+        f"made{len(net._buffers)}", torch.ones(1), persistent=False
+    ),
+    "a module that it makes": lambda net, given: net.add_module(
+        f"made{len(net._modules)}", nn.Linear(2, 2)
+    ),
     "its torch generator": lambda net, given: torch.rand(1, generator=net.drawn),
     "its python generator": lambda net, given: net.python.random(),
     "its numpy generator": lambda net, given: net.numpy.random(),
@@ -104,7 +110,8 @@ def traces(net):
         [*map(str, np.random.get_state())],
         torch.get_rng_state().tolist(),
     )
-    return repr((nested, containers, tensors, own, everybodys))
+    made = list(net._buffers), list(net._modules), net._non_persistent_buffers_set
+    return repr((nested, containers, tensors, own, everybodys, made))
 
 
 @pytest.mark.parametrize("what", MOVES)

@@ -17,7 +17,8 @@ NAMES_OF_TORCH = {*vars(nn.Module()), "_neftune"}  # torch's own and ours
 LISTS = (list, collections.deque)
 MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 CONTAINERS = (*LISTS, *MAPPINGS, set)
-SMALL = 4096  # values of a parameter that may be a counter
+MADE_OF = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+SMALL = 64  # the most values of a parameter that may be a counter
 Undo = Callable[[], Any]
 
 
@@ -57,18 +58,22 @@ def _of_module(module: nn.Module, kept: set[int]) -> list[Undo]:
     undos: list[Undo] = []
     for name, buffer in module._buffers.items():
         if buffer is not None:
-            undo_name = functools.partial(module._buffers.update, {name: buffer})
-            undos += [undo_name, *_of_value(buffer, kept)]
+            renamed = functools.partial(module._buffers.update, {name: buffer})
+            undos += [renamed, *_of_value(buffer, kept)]
     for parameter in module._parameters.values():
-        if parameter is not None and parameter.numel() <= SMALL:
-            undos += _of_value(parameter, kept)
+        if type(parameter) is nn.Parameter and not parameter.requires_grad:
+            undos += _of_value(parameter, kept) if parameter.numel() <= SMALL else []
     own = vars(module)
     before = {name: one for name, one in own.items() if name not in NAMES_OF_TORCH}
     kind = type(module)
+    names = [(held, set(held)) for held in (own[name] for name in MADE_OF)]
 
     def undo() -> None:
         if type(module) is not kind:  # a lazy module has become what it is to be
             return
+        for held, known in names:
+            for name in [name for name in held if name not in known]:
+                held.pop(name) if isinstance(held, dict) else held.remove(name)
         for name in [name for name in own if name not in before and name not in NAMES_OF_TORCH]:
             del own[name]
         own.update(before)
