@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from neftune_kernels import apply_neftune
 from neftune_kernels.integrations import probe
@@ -228,3 +230,17 @@ def test_a_scripted_part_gets_no_hook_and_none_is_left():
     with pytest.warns(UserWarning, match="not known whether Model"):
         net(IDS)
     assert hooks == [dict(one._forward_pre_hooks) for one in net.modules()]
+
+
+def test_no_look_inside_a_dispatch_mode():
+    """It would be counted, or there would be no values; the next forward is looked at."""
+    net = Model().train()
+    apply_neftune(net, 5.0)
+    with FlopCounterMode(display=False) as flops:
+        with pytest.warns(UserWarning, match="not known whether Model.*a dispatch mode is on"):
+            net(IDS)
+    assert flops.get_total_flops() == 2 * IDS.numel() * 16 * 16
+    with pytest.warns(UserWarning, match="multiplies its embeddings by 8 "):
+        net(IDS)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net(torch.ones(2, 3, dtype=torch.long))

@@ -637,7 +637,8 @@ class NEFTuneHandle:
             replica, multiplier (what alpha is divided by), heard (the argument that tells the
             samples), lengths of the samples with a real token, padding (True: it has no noise),
             arrives (noise at the first block over the paper's), measured (the multiplier that was
-            measured, None where it could not be), noise_to_embedding.
+            measured, None where it could not be), noise_to_embedding, tied (True: it looked nothing
+            up, but a table with its weight did).
 
         Raises:
             RuntimeError: the handle was removed, or its model is gone.

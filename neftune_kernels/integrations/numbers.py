@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..torch_internals import dispatch_modes
 from .undisturbed import NAMES_OF_TORCH, is_open
 
 NUMBERS = (bool, int, float)
@@ -105,5 +106,6 @@ def _version(module: nn.Module, name: str) -> tuple[Any, ...] | None:
     if tensor is None or tensor.is_inference():
         return None
     # what is written to .data has another version
-    value = tensor.item() if type(tensor) in PLAIN and tensor.is_cpu else None
+    asked = type(tensor) in PLAIN and tensor.is_cpu and not dispatch_modes()
+    value = tensor.item() if asked else None
     return id(tensor), tensor._version, value

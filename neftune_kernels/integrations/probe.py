@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..torch_internals import dispatch_modes
 from .find import is_compiled
 from .multiples import Measured, multiple, thinned
 from .running import LOOKUPS, RUNNING, Site, forward_runs, probing
@@ -176,6 +177,8 @@ def _written(value: Any, inside: tuple[int, ...]) -> Any:
 
 
 def _why_not(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    if dispatch_modes():
+        return "a dispatch mode is on, which would see it or have no values"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "its parameters are split by DeepSpeed ZeRO-3"
     if any(
