@@ -236,9 +236,9 @@ def test_no_look_inside_a_dispatch_mode():
     """It would be counted, or there would be no values; the next forward is looked at."""
     net = Model().train()
     apply_neftune(net, 5.0)
-    with FlopCounterMode(display=False) as flops:
-        with pytest.warns(UserWarning, match="not known whether Model.*a dispatch mode is on"):
-            net(IDS)
+    line = "not known whether Model.*a dispatch mode is on"
+    with FlopCounterMode(display=False) as flops, pytest.warns(UserWarning, match=line):
+        net(IDS)
     assert flops.get_total_flops() == 2 * IDS.numel() * 16 * 16
     with pytest.warns(UserWarning, match="multiplies its embeddings by 8 "):
         net(IDS)
