@@ -54,7 +54,8 @@ def numbers_of(module: nn.Module, uninvolved: Uninvolved) -> tuple[Numbers, ...]
     """uninvolved: those that have changed without the factor."""
     own = weakref.ref(module)
     tensors = {**module._parameters, **module._buffers}
-    scalars = [name for name, one in tensors.items() if one is not None and one.numel() == 1]
+    plain = {name: one for name, one in tensors.items() if type(one) in PLAIN}
+    scalars = [name for name, one in plain.items() if one.numel() == 1]
     of_class = [
         name
         for kind in type(module).__mro__
@@ -103,9 +104,8 @@ def _version(module: nn.Module, name: str) -> tuple[Any, ...] | None:
     tensor: Tensor | None = module._parameters.get(name)
     if tensor is None:
         tensor = module._buffers.get(name)
-    if tensor is None or tensor.is_inference():
+    if tensor is None or type(tensor) not in PLAIN or tensor.is_inference():
         return None
     # what is written to .data has another version
-    asked = type(tensor) in PLAIN and tensor.is_cpu and not dispatch_modes()
-    value = tensor.item() if asked else None
-    return id(tensor), tensor._version, value
+    asked = tensor.is_cpu and not dispatch_modes()
+    return id(tensor), tensor._version, tensor.item() if asked else None
