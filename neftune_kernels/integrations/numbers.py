@@ -54,8 +54,11 @@ def numbers_of(module: nn.Module, uninvolved: Uninvolved) -> tuple[Numbers, ...]
     """uninvolved: those that have changed without the factor."""
     own = weakref.ref(module)
     tensors = {**module._parameters, **module._buffers}
-    plain = {name: one for name, one in tensors.items() if type(one) in PLAIN}
-    scalars = [name for name, one in plain.items() if one.numel() == 1]
+    scalars = [
+        name
+        for name, one in tensors.items()
+        if one is not None and type(one) in PLAIN and one.numel() == 1
+    ]
     of_class = [
         name
         for kind in type(module).__mro__
