@@ -206,7 +206,7 @@ def _exactly(embedded: Tensor, arrived: Tensor, factor: float) -> float:
     """The usual number that makes the arrival bit for bit, else what was measured."""
     near = _epsilon(embedded, arrived) * abs(factor)
     for one in _candidates(factor, embedded.shape[-1]):
-        if abs(one - factor) <= near and torch.equal(embedded.to(arrived.dtype) * one, arrived):
+        if abs(one - factor) <= near and torch.equal(embedded * one, arrived):
             return one
     return factor
 
