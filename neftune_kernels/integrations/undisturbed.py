@@ -148,7 +148,7 @@ def copied(value: Any, inside: bool = False, tensors: bool = True) -> Any:
         return value.clone_state()
     if type(value) in (list, tuple):
         return type(value)(copied(one, inside, tensors) for one in value)
-    if isinstance(value, collections.UserDict) or type(value) in MAPPINGS:
+    if type(value) in MAPPINGS:
         other = copy.copy(value)
         for name, one in value.items():
             other[name] = copied(one, inside, tensors)
