@@ -66,7 +66,8 @@ def _of_module(module: nn.Module, kept: set[int]) -> list[Undo]:
     own = vars(module)
     before = {name: one for name, one in own.items() if name not in NAMES_OF_TORCH}
     kind = type(module)
-    names = [(held, set(held)) for held in (own[name] for name in MADE_OF)]
+    # a scripted module's are no containers of Python's
+    names = [(one, set(one)) for name in MADE_OF if isinstance(one := own.get(name), (dict, set))]
 
     def undo() -> None:
         if type(module) is not kind:  # a lazy module has become what it is to be
