@@ -589,3 +589,16 @@ def test_a_look_around_a_known_model_that_tells_nothing_is_silent():
         warnings.simplefilter("always")
         net(IDS, attention_mask=MASK)
     assert not [one for one in said if "multipl" in str(one.message)]
+
+
+def test_a_look_around_a_known_model_that_fails_is_silent():
+    class NeedsGrad(Around):
+        def forward(self, input_ids, attention_mask=None):
+            assert torch.is_grad_enabled()
+            return super().forward(input_ids, attention_mask)
+
+    net = NeedsGrad().train()
+    apply_neftune(net, 5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(IDS, attention_mask=MASK)
