@@ -525,3 +525,19 @@ def test_a_named_model(name):
     noise = (entered[0] - entered[1])[:, :8].abs().amax(-1)
     ratio = (noise / (5.0 / (mask.sum(1) * HIDDEN).sqrt())[:, None])[mask > 0].max()
     assert 0.98 < ratio < 1 + 1e-4, "of 416 draws one is near the bound; two float32 roundings"
+
+
+def test_t5gemmas_encoder_and_decoder():
+    transformers = pytest.importorskip("transformers")
+    text = {**GROUPED, "head_dim": 8}
+    config = transformers.T5GemmaConfig(encoder=text, decoder=text, vocab_size=VOCAB)
+    model = transformers.T5GemmaModel(config).train()
+    ids = torch.randint(8, VOCAB, (2, 8), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    checked = apply_neftune(model, 5.0).check(**batch, decoder_attention_mask=mask)
+    ran = [site for site in checked["sites"] if not site["tied"]]
+    assert checked["ok"] and {site["multiplier"] for site in ran} == {float(torch.tensor(ROOT))}
+    assert [site["measured"] for site in ran] == [pytest.approx(ROOT, rel=1e-6)] * len(ran)
+    assert {"encoder", "decoder"} <= {site["site"].split(".")[0] for site in ran}

@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from neftune_kernels import apply_neftune, noisy_embedding
@@ -105,7 +104,7 @@ def test_the_usual_numbers_are_exact(factor):
 
 
 UNKNOWN = {
-    "functional dropout": (lambda net, x: F.dropout(x * 8, 0.5), {}, "no multiple of the lookup"),
+    "a function first": (lambda net, x: torch.tanh(x * 8), {}, "no multiple of the lookup"),
     "a cache": (lambda net, x: x * 8, {"past_key_values": [1]}, "given a cache"),
 }
 
@@ -432,3 +431,174 @@ def test_a_model_of_methods_alone_says_that_it_does_not_know():
     line = "not known whether the model multiplies"
     with handle.told(attention_mask=MASK), pytest.warns(UserWarning, match=line):
         net.encode(IDS)
+
+
+# ---- what may change a factor, wherever it is held
+
+
+class Deep:
+    def __init__(self):
+        self.inner = {"scale": 2.0}
+
+
+class Held(Net):
+    of_class = 1.0
+
+    def __init__(self):
+        super().__init__(None)
+        self.config = Deep()
+        self.learned = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("kept", torch.tensor(1.0))
+        self.scaled = Times(2.0)
+        self.unused = nn.Parameter(torch.tensor(1.0))
+        self.config.itself = self.config
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids) * self.config.inner["scale"] * self.of_class
+        return self.first(self.scaled(x * self.learned * self.kept))
+
+
+def in_place_of(net):
+    net.config = Deep()
+    net.config.inner["scale"] = 6.0
+
+
+def steps(net):
+    with torch.no_grad():
+        net.learned.mul_(3.0)
+
+
+HELD = {
+    "a dictionary in a config": lambda net: net.config.inner.update(scale=6.0),
+    "another config": in_place_of,
+    "its class": lambda net: setattr(type(net), "of_class", 3.0),
+    "a parameter": steps,
+    "a parameter's data": lambda net: net.learned.data.fill_(3.0),
+    "a buffer": lambda net: net.kept.fill_(3.0),
+    "another buffer": lambda net: setattr(net, "kept", torch.tensor(3.0)),
+    "a module beside the table": lambda net: setattr(net.scaled, "factor", 6.0),
+}
+
+
+@pytest.mark.parametrize("what", HELD)
+def test_a_factor_that_changes_is_followed_wherever_it_is_held(what):
+    net = type("Held", (Held,), {})().train()
+    apply_neftune(net, 5.0)
+    assert looks(net) == (1, 4.0) and looks(net) == (0, 4.0)
+    HELD[what](net)
+    assert looks(net) == (1, 12.0) and looks(net) == (0, 12.0)
+
+
+def test_a_number_that_is_no_factor_is_looked_at_once():
+    net = Held().train()
+    apply_neftune(net, 5.0)
+    assert looks(net) == (1, 4.0)
+    for expected in (1, 0, 0):
+        with torch.no_grad():
+            net.unused.add_(1)
+        assert looks(net) == (expected, 4.0)
+
+
+def test_a_learned_factor_says_once_that_it_changes():
+    net = Held().train()
+    apply_neftune(net, 5.0)
+    said = []
+    for _ in range(4):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            net(IDS, attention_mask=MASK)
+        said.append([str(one.message) for one in heard])
+        steps(net)
+    assert [len(one) for one in said] == [1, 1, 0, 0]
+    assert "has changed since it was first looked at" in said[1][0]
+    assert "embedding_multiplier=lambda given: ..." in said[1][0]
+    assert net.embed._neftune.factors[torch.float32] == 4.0 * 27
+
+
+OF_A_CLASS = {
+    "a word": lambda kind: setattr(kind, "word", "other"),
+    "a method": lambda kind: setattr(kind, "helper", lambda self: 2),
+}
+
+
+@pytest.mark.parametrize("what", OF_A_CLASS)
+def test_what_a_class_holds_is_its_configuration_too(what):
+    kind = type("Kind", (Net,), {"word": "one", "helper": lambda self: 1})
+    before = probe.configuration_of(kind(None))
+    assert before == probe.configuration_of(kind(None)) is not None
+    OF_A_CLASS[what](kind)
+    assert probe.configuration_of(kind(None)) != before
+
+
+# ---- somebody's model around one of transformers
+
+
+class Around(nn.Module):
+    """factor: of what it looks up itself; None: it hands the ids on."""
+
+    def __init__(self, factor=None):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
+        torch.manual_seed(0)
+        self.llm = transformers.GPT2Model(config)
+        self.factor = factor
+
+    def get_input_embeddings(self):
+        return self.llm.wte
+
+    def forward(self, input_ids, attention_mask=None):
+        if self.factor is None:
+            return self.llm(input_ids, attention_mask=attention_mask)
+        embeds = self.llm.wte(input_ids) * self.factor
+        return self.llm(inputs_embeds=embeds, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0, 8.0])
+def test_a_factor_around_a_model_that_is_known(factor):
+    net = Around(factor).train()
+    handle = apply_neftune(net, 5.0)
+    blocks = []
+    net.llm.h[0].register_forward_pre_hook(lambda module, args: blocks.append(1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            net(IDS, attention_mask=MASK)
+    assert net.llm.wte._neftune.factors.get(torch.float32, 1.0) == (factor or 1.0)
+    assert [str(one.message)[:33] for one in said] == ["Around multiplies its embeddings "] * (
+        factor == 8
+    )
+    assert len(blocks) == (3 if factor is None else 4), "a look ends where it is known"
+    assert not net.llm.wte._neftune.state.unmeasured
+    assert handle.check(input_ids=IDS, attention_mask=MASK)["ok"]
+    inner = Around().llm
+    assert apply_neftune(inner, 5.0) and not inner.wte._neftune.state.unmeasured
+
+
+def test_a_look_around_a_known_model_that_tells_nothing_is_silent():
+    """One row with positions, a cache, a forward that cannot be run: as without anybody around."""
+    net = Around().train()
+    apply_neftune(net, 5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(IDS[:1])
+    net = Around().train()
+    net.llm = torch.compile(net.llm, backend="eager")
+    apply_neftune(net, 5.0, embedding="llm._orig_mod.wte")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        net(IDS, attention_mask=MASK)
+    assert not [one for one in said if "multipl" in str(one.message)]
+
+
+def test_a_look_around_a_known_model_that_fails_is_silent():
+    class NeedsGrad(Around):
+        def forward(self, input_ids, attention_mask=None):
+            assert torch.is_grad_enabled()
+            return super().forward(input_ids, attention_mask)
+
+    net = NeedsGrad().train()
+    apply_neftune(net, 5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(IDS, attention_mask=MASK)

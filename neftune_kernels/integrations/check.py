@@ -12,8 +12,11 @@ from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..noise import alpha_tensor
 from ..samples import Samples
 from .find import base_class
-from .probe import Measured, measure, undisturbed
+from .multiples import Measured
+from .probe import measure
 from .running import NoisyCall, Site, State
+from .sequences import tensors_in
+from .undisturbed import copied, undisturbed
 
 CLOSE = 0.02  # of the paper's magnitude: what low precision rounds away stays below
 COLUMNS = (
@@ -40,6 +43,8 @@ class Check(dict[str, Any]):
             for row in rows
         ]
         verdict = "exact" if self["ok"] else "NOT as the paper's: see below"
+        if self["ok"] and self["said"]:
+            verdict = "exact: see below"
         told = [f"- {message}" for message in self["said"]]
         return "\n".join([*lines, f"noise_alpha {self['noise_alpha']:g}: {verdict}", *told])
 
@@ -60,6 +65,7 @@ def check(
     root: nn.Module, state: State, sites: dict[str, nn.Module], batch: dict[str, Any]
 ) -> Check:
     """sites: by their paths. The model is left as it was: mode, generators, buffers, counters."""
+    _refuse_meta(batch, list(sites.values()))
     caught: list[str] = []
     calls: dict[nn.Module, _Call] = {}
     with _as_it_was(root, state, list(sites.values())), _heard(caught):
@@ -70,21 +76,26 @@ def check(
         ]
         try:
             with torch.enable_grad():
-                root(**batch)
+                root(**copied(batch, tensors=False))
         finally:
             for hook in hooks:
                 hook.remove()
         rows = []
         factors = _arriving(root, batch, list(calls))
         for path, module in sites.items():
-            rows.append(_row(path, module, batch, calls.get(module), factors.get(module)))
+            row = _row(path, module, batch, calls.get(module), factors.get(module))
+            row["tied"] = module not in calls and any(_share(module, other) for other in calls)
+            rows.append(row)
     said = list(dict.fromkeys(caught))
-    for row in rows:
+    judged = [row for row in rows if not row["tied"]]
+    for row in judged:
         arrives, padding = row["arrives"], row["padding"]
         if arrives is None:
             said.append(
                 f"{row['site']}: no noise in this forward ({row['why'] or 'it did not run'})"
             )
+        elif row["why"]:
+            said.append(f"{row['site']}: {row['why']}")
         elif abs(arrives - 1) > CLOSE and row["measured"] is not None:
             said.append(
                 f"{row['site']}: the noise arrives {arrives:.4g} times as loud as the paper's: "
@@ -92,11 +103,25 @@ def check(
             )
         if padding is False:
             said.append(f"{row['site']}: padding is noised")
-    ok = bool(rows) and all(
-        row["arrives"] is not None and abs(row["arrives"] - 1) <= CLOSE and row["padding"]
-        for row in rows
+    ok = bool(judged) and all(
+        row["arrives"] is not None
+        and abs(row["arrives"] - 1) <= CLOSE
+        and row["padding"]
+        and not row["why"]
+        for row in judged
     )
     return Check(ok=ok, noise_alpha=state.noise_alpha, sites=rows, said=said)
+
+
+def _refuse_meta(batch: dict[str, Any], sites: list[nn.Module]) -> None:
+    weights = [getattr(one, "weight", None) for one in sites]
+    if any(one is not None and not one.is_meta for one in weights):
+        names = [name for name, value in tensors_in(batch) if value.is_meta]
+        if names:
+            raise ValueError(
+                f"check measures values, and {', '.join(names)} on the meta device has none: pass "
+                "a batch on the model's device"
+            )
 
 
 class _Call(NamedTuple):
@@ -114,6 +139,12 @@ def _keep(module: nn.Module, calls: dict[nn.Module, _Call]) -> Any:
             calls.setdefault(module, _Call(site.last, output.detach().clone()))
 
     return hook
+
+
+def _share(module: nn.Module, other: nn.Module) -> bool:
+    """Whether they are one table: T5 never looks up in the one that names its two others."""
+    weight = getattr(module, "weight", None)
+    return weight is not None and getattr(other, "weight", None) is weight
 
 
 def _arriving(
@@ -159,7 +190,7 @@ def _row(
     at_lookup = (noisy.double() - clean.double()).reshape(-1, width)
     row["padding"] = not bool(at_lookup[~real].any())
     if not bool(real.any()):
-        return row | {"lengths": []}
+        return row | {"lengths": [], "why": "every token is padding"}
     factor = known if measured is None else measured
     arrived = at_lookup[real] * factor
     if each is not None and measured is None:
@@ -173,6 +204,15 @@ def _row(
     embedded = clean.double().reshape(-1, width)[real]
     row["noise_to_embedding"] = ratio_of_rms(at_lookup[real], embedded)
     row["lengths"] = _lengths(last, noisy.device)
+    if arriving is not None and measured is None and each is None:
+        if arriving.high:
+            row["why"] = (
+                f"what arrives is multiplied by {arriving.low:.4g} to {arriving.high:.4g}, each "
+                "token, sample or lookup by its own number: "
+                "apply_neftune(..., embedding_multiplier=lambda given: ...)"
+            )
+        elif said is None and not site.multiplier_known:
+            row["why"] = f"what it is multiplied by could not be measured ({arriving.why})"
     return row
 
 
@@ -259,6 +299,7 @@ def _as_it_was(root: nn.Module, state: State, sites: list[nn.Module]) -> Iterato
         state.embedded,
     )
     state.warned.clear()  # what was said before is said again, to whom asks
+    state.skipped_last = None
     try:
         with _modes_kept(root), undisturbed(root):
             yield

@@ -26,9 +26,10 @@ from .find import (
     padding_of,
     snapshot,
 )
-from .listening import Listener, heard, listeners_of
+from .listening import Listener, heard, is_foreign, listeners_of
 from .multipliers import known_multiplier, read_row
 from .noisy import class_to_restore, describe, drop_hooks, make_noisy, make_plain
+from .numbers import Numbers, numbers_of
 from .probe import is_left
 from .running import (
     RUNNING,
@@ -67,7 +68,7 @@ class _Followed(NamedTuple):
     """What a factor was read from, or may have come from."""
 
     model: weakref.ref[nn.Module]
-    names: tuple[str, ...] | None  # of numbers it holds; None: its row
+    held: tuple[Numbers, ...] | None  # None: its row
     before: tuple[Any, ...]
 
 
@@ -323,7 +324,8 @@ class NEFTuneHandle:
                 how = known_multiplier([parent for parent, _ in ancestors_of(root, name)])
                 site.multiplier_known, site.factors = how.known, dict(how.factors)
                 site.each = how.each
-                state.unmeasured |= not site.multiplier_known
+                site.holder = None if how.holder is None else weakref.ref(how.holder)
+                state.unmeasured |= not site.multiplier_known or site.holder is not None
                 if how.row is not None:
                     self._followed.append(_followed(how.row, None))
                 inside = [] if how.inside is None else listeners_of(how.inside)
@@ -345,26 +347,12 @@ class NEFTuneHandle:
             if module in sites
             for parent, _ in ancestors_of(root, name)
         ]
-        rows = [one for one in self._followed if one.names is None]
+        beside = [child for one in leading for child in one.children() if is_foreign(child)]
+        rows = [one for one in self._followed if one.held is None]
         self._followed = rows + [
-            _followed(one, self._numbers_of(one)) for one in dict.fromkeys(leading)
+            _followed(one, numbers_of(one, self._uninvolved))
+            for one in dict.fromkeys([*leading, *beside])
         ]
-
-    def _numbers_of(self, module: nn.Module) -> tuple[str, ...]:
-        """The attributes of a module, or its class, that are numbers and may be a factor."""
-        own = weakref.ref(module)
-        held = {
-            name: value
-            for one in (*type(module).__mro__, module)
-            for name, value in vars(one).items()
-        }
-        return tuple(
-            name
-            for name, value in held.items()
-            if type(value) in (bool, int, float)
-            and name != "training"
-            and (own, name) not in self._uninvolved
-        )
 
     def may_have_changed(self) -> bool:
         """Whether :meth:`refresh` may find something to do."""
@@ -376,13 +364,13 @@ class NEFTuneHandle:
             return
         names: set[tuple[weakref.ref[nn.Module], str]] = set()
         has_changed = False
-        for model, own, before in self._followed:
+        for model, held, before in self._followed:
             module = model()
-            if module is None or (now := _read(module, own)) == before:
+            if module is None or (now := _read(module, held)) == before:
                 continue
             has_changed = True
-            pairs = zip(own or (), before, now, strict=False)
-            names |= {(model, name) for name, one, other in pairs if one != other}
+            for one, old, new in zip(held or (), before, now, strict=False):
+                names |= {(model, name) for name in one.changed(old, new)}
         if has_changed:
             sites = self._sites()
             self._doubted = _Doubted(names, _factors(sites))
@@ -649,7 +637,8 @@ class NEFTuneHandle:
             replica, multiplier (what alpha is divided by), heard (the argument that tells the
             samples), lengths of the samples with a real token, padding (True: it has no noise),
             arrives (noise at the first block over the paper's), measured (the multiplier that was
-            measured, None where it could not be), noise_to_embedding.
+            measured, None where it could not be), noise_to_embedding, tied (True: it looked nothing
+            up, but a table with its weight did).
 
         Raises:
             RuntimeError: the handle was removed, or its model is gone.
@@ -737,17 +726,16 @@ def _factors(sites: list[nn.Module]) -> list[dict[torch.dtype, float]]:
     return [site.__dict__["_neftune"].factors for site in sites]
 
 
-def _followed(model: nn.Module, names: tuple[str, ...] | None) -> _Followed:
-    return _Followed(weakref.ref(model), names, _read(model, names))
+def _followed(model: nn.Module, held: tuple[Numbers, ...] | None) -> _Followed:
+    return _Followed(weakref.ref(model), held, _read(model, held))
 
 
-def _read(model: nn.Module, names: tuple[str, ...] | None) -> tuple[Any, ...]:
+def _read(model: nn.Module, held: tuple[Numbers, ...] | None) -> tuple[Any, ...]:
     """What its row says, or its numbers and what modules it holds; asked at every forward."""
-    if names is None:
+    if held is None:
         return (read_row(model),)
-    own = vars(model)
-    held = [weakref.ref(one) for one in model._modules.values() if one is not None]
-    return (*[own.get(name) for name in names], *held)
+    children = [weakref.ref(one) for one in model._modules.values() if one is not None]
+    return (*[one.read(model) for one in held], *children)
 
 
 def _places(

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .arguments import Padding, parameter_names, tells_samples
+from .multiples import Measured
 from .multipliers import DTYPES
 from .noisy import drop_hooks
-from .probe import TOO_FEW, Measured, keep_factors, kept_factors, measure
+from .probe import keep_factors, kept_factors, measure
 from .quirks import (
     NO_QUIRKS,
     QUIRKS,
@@ -22,8 +23,23 @@ from .quirks import (
     quirks_of,
     row_of,
 )
-from .running import RUNNING, Forward, Site, State, forget_interrupted, has_moved, probing
+from .running import (
+    NOT_LOOKED_AT,
+    RUNNING,
+    Forward,
+    Site,
+    State,
+    forget_interrupted,
+    has_moved,
+    probing,
+)
 
+CHANGES = (
+    "what {} multiplies its embeddings by has changed since it was first looked at, and it is "
+    "looked at again whenever a number in what leads to its embedding changes. Say it to spare "
+    "those looks: apply_neftune(..., embedding_multiplier=lambda given: ...), which is given the "
+    "forward's arguments by name"
+)
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
 MOVED = (
     "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
@@ -141,31 +157,48 @@ class Listener:
         state = self.state
         if not self.hears(module) or torch.compiler.is_compiling():
             return
-        sites = [
-            one
+        sites: dict[nn.Module, Site] = {
+            one: site
             for one in module.modules()
             if (site := one.__dict__.get("_neftune")) is not None
             and site.state is state
-            and not site.multiplier_known
-        ]
-        known = kept_factors(module, sites)
+            and not (site.multiplier_known and site.holder is None)
+        }
+        holders = {
+            one: holder
+            for one, site in sites.items()
+            if site.holder is not None and (holder := site.holder()) is not None
+        }
+        known = kept_factors(module, [one for one, site in sites.items() if site.lookups == 1])
         rest = [one for one in sites if one not in known]
-        looked = measure(module, args, kwargs, rest) if rest else {}
+        looked = measure(module, args, kwargs, rest, holders) if rest else {}
         keep_factors(module, looked)
         for one, found in {**known, **looked}.items():
-            measured: Any = one.__dict__["_neftune"]
-            if found.factor is not None and found.factor > 0:
-                measured.factors = dict.fromkeys(DTYPES, found.factor)
-            # last, as an interrupt may come between; too few are looked at again
-            measured.multiplier_known = found.why != TOO_FEW
-            message = "" if one in known else _what_was_found(type(module).__name__, found)
-            if message:
-                state.warn_once(message)
+            self._take(sites[one], found, one in known, type(module).__name__)
         state.looks += bool(rest)
-        unknown = any(not one.__dict__["_neftune"].multiplier_known for one in sites)
-        state.unmeasured = unknown and state.looks < LOOKS
-        if state.handle is not None:
+        state.unmeasured = state.looks < LOOKS and any(
+            not site.multiplier_known or site.holder is not None for site in sites.values()
+        )
+        if state.handle is not None and any(one not in holders for one in sites):
             state.handle.follow()
+
+    def _take(self, site: Site, found: Measured, kept: bool, name: str) -> None:
+        """What a look has found; what it could not tell is looked at again."""
+        state = self.state
+        factor = None if found.factor is None else abs(found.factor)
+        if factor is not None:
+            site.factors = dict.fromkeys(DTYPES, factor)
+        told = site.said
+        site.said = told if factor is None else factor
+        if factor is None and not found.high:
+            state.warned.add(NOT_LOOKED_AT)  # the same without the reason
+        if not kept and (factor is None or factor != (told or 1)):
+            changes = factor is not None and told is not None
+            state.warn_once(CHANGES.format(name) if changes else _what_was_found(name, found))
+        # last, as an interrupt may come between
+        site.multiplier_known = not found.why
+        if not found.why:
+            site.holder = None
 
     def _leave(self, module: nn.Module) -> Forward | None:
         """Take this call's forward off the stack, and what an interrupt inside it left above."""
@@ -203,13 +236,11 @@ class Listener:
 
 
 def _what_was_found(name: str, found: Measured) -> str:
-    if found.factor == 1:
-        return ""
-    if found.factor is not None and found.factor > 0:
+    if found.factor is not None:
         return (
             f"{name} multiplies its embeddings by {found.factor:.7g} after looking them up, as a "
             "first look at it found, and NEFTune divides alpha by that. Say it to spare the look: "
-            f"apply_neftune(..., embedding_multiplier={found.factor!r})"
+            f"apply_neftune(..., embedding_multiplier={abs(found.factor)!r})"
         )
     if found.high > 0:
         return (
@@ -221,7 +252,7 @@ def _what_was_found(name: str, found: Measured) -> str:
         )
     return (
         f"it is not known whether {name} multiplies its embeddings after looking them up "
-        f"({found.why or 'by no positive number'}): NEFTune takes 1. Say it: "
+        f"({found.why}): NEFTune takes 1. Say it: "
         "apply_neftune(..., embedding_multiplier=1.0)"
     )
 

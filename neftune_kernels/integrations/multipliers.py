@@ -21,6 +21,8 @@ class Multiplier(NamedTuple):
     inside: nn.Module | None = None
     each: Each | None = None  # factors of each sample, asked of that model's arguments
     row: nn.Module | None = None  # whose row told; read_row says whether it still does
+    # 1 is known of what is looked up while this model runs: one of nobody's around it may multiply
+    holder: nn.Module | None = None
 
 
 ONE = Multiplier()
@@ -39,8 +41,13 @@ def known_multiplier(ancestors: list[nn.Module]) -> Multiplier:
             return _each(model, quirks)
         if quirks.factor is not None:
             return _by_row(model, quirks)
-    holder = next((model for model in reversed(ancestors) if not _is_container(model)), None)
-    return ONE if holder is None or is_scanned(holder) else UNKNOWN
+    own = [model for model in reversed(ancestors) if not _is_container(model)]
+    if own and not is_scanned(own[0]):
+        return UNKNOWN
+    if all(is_scanned(model) for model in own):
+        return ONE
+    holder = next((one for one in own if is_scanned(one) and hasattr(one, "config_class")), own[0])
+    return Multiplier(holder=holder)
 
 
 def _by_row(model: nn.Module, quirks: Quirks) -> Multiplier:

@@ -3,34 +3,33 @@
 Nothing is differentiated: a gradient shrink has another factor in its backward than in its forward.
 """
 
-import contextlib
 import enum
 import hashlib
 import itertools
-import random
 import types
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ..torch_internals import dispatch_modes
 from .find import is_compiled
-from .running import RUNNING, probing
+from .multiples import Measured, multiple, thinned
+from .running import LOOKUPS, RUNNING, Site, forward_runs, probing
+from .undisturbed import NAMES_OF_TORCH, copied, is_open, undisturbed
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "layer_past", "mems", "hx", "state")
-ROUNDINGS = 4  # of a product, in the coarser of the two dtypes
 TOO_FEW = "the batch has fewer than two different tokens"
+THINNED = "a dropout of its own stands before its first block"
+NO_MULTIPLE = "what enters its first block is no multiple of the lookup"
+NEAR = 1e-3  # relative: of what two lookups of a table are multiplied by
 
-
-class Measured(NamedTuple):
-    """Of one site. Neither a factor nor a range: it could not be told, and why."""
-
-    factor: float | None = None
-    low: float = 0.0
-    high: float = 0.0  # of factors that differ by token or sample
-    why: str = ""
+NO_HOLDERS: dict[nn.Module, nn.Module] = {}
+HELD = Measured(1.0)  # looked up by a model that is known
 
 
 class _Arrived(Exception):
@@ -38,29 +37,41 @@ class _Arrived(Exception):
 
 
 def measure(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sites: list[nn.Module]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sites: list[nn.Module],
+    holders: dict[nn.Module, nn.Module] = NO_HOLDERS,
 ) -> dict[nn.Module, Measured]:
     """The factor of each site that runs in a forward of the model with these arguments.
 
-    The forward is run without grad up to the first tensor that enters a module and is no longer a
-    multiple of the lookup, or of it and something that is the same in all rows. RNG states,
-    buffers and modules' attributes are put back. Hooks of others in front of that place run once
-    more.
+    The forward is run without grad, dropouts doing nothing, up to the first tensor that enters a
+    module, is made of the lookup and no longer a multiple of it, or of it and something that is the
+    same in all rows. RNG states, buffers and modules' attributes are put back. Hooks of others in
+    front of that place run once more.
+
+    holders: models inside, of sites that are known to be multiplied by 1 while those run.
     """
     if why := _why_not(model, args, kwargs):
-        return {site: Measured(why=why) for site in sites}
-    watch = _Watch(sites)
-    handles = [site.register_forward_hook(watch.looked_up, prepend=True) for site in sites]
+        return {site: Measured(why=why) for site in sites if site not in holders}
+    watch = _Watch(sites, holders)
+    handles: list[Any] = []
     RUNNING.probing = measure.__code__
     failed = ""
     try:
-        handles += [
-            module.register_forward_pre_hook(watch.entered, with_kwargs=True, prepend=True)
-            for module in model.modules()
-            if module is not model
-        ]
-        with torch.no_grad(), undisturbed(model):
-            output = model.forward(*_copied(args), **_copied(kwargs))
+        for site in sites:
+            handles.append(site.register_forward_hook(watch.looked_up, prepend=True))
+        for module in model.modules():
+            if module is not model and not isinstance(module, torch.jit.ScriptModule):
+                hook = module.register_forward_pre_hook(
+                    watch.entered, with_kwargs=True, prepend=True
+                )
+                handles.append(hook)
+        with torch.no_grad(), undisturbed(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the forward itself will say it
+            args, kwargs = copied(args), copied(kwargs)
+            with watch.following:
+                output = model.forward(*args, **kwargs)
             watch.left(output)
     except _Arrived:
         pass
@@ -71,60 +82,6 @@ def measure(
         for handle in handles:
             handle.remove()
     return {site: found for site in sites if (found := watch.result(site, failed)) is not None}
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward in training mode moves: generators, buffers, and what modules keep
-    as attributes, in lists, dictionaries and sets of theirs too. What it changes inside other
-    objects stays.
-    """
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta
-    ]
-    kept = [(module, type(module), _attributes(module)) for module in model.modules()]
-    devices = {one.device.index for one in model.parameters() if one.device.type == "cuda"}
-    python = random.getstate()
-    try:
-        with torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-        for module, kind, attributes in kept:
-            if type(module) is kind:  # a lazy module has become what it is to be
-                _put_back(module, attributes)
-
-
-NAMES_OF_TORCH = {*vars(nn.Module()), "_neftune"}  # torch's own and ours
-Attributes = dict[str, tuple[Any, Any]]  # the object, and what it held where it is a container
-
-
-def _attributes(module: nn.Module) -> Attributes:
-    return {
-        name: (value, value.copy() if type(value) in (list, dict, set) else None)
-        for name, value in vars(module).items()
-        if name not in NAMES_OF_TORCH
-    }
-
-
-def _put_back(module: nn.Module, before: Attributes) -> None:
-    own = vars(module)
-    for name in [name for name in own if name not in before and name not in NAMES_OF_TORCH]:
-        del own[name]
-    for name, (value, held) in before.items():
-        own[name] = value
-        if held is not None:
-            value.clear()
-            (value.extend if type(value) is list else value.update)(held)
 
 
 # ---- what was found, by the class of the model and its configuration
@@ -182,16 +139,15 @@ def _number(value: Any) -> int:
 
 
 def _class(kind: type) -> tuple[Any, ...]:
-    """With what may be changed on it: its forward and its numbers."""
+    """With what may be changed on it: its methods, its numbers and what else can be written."""
     own = [one for one in kind.__mro__ if one.__module__.split(".")[0] not in ("torch", "builtins")]
     said = [
-        (name, value)
+        (name, _number(value) if isinstance(value, FUNCTIONS) else value)
         for one in own
         for name, value in vars(one).items()
-        if type(value) in (bool, int, float)
+        if type(value) in WRITTEN or isinstance(value, FUNCTIONS)
     ]
-    forward: Any = getattr(kind, "forward", None)
-    return _number(kind), _number(forward) if forward is not None else -1, said
+    return _number(kind), said
 
 
 def _written(value: Any, inside: tuple[int, ...]) -> Any:
@@ -215,18 +171,14 @@ def _written(value: Any, inside: tuple[int, ...]) -> Any:
     kind = type(value)
     if isinstance(value, enum.Enum):
         return _number(kind), value.name
-    if isinstance(value, nn.Module) or not _is_open(kind):
+    if isinstance(value, nn.Module) or not is_open(kind):
         raise TypeError
     return _number(kind), _written(vars(value), inside)
 
 
-def _is_open(kind: type) -> bool:
-    """Whether vars() shows all that an object holds: a class of Python's own without slots."""
-    own = kind.__mro__[:-1]
-    return not any("__new__" in vars(one) or vars(one).get("__slots__") for one in own)
-
-
 def _why_not(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    if dispatch_modes():
+        return "a dispatch mode is on, which would see it or have no values"
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "its parameters are split by DeepSpeed ZeRO-3"
     if any(
@@ -245,17 +197,6 @@ def _is_cache(value: Any) -> bool:
     return "cache" in type(value).__name__.lower() or isinstance(value, Iterator)
 
 
-def _copied(value: Any) -> Any:
-    """Arguments that a forward may change: what is called is not what the caller holds."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) is dict:
-        return {name: _copied(one) for name, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(one) for one in value)
-    return value
-
-
 def _tensors(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         if values.is_floating_point():
@@ -268,146 +209,157 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
+DROPOUTS = frozenset(
+    (
+        nn.functional.dropout,
+        nn.functional.dropout1d,
+        nn.functional.dropout2d,
+        nn.functional.dropout3d,
+        nn.functional.alpha_dropout,
+        nn.functional.feature_alpha_dropout,
+        torch.dropout,
+        torch.dropout_,
+        torch.alpha_dropout,
+        torch.feature_dropout,
+        torch.feature_alpha_dropout,
+    )
+)
+
+
+class _Lookup:
+    """What a site returned, and what becomes of it."""
+
+    def __init__(self, site: nn.Module, output: Tensor) -> None:
+        self.site = site
+        self.embedded = output.detach().clone()  # what follows may be in place
+        rows = self.embedded.reshape(-1, output.shape[-1])
+        self.distinct = rows.shape[0] > 0 and not bool((rows == rows[:1]).all())
+        self.made: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self.made[id(output)] = output
+        self.found: Measured | None = None
+        self.over = False  # what arrived is no multiple any more
+
+    def made_it(self, tensor: Tensor) -> bool:
+        return self.made.get(id(tensor)) is tensor
+
+    def compare(self, tensors: list[Tensor]) -> None:
+        results = [(multiple(self.embedded, one), one) for one in tensors]
+        best = next((r for found, _ in results for r in found if r.factor is not None), None)
+        if best is not None:
+            self.found = best
+            return
+        made = [(found, one) for found, one in results if found and self.made_it(one)]
+        if not made:  # positions on their own, or of another shape
+            return
+        self.over = True
+        before = self.found
+        ranges = [r for found, _ in made for r in found if r.high]
+        if ranges and (before is None or ranges[0].by_sample):
+            self.found = ranges[0]
+        elif before is not None and any(
+            thinned(self.embedded, one, before.factor or 0.0) for _, one in made
+        ):
+            self.found = Measured(why=THINNED)
+
+    def result(self, failed: str) -> Measured:
+        if not self.distinct and self.found is not HELD:
+            factor = None if self.found is None else self.found.factor
+            return Measured(factor, why=TOO_FEW)
+        return self.found or Measured(why=failed or NO_MULTIPLE)
+
+
+class _Following(TorchFunctionMode):
+    """Lets dropouts do nothing, and notes what is made of lookups."""
+
+    def __init__(self, lookups: list[_Lookup]) -> None:
+        super().__init__()
+        self.lookups = lookups
+        self.pauses = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.pauses:
+            return func(*args, **kwargs)
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        result = func(*args, **kwargs)
+        given = list(_tensors((args, kwargs)))
+        for lookup in self.lookups:
+            if not lookup.over and any(lookup.made_it(one) for one in given):
+                made = args[:1] if result is None else result  # x[...] = y returns nothing
+                lookup.made.update({id(one): one for one in _tensors(made)})
+        return result
+
+
 class _Watch:
-    def __init__(self, sites: list[nn.Module]) -> None:
+    def __init__(self, sites: list[nn.Module], holders: dict[nn.Module, nn.Module]) -> None:
         self.sites = sites
-        self.embedded: dict[nn.Module, Tensor] = {}
-        self.distinct: dict[nn.Module, bool] = {}
-        self.found: dict[nn.Module, Measured] = {}
-        self.over: set[nn.Module] = set()
+        self.holders = holders
+        self.lookups: list[_Lookup] = []
+        self.following = _Following(self.lookups)
+
+    def of(self, site: nn.Module) -> list[_Lookup]:
+        return [one for one in self.lookups if one.site is site]
 
     def looked_up(self, site: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not probing() or site in self.embedded or not isinstance(output, Tensor):
+        if not probing() or not isinstance(output, Tensor) or len(self.of(site)) == LOOKUPS:
             return
-        self.embedded[site] = output.detach().clone()  # what follows may be in place
-        rows = self.embedded[site].reshape(-1, output.shape[-1])
-        self.distinct[site] = rows.shape[0] > 0 and not bool((rows == rows[:1]).all())
+        lookup = _Lookup(site, output)
+        self.lookups.append(lookup)
+        if forward_runs(self.holders.get(site)):
+            lookup.found, lookup.over = HELD, True
+            self._end()
+
+    def _waits_for(self, site: nn.Module) -> bool:
+        own: Site = site.__dict__["_neftune"]
+        return len(self.of(site)) < own.lookups
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not probing():  # what an interrupt left
-            return
-        self._compare((args, kwargs))
-        if len(self.over) == len(self.sites):
+        if probing():  # else an interrupt has left it
+            self._compare((args, kwargs))
+            self._end()
+
+    def _end(self) -> None:
+        if all(one.over for one in self.lookups) and not any(map(self._waits_for, self.sites)):
             raise _Arrived
 
     def left(self, output: Any) -> None:
-        """What a model returns has arrived too, where nothing was entered before."""
+        """What a model returns has arrived too, where nothing was entered behind it."""
         plain = isinstance(output, (Tensor, Mapping, list, tuple))
-        values = output if plain else getattr(output, "__dict__", None)
-        for site in self.embedded:
-            if site not in self.found and site not in self.over:
-                self._compare(values)
+        self._compare(output if plain else getattr(output, "__dict__", None))
 
     def _compare(self, values: Any) -> None:
-        waiting = [site for site in self.embedded if site not in self.over]
-        tensors = list(_tensors(values)) if waiting else []
-        for site in waiting:
-            results = [
-                one
-                for tensor in tensors
-                for view in _views(tensor, self.embedded[site].shape)
-                if (one := _multiple(self.embedded[site], view)) is not None
-            ]
-            best = next((one for one in results if one.factor is not None), None)
-            if best is not None:
-                self.found[site] = best
-            elif results:  # of the same shape, and no multiple any more
-                self.over.add(site)
-                ranges = [one for one in results if one.high]
-                if site not in self.found and ranges:
-                    self.found[site] = ranges[0]
+        waiting = [one for one in self.lookups if not one.over]
+        if not waiting:
+            return
+        self.following.pauses = True
+        try:
+            tensors = list(_tensors(values))
+            for lookup in waiting:
+                others = [one for one in self.lookups if one is not lookup]
+                lookup.compare(
+                    [
+                        one
+                        for one in tensors
+                        if lookup.made_it(one) or not any(other.made_it(one) for other in others)
+                    ]
+                )
+        finally:
+            self.following.pauses = False
 
     def result(self, site: nn.Module, failed: str) -> Measured | None:
         """None: it was not looked up, or too little; the next forward may tell."""
-        if site not in self.embedded:
-            return Measured(why=failed) if failed else None
-        if not self.distinct[site]:
-            found = self.found.get(site)
-            return None if found is None else found._replace(why=TOO_FEW)
-        return self.found.get(
-            site, Measured(why=failed or "what enters its first block is no multiple of the lookup")
-        )
-
-
-def _views(tensor: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """A tensor as the lookup's shape, with axes exchanged, flattened, or with tokens before or
-    behind.
-    """
-    if tensor.shape == shape:
-        yield tensor
-    if tensor.dim() == len(shape) == 3:
-        for axes in ((1, 0, 2), (0, 2, 1), (1, 2, 0), (2, 0, 1)):
-            moved = tensor.permute(axes)
-            if moved.shape == shape:
-                yield moved
-        if tensor.shape[::2] == shape[::2] and tensor.shape[1] > shape[1]:
-            yield tensor[:, : shape[1]]
-            yield tensor[:, tensor.shape[1] - shape[1] :]
-    elif tensor.numel() == shape.numel() and tensor.dim() and tensor.shape[-1] == shape[-1]:
-        yield tensor.reshape(shape)
-
-
-def _multiple(embedded: Tensor, arrived: Tensor) -> Measured | None:
-    """factor where it is one number; a range where each token has its own; neither: none."""
-    if embedded.device != arrived.device:
-        return None
-    eps = max(torch.finfo(embedded.dtype).eps, torch.finfo(arrived.dtype).eps) * ROUNDINGS
-    e, t = embedded.double(), arrived.detach().double()
-    rows = (e != 0).any(-1) & (t != 0).any(-1)  # padding may be zero on either side
-    if not bool(rows.any()):
-        return Measured()
-    own_e, own_t = e[rows], t[rows]
-    by_token = (own_e * own_t).sum(-1) / own_e.square().sum(-1)
-    product = by_token[:, None] * own_e
-    if bool(((own_t - product).abs() <= eps * product.abs()).all()):
-        low, high = float(by_token.min()), float(by_token.max())
-        whole = float((own_e * own_t).sum() / own_e.square().sum())
-        if high - low <= 2 * eps * abs(whole):
-            return Measured(_exactly(embedded, arrived, whole, eps))
-        return Measured(low=low, high=high)
-    factor = _by_differences(e, t, rows, eps)
-    return Measured() if factor is None else Measured(_nearest(factor, e.shape[-1], eps))
-
-
-def _by_differences(e: Tensor, t: Tensor, rows: Tensor, eps: float) -> float | None:
-    """Of two rows at the same column: learned positions cancel."""
-    if e.dim() != 3 or e.shape[0] < 2:
-        return None
-    both = rows[1:] & rows[:1]
-    de, dt = (e[1:] - e[:1])[both], (t[1:] - t[:1])[both]
-    size = (e[1:].abs() + e[:1].abs())[both], (t[1:].abs() + t[:1].abs())[both]
-    if not bool((de != 0).any()):
-        return None
-    factor = float((de * dt).sum() / de.square().sum())
-    rest = (dt - factor * de).abs()
-    if bool((rest > eps * (abs(factor) * size[0] + size[1])).any()):
-        return None
-    # positions so large that rounding hides the embeddings say nothing
-    return factor if float(rest.square().sum()) < 0.01 * float(dt.square().sum()) else None
-
-
-def _candidates(factor: float, columns: int) -> list[float]:
-    root = columns**0.5
-    roots = [root, *(_rounded(root, dtype) for dtype in (torch.bfloat16, torch.float16))]
-    usual = [1.0, *roots, 1 / root, float(round(factor)), round(factor * 2) / 2]
-    return sorted(set(usual) - {0.0}, key=lambda one: abs(one - factor))
-
-
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(value, dtype=dtype, device="cpu"))
-
-
-def _exactly(embedded: Tensor, arrived: Tensor, factor: float, eps: float) -> float:
-    """The usual number that makes the arrival bit for bit, else the nearest."""
-    for one in _candidates(factor, embedded.shape[-1]):
-        if abs(one - factor) <= eps * abs(factor) and torch.equal(embedded * one, arrived):
-            return one
-    return _nearest(factor, embedded.shape[-1], eps)
-
-
-def _nearest(factor: float, columns: int, eps: float) -> float:
-    one = _candidates(factor, columns)[0]
-    return one if abs(one - factor) <= eps * abs(factor) else factor
+        found = [one.result(failed) for one in self.of(site)]
+        if not found:
+            return Measured(why=failed) if failed and site not in self.holders else None
+        factors = [one.factor for one in found if one.factor is not None]
+        if len(factors) == len(found) > 1 and max(factors) - min(factors) > NEAR * max(factors):
+            return Measured(low=min(factors), high=max(factors))
+        worst = next((one for one in found if one.factor is None), None)
+        worst = worst or next((one for one in found if one.why), found[0])
+        return None if worst.why == TOO_FEW and worst.factor is None else worst
 
 
 def is_left(hook: Any) -> bool:

@@ -272,7 +272,8 @@ SCANNED = ("5.23.0",)
 
 def package_of(model: nn.Module) -> str:
     """The top package whose code a model runs: FSDP2 gives models a class of torch's."""
-    return str(getattr(type(model).forward, "__module__", "").split(".")[0])
+    forward = getattr(type(model), "forward", None)  # a scripted module's class has none
+    return str(getattr(forward, "__module__", "").split(".")[0])
 
 
 def key_of(model: nn.Module) -> tuple[str, str]:

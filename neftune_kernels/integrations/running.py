@@ -168,6 +168,9 @@ class State:
 # ---- forwards
 
 
+LOOKUPS = 4  # of a table in one forward, the most that a look sees
+
+
 class Forward:
     """A running forward of a model around sites: who listens to it, and what it was given."""
 
@@ -188,6 +191,7 @@ class Forward:
         self.given = given
         self.frame = frame
         self._samples: dict[int, Samples] = {}  # of each sequence, read when a site asks
+        self._lookups: Counter[Site] = Counter()  # of sites that were looked at
 
     def runs(self, frame: types.FrameType | None) -> bool:
         """Whether its call is this frame or lies around it. A frame that has ended may have left
@@ -289,6 +293,15 @@ class Forward:
             self.words = words_said(read, self.given, listener.names, listener.name)
         return self.words
 
+    def count(self, site: "Site") -> None:
+        """Of a table that is looked up more often than a look has seen, each may be multiplied by
+        its own number: the next forward is looked at again.
+        """
+        self._lookups[site] += 1
+        if site.lookups < self._lookups[site] <= LOOKUPS:
+            site.lookups = self._lookups[site]
+            site.multiplier_known, self.state.unmeasured, self.state.looks = False, True, 0
+
     @property
     def has_embeds(self) -> bool:
         given = self.given
@@ -345,8 +358,10 @@ def forget_interrupted(frame: types.FrameType | None = None) -> None:
         forwards.pop()
 
 
-def _forward_runs(model: nn.Module | None) -> bool:
+def forward_runs(model: nn.Module | None) -> bool:
     """Whether a forward of this model is running, called by its name: no hook hears that."""
+    if model is None:
+        return False
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is model:
@@ -419,6 +434,10 @@ class Site:
         self.hooked = False  # a model around the site tells us its samples
         self.wrappers: list[weakref.ref[nn.Module]] = []  # around the site
         self.multiplier_known = True  # else it is to be measured
+        # whose lookups alone it is known of, while others are to be looked at
+        self.holder: weakref.ref[nn.Module] | None = None
+        self.said: float | None = None  # the factor that was measured last
+        self.lookups = 1  # of a forward, which a look is to see
         self.factors: dict[torch.dtype, float] = {}  # that the lookup is multiplied by afterwards
         self.each: Each | None = None  # factors of each sample, by the arguments of that model
         self.factor_listener: Any = None  # only while its model runs; None: always
@@ -427,7 +446,7 @@ class Site:
         self.firsts = FirstPasses()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "wrappers": [], "last": None}
+        return {**self.__dict__, "wrappers": [], "holder": None, "last": None}
 
     def marked(self) -> bool:
         return any(
@@ -609,6 +628,8 @@ class Site:
         compiling = torch.compiler.is_compiling()
         if compiling:
             read_factors_again(self.state.handle_key)
+        elif self.said is not None and forwards:
+            forwards[0].count(self)
         factor = self.factors.get(dtype, 1.0)
         if factor == 1:
             if not self.multiplier_known and not self.factors:
@@ -618,7 +639,7 @@ class Site:
         if listener is None or any(one.listener is listener for one in forwards):
             return factor
         # else another model looks its tokens up
-        return factor if not compiling and _forward_runs(listener.model()) else 1.0
+        return factor if not compiling and forward_runs(listener.model()) else 1.0
 
 
 def _at(told: Samples, where: Place, ids: Tensor) -> Samples:
