@@ -1,4 +1,4 @@
-"""The table of what alpha is on a model: what arrives, and what a hook before a factor makes of it."""
+"""The table of what alpha is on a model: what arrives, and what a hook before a factor makes."""
 
 import pytest
 import torch
