@@ -3,15 +3,18 @@
 import functools
 import gc
 import math
+import sys
+import threading
 import warnings
 import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from neftune_kernels import apply_neftune, noisy_embedding
-from neftune_kernels.integrations import find, probe
+from neftune_kernels.integrations import find, listening, probe
 
 WIDTH = 48
 IDS = torch.randint(1, 50, (3, 8), generator=torch.Generator().manual_seed(2))
@@ -602,3 +605,94 @@ def test_a_look_around_a_known_model_that_fails_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net(IDS, attention_mask=MASK)
+
+
+# ---- threads
+
+
+class Threaded(nn.Module):
+    """Its first block keeps what arrived for each thread; `within` runs inside its forward."""
+
+    def __init__(self, within=lambda: None):
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.block = nn.Linear(32, 32)
+        self.within = within
+        self.arrived = threading.local()
+        self.block.register_forward_pre_hook(self.keep)
+
+    def keep(self, block, args):
+        self.arrived.value = args[0].detach().clone()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask=None):
+        embedded = self.embed(input_ids) * 8.0
+        self.within()
+        return self.block(embedded)
+
+
+def test_threads_that_begin_together_wait_for_one_look():
+    """Each arrives with the noise of its own lengths; two looks at once would see each other."""
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    faults = []
+    try:
+        for _ in range(8):
+            probe.KEPT.clear()
+            torch.manual_seed(0)
+            model = Threaded().train()
+            weight, start = model.embed.weight.detach(), threading.Barrier(6)
+            apply_neftune(model, 5.0)
+
+            def run(length, model=model, weight=weight, start=start):
+                ids = torch.arange(1, 17)[None]
+                mask = (torch.arange(16) < length).long()[None]
+                try:
+                    start.wait()
+                    model(ids, mask)
+                    noise = (model.arrived.value - F.embedding(ids, weight) * 8.0)[0].abs()
+                    paper = 5.0 / (length * 32) ** 0.5
+                    # of 128 uniform draws and more none is beyond 0.8: 4e-13
+                    if noise[length:].any() or not 0.8 * paper < noise.max() < 1.001 * paper:
+                        faults.append((length, float(noise.max()) / paper))
+                except Exception as error:
+                    faults.append(error)
+
+            threads = [threading.Thread(target=run, args=(length,)) for length in range(4, 16, 2)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for one in threads:
+                    one.start()
+                for one in threads:
+                    one.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert not faults
+
+
+def test_a_thread_that_a_look_waits_for_says_so(monkeypatch):
+    """A forward that waits for a thread of its own, which would look too."""
+    monkeypatch.setattr(listening, "PATIENCE", 0.05)
+    probe.KEPT.clear()
+    other, said = Threaded().train(), []
+    steers = apply_neftune(other, 5.0)
+
+    def inside():
+        def run():
+            try:
+                other(IDS)
+            except RuntimeError as error:
+                said.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    model = Threaded(inside).train()
+    apply_neftune(model, 5.0)
+    with pytest.warns(UserWarning, match="multiplies its embeddings by 8"):
+        model(IDS)
+    assert len(said) == 1 and "another thread has been looking" in said[0]
+    assert steers.stats()["calls"] == 1, "in the forward itself nothing waits"

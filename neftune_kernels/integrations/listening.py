@@ -1,6 +1,7 @@
 """Listener: the two hooks of a model around sites, which hear what its forward is told."""
 
 import sys
+import threading
 import weakref
 from typing import Any
 
@@ -39,6 +40,14 @@ CHANGES = (
     "looked at again whenever a number in what leads to its embedding changes. Say it to spare "
     "those looks: apply_neftune(..., embedding_multiplier=lambda given: ...), which is given the "
     "forward's arguments by name"
+)
+# A look forks the generators and sets a function mode. A thread that never comes back (one started
+# inside the forward that is looked at waits for it) must not hang the others.
+LOOKING = threading.RLock()
+PATIENCE = 60.0  # seconds
+BUSY = (
+    "another thread has been looking for a minute at what {} multiplies its embeddings by, or was "
+    "interrupted there. Say it to spare the look: apply_neftune(..., embedding_multiplier=1.0)"
 )
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
 MOVED = (
@@ -153,10 +162,24 @@ class Listener:
             return  # the next noisy forward says so
 
     def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What the unknown models of sites multiply by, before their first noisy forward."""
-        state = self.state
+        """What the unknown models of sites multiply by, before their first noisy forward: one
+        thread looks, others wait for what it finds.
+        """
         if not self.hears(module) or torch.compiler.is_compiling():
             return
+        is_ours = False
+        try:
+            is_ours = LOOKING.acquire(timeout=PATIENCE)
+            if not is_ours:
+                raise RuntimeError(BUSY.format(self.name))
+            if self.state.unmeasured:
+                self._look(module, args, kwargs)
+        finally:
+            if is_ours:
+                LOOKING.release()
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.state
         sites: dict[nn.Module, Site] = {
             one: site
             for one in module.modules()
