@@ -14,14 +14,14 @@ constexpr int kUnitWords = 4;
 struct Unit {
   int32_t documents;  // 0: one run, and nothing is known per token
   int32_t first;      // the run's first column in its row
-  int32_t count;      // its real tokens
+  int32_t count;      // real tokens of the row up to the end of the unit's last document
   int32_t before;     // the number of the unit's document 0; -1: to be counted, units are rows
 };
 
 // Of a document, at the unit's first token plus the document's number in the unit.
 struct Entry {
-  int32_t first;
-  int32_t count;
+  int32_t first;    // its first real column in its row
+  int32_t earlier;  // real tokens of the row before it
 };
 
 // The three tables of `tokens` tokens.
@@ -59,8 +59,10 @@ NEFTUNE_INLINE NumberedToken token_of(const Numbering& numbering, const Unit& un
   const int64_t document = numbering.record[token];
   if (document < 0 || document >= unit.documents || start + document >= numbering.tokens)
     return {before, 0, 0};
-  const Entry entry = numbering.table[start + document];
-  return {before + document, column - entry.first, entry.count};
+  const Entry* entry = numbering.table + start + document;
+  const bool has_next = document + 1 < unit.documents && start + document + 1 < numbering.tokens;
+  const int64_t end = has_next ? entry[1].earlier : unit.count;
+  return {before + document, column - entry->first, end - entry->earlier};
 }
 
 }  // namespace neftune_kernels

@@ -318,13 +318,15 @@ def number_documents(attention_mask: Tensor | None, position_ids: Tensor | None)
     holds three tables one after the other:
 
         units   (units, 4)  documents, first, count, before
-        table   (N, 2)      first, count; of the unit's document k at the unit's first token plus k
+        table   (N, 2)      first, earlier; of the unit's document k at its first token plus k
         record  (N,)        each token's document k in its unit, -1 for padding
 
     documents: how many the unit holds; 0: its real tokens are columns first .. first + count - 1
         of one, and nothing need be written of it to the other two tables.
-    first, count: the first real column of a document (of the unit's first one) in its row, and how
-        many real tokens it has, those in other pieces of the row included.
+    first: the first real column of a document (of the unit's first one) in its row.
+    earlier: how many real tokens of the row come before the document. So many as the next one of
+        the unit has more, it has itself.
+    count: the real tokens of the row up to the end of the unit's last document.
     before: the number of the unit's document 0; -1, where units are rows: the sum of
         max(documents, 1) over the units before.
 
@@ -334,8 +336,7 @@ def number_documents(attention_mask: Tensor | None, position_ids: Tensor | None)
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
     rows, columns = rows_and_columns(given.shape)
-    if columns >= 2**31:
-        raise ValueError(f"rows must have fewer than 2**31 tokens, got {columns}")
+    check_columns(columns)
     if given.numel() == 0:
         return torch.zeros(UNIT_WORDS * rows, dtype=torch.int32, device=given.device)
     real, further, first = openings(attention_mask, position_ids)
@@ -343,13 +344,14 @@ def number_documents(attention_mask: Tensor | None, position_ids: Tensor | None)
     slot = (torch.arange(rows, device=given.device)[:, None] * columns + local).flatten()
     counts = torch.zeros_like(slot).scatter_add_(0, slot, real.flatten().long())
     firsts = torch.zeros_like(slot).scatter_reduce_(0, slot, first.flatten(), "amax")
-    row_first, row_count = firsts.view(rows, columns)[:, 0], counts.view(rows, columns)[:, 0]
+    earlier = counts.view(rows, columns).cumsum(1).flatten() - counts
+    row_first, row_count = firsts.view(rows, columns)[:, 0], real.sum(1)
     documents = local[:, -1] + 1
     last = columns - 1 - real.flip(1).int().argmax(dim=1)
     is_run = (documents == 1) & ((row_count == 0) | (last - row_first + 1 == row_count))
     before = documents.cumsum(0) - documents
     units = torch.stack((torch.where(is_run, 0, documents), row_first, row_count, before), dim=1)
-    table = torch.stack((firsts, counts), dim=1)
+    table = torch.stack((firsts, earlier), dim=1)
     record = torch.where(real, local, -1)
     return torch.cat((units.flatten(), table.flatten(), record.flatten())).to(torch.int32)
 
@@ -380,12 +382,19 @@ def numbered_tokens(
     local = torch.where(is_run, 0, record)
     slot = start + local
     known = (local >= 0) & (local < documents.clamp(min=1)) & (slot < num_tokens)
-    entry = table[torch.where(known, slot, 0)]
-    first = torch.where(is_run, first, entry[:, 0])
-    count = torch.where(is_run, count, entry[:, 1])
+    own = table[torch.where(known, slot, 0)]
+    has_next = known & (local + 1 < documents) & (slot + 1 < num_tokens)
+    end = torch.where(has_next, table[torch.where(has_next, slot + 1, 0)][:, 1], count)
+    first = torch.where(is_run, first, own[:, 0])
+    count = torch.where(is_run, count, end - own[:, 1])
     position = column - first
     real = known & (~is_run | ((position >= 0) & (position < count)))
     return torch.where(real, before + local, -1), position, torch.where(real, count, 0)
+
+
+def check_columns(columns: int) -> None:
+    if columns >= 2**31:
+        raise ValueError(f"rows must have fewer than 2**31 tokens, got {columns}")
 
 
 def check_numbering(numbering: Tensor, rows: int, num_tokens: int) -> int:

@@ -32,10 +32,11 @@ def cut(numbering, shape, pieces):
                 continue
             piece = record[row, start : start + width]
             held = sorted(set(piece[piece >= 0].tolist())) or [0]
+            ends = [*table[row, 1:documents, 1].tolist(), count]
             for number, document in enumerate(range(held[0], held[-1] + 1)):
                 new_table[row, start + number] = table[row, document]
             new_record[row, start : start + width] = torch.where(piece >= 0, piece - held[0], -1)
-            units.append((held[-1] - held[0] + 1, -7, -7, before + held[0]))
+            units.append((held[-1] - held[0] + 1, -7, ends[held[-1]], before + held[0]))
     units = torch.tensor(units, dtype=torch.int32)
     return torch.cat((units.flatten(), new_table.flatten(), new_record.flatten()))
 

@@ -658,7 +658,7 @@ void number_row(const NumberingJob& job, int64_t row, const Mask* masks, int64_t
   int32_t* record = job.record + row * job.columns;
   decltype(mask_value(Mask{})) previous_value{};
   int64_t previous = -1, previous_id = 0;
-  int32_t document = 0;
+  int32_t document = 0, count = 0;
   table[0] = {0, 0};
   for (int64_t column = 0; column < job.columns; ++column) {
     auto value = previous_value;
@@ -682,15 +682,15 @@ void number_row(const NumberingJob& job, int64_t row, const Mask* masks, int64_t
       const int64_t jump =
           static_cast<int64_t>(static_cast<uint64_t>(id) - static_cast<uint64_t>(previous_id));
       if (value != previous_value || (ids && jump != 1 && jump != column - previous))
-        table[++document] = {static_cast<int32_t>(column), 0};
+        table[++document] = {static_cast<int32_t>(column), count};
     }
-    ++table[document].count;
+    ++count;
     record[column] = document;
     previous = column;
     previous_id = id;
     previous_value = value;
   }
-  const auto [first, count] = table[0];
+  const int32_t first = table[0].first;
   const bool run = document == 0 && (count == 0 || previous - first + 1 == count);
   job.units[row] = {run ? 0 : document + 1, first, count, 0};
 }
