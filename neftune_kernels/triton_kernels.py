@@ -351,7 +351,7 @@ def noisy_rows(
     rows: tl.int32,
     columns: tl.int64,  # tokens of a row
     num_samples: tl.int64,  # that lengths or cu_seqlens hold
-    pieces: tl.int32,  # units of a row of numbering
+    pieces: tl.int32,  # units of a row of numbering; read where PIECED, as the next
     piece_columns: tl.int32,  # tokens of a unit
     ids_row: tl.int64,  # strides of input_ids, in elements
     ids_column: tl.int64,
@@ -370,6 +370,7 @@ def noisy_rows(
     PIECES: tl.constexpr,  # of a row
     KIND: tl.constexpr,  # "columns", or vectors: "pairs" of 16-bit values, "quads" of float32
     SCALED: tl.constexpr,  # scale is not 1
+    PIECED: tl.constexpr,  # a row of numbering is more than one unit
     DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
 ):
     """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to
@@ -395,20 +396,16 @@ def noisy_rows(
                     real, "cu_seqlens must run from 0 to the number of tokens and not decrease"
                 )
         elif numbering is not None:
+            units = rows.to(tl.int64)
             unit = row.to(tl.int64)
             start = token - column
-            if pieces > 1:
+            if PIECED:
                 piece = column // piece_columns
+                units *= pieces
                 unit = unit * pieces + piece
                 start += piece * piece_columns
             sample, place, length, real = numbered_token(
-                token,
-                column,
-                unit,
-                start,
-                numbering,
-                rows.to(tl.int64) * pieces,
-                rows.to(tl.int64) * columns,
+                token, column, unit, start, numbering, units, rows.to(tl.int64) * columns
             )
             place = (place + position_offset).to(tl.uint32)
         else:
@@ -919,7 +916,7 @@ def _launch_rows(
         None if position is None else position.dtype,
         None if lengths is None else lengths.dtype,
         None if cu_seqlens is None else cu_seqlens.dtype,
-        numbering is None,
+        None if numbering is None else pieces > 1,
     )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
@@ -932,6 +929,7 @@ def _launch_rows(
             source_column,
             aligned,
             embed_scale != 1,
+            pieces > 1,
             _warp_size(out.device),
         )
     else:
@@ -999,10 +997,11 @@ def row_constants(
     column_stride: int,
     aligned: bool,
     has_scale: bool,
+    is_pieced: bool,
     warp_size: int,
 ) -> tuple[int, tuple[Any, ...]]:
     """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, KIND, SCALED,
-    DEBUG.
+    PIECED, DEBUG.
     """
     blocks, pieces, num_warps = row_shape(embedding_dim, warp_size)
     kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
@@ -1013,6 +1012,7 @@ def row_constants(
         pieces,
         kind,
         has_scale,
+        is_pieced,
         DEBUG,
     )
 
@@ -1030,6 +1030,11 @@ PIECE = 2048  # of a program that has a piece of a longer row
 PIECES_AT_ONCE = 32
 TOKENS_BLOCK = 1024
 TOKENS_WARPS = 4
+
+
+def numbering_block(columns: int) -> int:
+    """Tokens of a program for rows of so many."""
+    return next((block for block in ROW_BLOCKS if block >= columns), PIECE)
 
 
 def numbering_shape(block: int, warp_size: int) -> tuple[int, int]:
@@ -1067,7 +1072,7 @@ def number_documents(
         places, ids_row, ids_column = rows_view(position_ids, rows, columns)
     numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
     is_long = columns > ROW_BLOCKS[-1]
-    block = PIECE if is_long else next(block for block in ROW_BLOCKS if block >= columns)
+    block = numbering_block(columns)
     each, num_warps = numbering_shape(block, _warp_size(device))
     is_dense = mask_column == ids_column == 1
     constexprs = (padding_value is not None, numbered, is_dense, block, each)
@@ -1122,7 +1127,7 @@ def mask_layout(
     """The operator `mask_layout` on a GPU, in one launch more than number_documents; NotImplemented
     as noisy_embedding_out.
 
-    `lengths` without a real token and `position` on padding are not set.
+    `lengths` beyond the documents and `position` on padding are not set.
     """
     numbering = number_documents(attention_mask, position_ids, padding_value)
     if numbering is NotImplemented:

@@ -269,9 +269,10 @@ def store_row(numbering, table, row, documents, first, count, IS_ONE: tl.constex
 def documents_before(numbering, unit):
     """How many documents the rows before this one hold."""
     documents = unit * 0
-    for start in range(0, unit, 128):
-        earlier = start + tl.arange(0, 128)
-        held = tl.load(numbering + earlier * UNIT_WORDS, mask=earlier < unit, other=0)
+    for start in range(0, unit, 32):
+        earlier = start + tl.arange(0, 32)
+        words = numbering + earlier.to(tl.int64) * UNIT_WORDS
+        held = tl.load(words, mask=earlier < unit, other=0)
         documents += tl.sum(tl.where(earlier < unit, tl.maximum(held, 1), 0))
     return documents
 
@@ -289,7 +290,7 @@ def numbered_token(token, column, unit, start, numbering, num_units, num_tokens)
     real = (position >= 0) & (position < count)
     length = position * 0 + count
     if before < 0:
-        before = documents_before(numbering, unit)
+        before = documents_before(numbering, unit.to(tl.int32))
     document = position * 0 + before
     if documents > 0:
         table = numbering + num_units * UNIT_WORDS
@@ -591,7 +592,7 @@ def number_pieces(
 def number_tokens(
     document,  # [rows · columns] int64, written
     position,  # [rows · columns] int64, written
-    lengths,  # [rows · columns] int64, written, of documents that have real tokens
+    lengths,  # [rows · columns] int64, written, of the documents
     numbering,  # as number_rows', units are rows
     rows: tl.int32,
     columns: tl.int32,
@@ -609,7 +610,7 @@ def number_tokens(
     number, place, length, real = numbered_token(
         token, column, row, start, numbering, num_rows, num_rows * columns
     )
-    real = real & inside
     tl.store(document + token, tl.where(real, number, -1).to(tl.int64), mask=inside)
     tl.store(position + token, place.to(tl.int64), mask=inside)
-    tl.store(lengths + number, length.to(tl.int64), mask=real)
+    tells = inside & (real | ((length == 0) & (column == 0)))  # or of a row without any
+    tl.store(lengths + number, length.to(tl.int64), mask=tells)
