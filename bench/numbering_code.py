@@ -1,9 +1,9 @@
 """What the compilers make of the kernels that number documents, for bench.codegen: instructions on
-the longest and the shortest way through a program, against limits in microseconds.
+the shortest and on the longest way through a program, against limits in microseconds.
 
-Time is what the model says: a warp issues an instruction every 4 cycles at 1.98 GHz, launch and
-loads beside. The shortest way is a row that is one run of real tokens; the longest takes every
-branch, and every loop once.
+The model: a warp issues an instruction every 4 cycles at 1.98 GHz; launches and loads come on top.
+The shortest way is that of rows that are one run of real tokens. The longest takes every branch
+where it is longer. Loops are gone through once: 32 pieces of a row at a time.
 """
 
 import functools
@@ -15,47 +15,66 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.cuda_code import Function, jump
+from bench.cuda_code import Function, jump, loops, opcode, parsed
 from bench.disassembly import resources, sass
 from neftune_kernels import triton_kernels, triton_numbering
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-}
 CYCLES, GIGAHERTZ = 4, 1.98
 
 
 class Given(NamedTuple):
-    """What a call gives, as the kernels' signature has it."""
+    """What a call gives, by the types of the kernels' parameters."""
 
     mask: str | None = None
     position_ids: str | None = None
-    is_padded: bool = False
+    is_padded: bool = False  # mask holds ids
 
     @property
     def is_numbered(self) -> bool:
-        return self.mask not in (None, "u8") and not self.is_padded
+        return self.mask not in (None, "*u8") and not self.is_padded
 
 
 GIVEN = {
-    "bool mask": Given("u8"),
-    "padding_idx": Given("i64", None, True),
-    "int64 mask": Given("i64"),
-    "float32 mask": Given("fp32"),
-    "position_ids": Given(None, "i64"),
-    "int64 mask, position_ids": Given("i64", "i64"),
+    "bool mask": Given("*u8"),
+    "padding_idx": Given("*i64", is_padded=True),
+    "int64 mask": Given("*i64"),
+    "float32 mask": Given("*fp32"),
+    "position_ids": Given(position_ids="*i64"),
+    "mask and ids": Given("*i64", "*i64"),
 }
-SHAPES = ((8, 512), (8, 4096), (1, 65536))
+MOST_PLAIN = 0.8  # us of a row that is one run
+MOST = {(8, 512): 1.5, (8, 4096): 2.5, (1, 65536): 2.5}  # us of any row
+READING = 70  # instructions that the row kernel has more than with `lengths`, at most
 
 
 class Numbering(NamedTuple):
     target: str
     given: str
     shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        rows, columns = self.shape
+        return f"{self.target}-{self.given.replace(' ', '_')}-{rows}x{columns}"
+
+
+class Program(NamedTuple):
+    """Counts of the kernels of one numbering, added up where there are two. Of an AMD one no ways
+    are known.
+    """
+
+    shortest: int
+    longest: int
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    launches: int
+    opcodes: Counter[str]
+
+    @property
+    def microseconds(self) -> tuple[float, float]:
+        return tuple(n * CYCLES / GIGAHERTZ / 1e3 for n in (self.shortest, self.longest))  # type: ignore[return-value]
 
 
 def kernels_of(configuration: Numbering) -> list[Any]:
@@ -66,12 +85,13 @@ def kernels_of(configuration: Numbering) -> list[Any]:
 
 
 @functools.cache
-def compiled(kernel: Any, configuration: Numbering) -> Any:
-    """As the launcher compiles it: a row's values side by side."""
-    given, target = GIVEN[configuration.given], TARGETS[configuration.target]
+def compiled(kernel: Any, configuration: Numbering, target: GPUTarget) -> Any:
+    """As the launcher compiles it for values side by side."""
+    given = GIVEN[configuration.given]
     block = triton_kernels.numbering_block(configuration.shape[1])
     each, num_warps = triton_kernels.numbering_shape(block, target.warp_size)
-    constants = {
+    types = {"numbering": "*i32", "summary": "*i32", **given._asdict()}
+    values = {
         "PADDED": given.is_padded,
         "NUMBERED": given.is_numbered,
         "DENSE": True,
@@ -80,109 +100,112 @@ def compiled(kernel: Any, configuration: Numbering) -> Any:
         "DEBUG": False,
         "LANES": triton_kernels.PIECES_AT_ONCE,
     }
-    types = {
-        "numbering": "*i32",
-        "summary": "*i32",
-        "mask": given.mask and f"*{given.mask}",
-        "position_ids": given.position_ids and f"*{given.position_ids}",
-    }
-    signature, values = {}, {}
+    signature, constants = {}, {}
     for parameter in kernel.params:
         name = parameter.name
-        signature[name] = types.get(name) or parameter.annotation_type or "constexpr"
-        if parameter.is_constexpr or name in types and types[name] is None:
-            signature[name], values[name] = "constexpr", constants.get(name)
+        signature[name] = types.get(name, parameter.annotation_type)
+        if parameter.is_constexpr or signature[name] is None:
+            signature[name], constants[name] = "constexpr", values.get(name)
     options = triton_kernels.compile_options(target.backend, triton_kernels.NUMBERING_REGISTERS)
     return triton.compile(
-        ASTSource(kernel, signature, values),
+        ASTSource(kernel, signature, constants),
         target=target,
         options={"num_warps": num_warps, **options},
     )
 
 
-def function_of(text: str) -> Function:
-    """nvdisasm's text of one kernel."""
-    lines: list[str] = []
-    labels = {}
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(lines)
-        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
-            lines.append(re.sub(r"/\*.*?\*/", "", line).strip(" ;\t"))
-    return Function("", lines, labels)
-
-
 def ways(code: Function) -> tuple[int, int]:
-    """Instructions of the shortest and the longest way to an EXIT; loops are gone through once."""
-    count = len(code.lines)
-    shortest, longest = [count] * (count + 1), [0] * (count + 1)
-    shortest[0] = 0
-    ends = []
+    """Instructions of the shortest and of the longest way to an EXIT, neither around a loop."""
+    unreached = len(code.lines) + 1
+    shortest, longest = [unreached] * unreached, [0] * unreached
+    shortest[0], ends, found = 0, [], loops(code)
     for i, line in enumerate(code.lines):
-        if shortest[i] == count:
-            continue  # out of reach
+        after = shortest[i] + 1, longest[i] + 1
+        if shortest[i] == unreached:
+            continue
+        target, is_exit = jump(line, code.labels), opcode(line) == "EXIT"
         following = []
-        conditional = line.startswith("@")
-        target = jump(line, code.labels)
-        if re.search(r"\bEXIT\b", line):
-            ends.append((shortest[i] + 1, longest[i] + 1))
-            following = [i + 1] if conditional else []
-        elif target is not None:
-            following = [*([target] if target > i else []), *([i + 1] if conditional else [])]
-        else:
-            following = [i + 1]
+        if target is not None and target > i:
+            around = any(i < loop.first and loop.last < target for loop in found)
+            following += [] if around else [target]
+        if line.startswith("@") or (target is None and not is_exit):
+            following.append(i + 1)
+        if is_exit:
+            ends.append(after)
         for then in following:
-            shortest[then] = min(shortest[then], shortest[i] + 1)
-            longest[then] = max(longest[then], longest[i] + 1)
+            shortest[then] = min(shortest[then], after[0])
+            longest[then] = max(longest[then], after[1])
     return min(end[0] for end in ends), max(end[1] for end in ends)
 
 
-if __name__ == "__main__":
-    import sys
+def amd_figure(text: str, name: str) -> int:
+    return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
 
-    for target in sys.argv[1:] or ("sm_90",):
-        for shape in SHAPES:
-            for given in GIVEN:
-                c = Numbering(target, given, shape)
-                tot = [0, 0]
-                for k in kernels_of(c):
-                    kernel = compiled(k, c)
-                    if TARGETS[target].backend == "hip":
-                        text = kernel.asm["amdgcn"]
-                        print(
-                            target,
-                            shape,
-                            given,
-                            k.__name__,
-                            {
-                                n: int(re.search(rf"\.{n}:\s+(\d+)", text)[1])
-                                for n in (
-                                    "vgpr_count",
-                                    "private_segment_fixed_size",
-                                    "vgpr_spill_count",
-                                    "sgpr_spill_count",
-                                )
-                            },
-                            flush=True,
-                        )
-                        continue
-                    s, l = ways(function_of(sass(kernel.asm["cubin"])))
-                    tot[0] += s
-                    tot[1] += l
-                    r = resources(kernel.asm["cubin"])
-                    print(
-                        target,
-                        shape,
-                        given,
-                        k.__name__,
-                        s,
-                        l,
-                        f"{s * 4 / 1980:.2f} {l * 4 / 1980:.2f}",
-                        r.registers,
-                        r.stack_bytes,
-                        kernel.metadata.shared,
-                        kernel.metadata.num_warps,
-                        flush=True,
-                    )
-                if len(kernels_of(c)) > 1:
-                    print("   sum", tot, f"{tot[0] * 4 / 1980:.2f} {tot[1] * 4 / 1980:.2f}")
+
+@functools.cache
+def measure(configuration: Numbering, target: GPUTarget) -> Program:
+    shortest = longest = registers = stack = spills = shared = 0
+    opcodes: Counter[str] = Counter()
+    kernels = kernels_of(configuration)
+    for kernel in kernels:
+        found = compiled(kernel, configuration, target)
+        shared = max(shared, found.metadata.shared)
+        if target.backend == "hip":
+            text = found.asm["amdgcn"]
+            registers = max(registers, amd_figure(text, "vgpr_count"))
+            stack += amd_figure(text, "private_segment_fixed_size")
+            spills += amd_figure(text, "vgpr_spill_count") + amd_figure(text, "sgpr_spill_count")
+            opcodes.update(re.findall(r"^\t([a-z]\w+)", text, re.MULTILINE))
+            continue
+        code = parsed(kernel.__name__, sass(found.asm["cubin"]))
+        own, used = ways(code), resources(found.asm["cubin"])
+        shortest, longest = shortest + own[0], longest + own[1]
+        registers, stack = max(registers, used.registers), stack + used.stack_bytes
+        opcodes.update(map(opcode, code.lines))
+        spills += sum(opcode(line).startswith(("LDL", "STL")) for line in code.lines)
+    return Program(shortest, longest, registers, stack, spills, shared, len(kernels), opcodes)
+
+
+ATOMIC = re.compile(r"^(ATOM|RED)\b|_atomic_")
+
+
+def missed(configuration: Numbering, target: GPUTarget) -> list[str]:
+    """Of the limits, in words."""
+    code = measure(configuration, target)
+    plain, any_row = code.microseconds
+    wrong = {
+        f"{code.stack_bytes} bytes of scratch": code.stack_bytes > 0,
+        f"{code.spills} spills": code.spills > 0,
+        f"{code.registers} registers": code.registers > triton_kernels.NUMBERING_REGISTERS,
+        "atomics": any(map(ATOMIC.match, code.opcodes)),
+        f"{plain:.2f} us of plain rows": plain > MOST_PLAIN,
+        f"{any_row:.2f} us of any row": any_row > MOST[configuration.shape],
+    }
+    return [what for what, is_wrong in wrong.items() if is_wrong]
+
+
+def configurations(targets: tuple[str, ...]) -> list[Numbering]:
+    return [Numbering(t, given, shape) for t in targets for shape in MOST for given in GIVEN]
+
+
+def report(targets: dict[str, GPUTarget]) -> list[dict[str, Any]]:
+    """The table, printed; its rows."""
+    print(
+        "\nNumbering documents: instructions of a program on the shortest way (a row that is one "
+        "run) and on the longest, in us by the model\n"
+    )
+    titles = ("plain", "us", "any", "us", "at most", "regs", "scratch", "launches")
+    print(f"{'target':8}{'tokens':>12}  {'given':13}" + "".join(f"{t:>9}" for t in titles))
+    rows = []
+    for configuration in configurations(tuple(targets)):
+        target = targets[configuration.target]
+        code, wrong = measure(configuration, target), missed(configuration, target)
+        plain, any_row = code.microseconds
+        rows.append({**configuration._asdict(), **code._asdict(), "missed": wrong})
+        print(
+            f"{configuration.target:8}{configuration.shape!s:>12}  {configuration.given:13}"
+            f"{code.shortest:9}{plain:9.2f}{code.longest:9}{any_row:9.2f}"
+            f"{MOST[configuration.shape]:9.1f}{code.registers:9}{code.stack_bytes + code.spills:9}"
+            f"{code.launches:9}  {'missed: ' + ', '.join(wrong) if wrong else 'met'}"
+        )
+    return rows

@@ -56,13 +56,13 @@ NEFTUNE_INLINE NumberedToken token_of(const Numbering& numbering, const Unit& un
     const int64_t position = column - unit.first;
     return {before, position, position >= 0 && position < unit.count ? unit.count : 0};
   }
-  const int64_t document = numbering.record[token];
-  if (document < 0 || document >= unit.documents || start + document >= numbering.tokens)
-    return {before, 0, 0};
+  const int64_t left = numbering.tokens - start;
+  const int32_t held = left < unit.documents ? static_cast<int32_t>(left) : unit.documents,
+                document = numbering.record[token];
+  if (document < 0 || document >= held) return {before, 0, 0};
   const Entry* entry = numbering.table + start + document;
-  const bool has_next = document + 1 < unit.documents && start + document + 1 < numbering.tokens;
-  const int64_t end = has_next ? entry[1].earlier : unit.count;
-  return {before + document, column - entry->first, end - entry->earlier};
+  const int32_t end = document + 1 < held ? entry[1].earlier : unit.count;
+  return {before + document, column - entry->first, int64_t{end} - entry->earlier};
 }
 
 }  // namespace neftune_kernels

@@ -295,9 +295,10 @@ def numbered_token(token, column, unit, start, numbering, num_units, num_tokens)
     if documents > 0:
         table = numbering + num_units * UNIT_WORDS
         local = tl.load(table + num_tokens * 2 + token)
-        real = (local >= 0) & (local < documents) & (start + local < num_tokens)
+        held = tl.minimum(documents.to(tl.int64), num_tokens - start).to(tl.int32)
+        real = (local >= 0) & (local < held)
         entry = table + (start + local) * 2
-        has_next = real & (local + 1 < documents) & (start + local + 1 < num_tokens)
+        has_next = real & (local + 1 < held)
         end = tl.load(entry + 3, mask=has_next, other=0)
         length = tl.where(has_next, end, count) - tl.load(entry + 1, mask=real, other=0)
         position = column - tl.load(entry, mask=real, other=0)
