@@ -42,7 +42,7 @@ LAYOUT_POINTERS = {  # which of noisy_rows' layout pointers are given
 }
 LAYOUT_TENSORS = ("document", "position", "lengths", "cu_seqlens", "numbering")
 POINTERS = ("out", "source", "input_ids", "seed", *LAYOUT_TENSORS)
-CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "KIND", "SCALED", "PIECED", "DEBUG")
+CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "KIND", "SCALED", "DEBUG")
 GRID = (
     "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; "
     "one program per token, all of its d columns"
@@ -88,7 +88,7 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
     target = TARGETS[configuration.target]
     d = configuration.embedding_dim
     num_warps, values = triton_kernels.row_constants(
-        DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, False, target.warp_size
+        DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size
     )
     constants = dict(zip(CONSTEXPRS, values, strict=True))
     parameters = []

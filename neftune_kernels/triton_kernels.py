@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import self_check
-from .layout import UNIT_WORDS, Layout, check_columns, check_numbering, rows_and_columns
+from .layout import ROW_WORDS, Layout, check_columns, check_numbering, rows_and_columns
 from .triton_numbering import (
     number_pieces,
     number_rows,
@@ -311,8 +311,6 @@ NOISY_ROWS_INTEGERS = (
     "rows",
     "columns",
     "num_samples",
-    "pieces",
-    "piece_columns",
     "ids_row",
     "ids_column",
     "source_row",
@@ -346,13 +344,11 @@ def noisy_rows(
     position,  # [rows · columns] int32 or int64, or None
     lengths,  # [num_samples] int32 or int64, or None
     cu_seqlens,  # [num_samples + 1] int32 or int64, or None
-    numbering,  # [4 · rows · pieces + 3 · rows · columns] int32, or None
+    numbering,  # [4 · rows + 3 · rows · columns] int32, or None
     num_embeddings: tl.int64,  # 0 without input_ids
     rows: tl.int32,
     columns: tl.int64,  # tokens of a row
     num_samples: tl.int64,  # that lengths or cu_seqlens hold
-    pieces: tl.int32,  # units of a row of numbering; read where PIECED, as the next
-    piece_columns: tl.int32,  # tokens of a unit
     ids_row: tl.int64,  # strides of input_ids, in elements
     ids_column: tl.int64,
     source_row: tl.int64,  # strides of source, in elements
@@ -370,7 +366,6 @@ def noisy_rows(
     PIECES: tl.constexpr,  # of a row
     KIND: tl.constexpr,  # "columns", or vectors: "pairs" of 16-bit values, "quads" of float32
     SCALED: tl.constexpr,  # scale is not 1
-    PIECED: tl.constexpr,  # a row of numbering is more than one unit
     DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
 ):
     """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to
@@ -396,17 +391,7 @@ def noisy_rows(
                     real, "cu_seqlens must run from 0 to the number of tokens and not decrease"
                 )
         elif numbering is not None:
-            units = rows.to(tl.int64)
-            unit = row.to(tl.int64)
-            start = token - column
-            if PIECED:
-                piece = column // piece_columns
-                units *= pieces
-                unit = unit * pieces + piece
-                start += piece * piece_columns
-            sample, place, length, real = numbered_token(
-                token, column, unit, start, numbering, units, rows.to(tl.int64) * columns
-            )
+            sample, place, length, real = numbered_token(column, row, numbering, rows, columns)
             place = (place + position_offset).to(tl.uint32)
         else:
             place = column.to(tl.int64)
@@ -551,6 +536,8 @@ def find_tails(
 # ---- launchers
 
 
+REGISTERS = 64  # of an NVIDIA thread: 32 one-warp programs, a multiprocessor's most, have them
+NUMBERING_REGISTERS = 128  # 16 warps, one program's most, have them
 # A grid without a program, which Triton hands on and no device runs.
 NO_PROGRAM = (2, 3, 0)
 
@@ -568,7 +555,7 @@ class Launcher:
 
     unexpected = ""  # of Triton's internals, in words
 
-    def __init__(self, kernel: Any, registers: int) -> None:
+    def __init__(self, kernel: Any, registers: int = REGISTERS) -> None:
         self.kernel = kernel
         self.registers = registers  # of an NVIDIA thread, at most
         self.checked: set[Any] = set()
@@ -699,10 +686,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-REGISTERS = 64  # of an NVIDIA thread: 32 one-warp programs, a multiprocessor's most, have them
-NUMBERING_REGISTERS = 128  # 16 warps, one program's most, have them
-
-
 def compile_options(target_backend: str, registers: int = REGISTERS) -> dict[str, Any]:
     # Philox wraps, and with debug, ours or TRITON_DEBUG=1, Triton asserts that nothing overflows.
     options: dict[str, Any] = {"enable_fp_fusion": False, "sanitize_overflow": False}
@@ -722,11 +705,11 @@ def launch_options(num_warps: int, registers: int = REGISTERS) -> dict[str, Any]
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 DEBUG = os.environ.get("NEFTUNE_DEBUG") == "1"
-launch_rows = Launcher(noisy_rows, REGISTERS)
+launch_rows = Launcher(noisy_rows)
 launch_documents = Launcher(number_rows, NUMBERING_REGISTERS)
 launch_summaries = Launcher(summarise_pieces, NUMBERING_REGISTERS)
 launch_pieces = Launcher(number_pieces, NUMBERING_REGISTERS)
-launch_tokens = Launcher(number_tokens, REGISTERS)
+launch_tokens = Launcher(number_tokens)
 
 
 def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
@@ -886,7 +869,7 @@ def _launch_rows(
     document, position, lengths, cu_seqlens, numbering = layout
     alpha_value, embed_scale = scalars
     source_strides = source.stride()
-    step, num_samples, lengths_stride, alpha_bits, pieces = 0.0, rows, 0, 0, 1
+    step, num_samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
     # Read one after the other, and so beside their memory where they are strided.
     document = None if document is None else document.contiguous()
     position = None if position is None else position.contiguous()
@@ -898,7 +881,7 @@ def _launch_rows(
         num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha_value)
     elif numbering is not None:
         numbering = numbering.contiguous()
-        pieces = check_numbering(numbering, rows, rows * columns) // rows
+        check_numbering(numbering, rows, rows * columns)
         alpha_bits = float_bits(alpha_value)
     else:
         step = host_step(alpha_value, columns, embedding_dim)
@@ -916,7 +899,7 @@ def _launch_rows(
         None if position is None else position.dtype,
         None if lengths is None else lengths.dtype,
         None if cu_seqlens is None else cu_seqlens.dtype,
-        None if numbering is None else pieces > 1,
+        numbering is None,
     )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
@@ -929,7 +912,6 @@ def _launch_rows(
             source_column,
             aligned,
             embed_scale != 1,
-            pieces > 1,
             _warp_size(out.device),
         )
     else:
@@ -948,8 +930,6 @@ def _launch_rows(
         rows,
         columns,
         num_samples,
-        pieces,
-        -(-columns // pieces),
         ids_row,
         ids_column,
         source_row,
@@ -997,11 +977,10 @@ def row_constants(
     column_stride: int,
     aligned: bool,
     has_scale: bool,
-    is_pieced: bool,
     warp_size: int,
 ) -> tuple[int, tuple[Any, ...]]:
     """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, KIND, SCALED,
-    PIECED, DEBUG.
+    DEBUG.
     """
     blocks, pieces, num_warps = row_shape(embedding_dim, warp_size)
     kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
@@ -1012,7 +991,6 @@ def row_constants(
         pieces,
         kind,
         has_scale,
-        is_pieced,
         DEBUG,
     )
 
@@ -1056,7 +1034,7 @@ def number_documents(
     rows, columns = rows_and_columns(given.shape)
     check_columns(columns)
     device, num_tokens = given.device, rows * columns
-    numbering = torch.empty(UNIT_WORDS * rows + 3 * num_tokens, dtype=torch.int32, device=device)
+    numbering = torch.empty(ROW_WORDS * rows + 3 * num_tokens, dtype=torch.int32, device=device)
     if num_tokens == 0:
         return numbering.zero_()
     mask, mask_row, mask_column, ids_row, ids_column = None, 0, 1, 0, 1

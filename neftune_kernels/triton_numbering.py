@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 FAR = tl.constexpr(0x7FFFFFFF)
-UNIT_WORDS = tl.constexpr(4)  # layout.UNIT_WORDS
+ROW_WORDS = tl.constexpr(4)  # layout.ROW_WORDS
 
 # ---- device functions
 
@@ -259,30 +259,30 @@ def store_row(numbering, table, row, documents, first, count, IS_ONE: tl.constex
     before = row
     if not IS_ONE:
         before = tl.where(row == 0, 0, -1)
-    words = numbering + row.to(tl.int64) * UNIT_WORDS
+    words = numbering + row.to(tl.int64) * ROW_WORDS
     store_pair(words, documents, first, True)
     store_pair(words + 2, count, before, True)
     store_pair(table, first, first * 0, documents > 0)
 
 
 @triton.jit
-def documents_before(numbering, unit):
+def documents_before(numbering, row):
     """How many documents the rows before this one hold."""
-    documents = unit * 0
-    for start in range(0, unit, 32):
+    documents = row * 0
+    for start in range(0, row, 32):
         earlier = start + tl.arange(0, 32)
-        words = numbering + earlier.to(tl.int64) * UNIT_WORDS
-        held = tl.load(words, mask=earlier < unit, other=0)
-        documents += tl.sum(tl.where(earlier < unit, tl.maximum(held, 1), 0))
+        words = numbering + earlier.to(tl.int64) * ROW_WORDS
+        held = tl.load(words, mask=earlier < row, other=0)
+        documents += tl.sum(tl.where(earlier < row, tl.maximum(held, 1), 0))
     return documents
 
 
 @triton.jit
-def numbered_token(token, column, unit, start, numbering, num_units, num_tokens):
-    """(document, position, length, real) of a token of the unit that begins at token `start`. A
-    document that the unit does not hold is padding.
+def numbered_token(column, row, numbering, rows, columns):
+    """(document, position, length, real) of tokens of a row. A document that the row does not hold
+    is padding.
     """
-    words = numbering + unit * UNIT_WORDS
+    words = numbering + row.to(tl.int64) * ROW_WORDS
     documents = tl.load(words)
     count = tl.load(words + 2)
     before = tl.load(words + 3)
@@ -290,11 +290,13 @@ def numbered_token(token, column, unit, start, numbering, num_units, num_tokens)
     real = (position >= 0) & (position < count)
     length = position * 0 + count
     if before < 0:
-        before = documents_before(numbering, unit.to(tl.int32))
+        before = documents_before(numbering, row)
     document = position * 0 + before
     if documents > 0:
-        table = numbering + num_units * UNIT_WORDS
-        local = tl.load(table + num_tokens * 2 + token)
+        num_tokens = rows.to(tl.int64) * columns
+        start = row.to(tl.int64) * columns
+        table = numbering + rows.to(tl.int64) * ROW_WORDS
+        local = tl.load(table + num_tokens * 2 + start + column)
         held = tl.minimum(documents.to(tl.int64), num_tokens - start).to(tl.int32)
         real = (local >= 0) & (local < held)
         entry = table + (start + local) * 2
@@ -367,10 +369,10 @@ def number_rows(
         DEBUG,
     )
     token = row.to(tl.int64) * columns
-    table = numbering + rows.to(tl.int64) * UNIT_WORDS + token * 2
+    table = numbering + rows.to(tl.int64) * ROW_WORDS + token * 2
     documents = row * 0
     if breaks > 1:
-        record = numbering + rows.to(tl.int64) * (UNIT_WORDS + 2 * columns.to(tl.int64)) + token
+        record = numbering + rows.to(tl.int64) * (ROW_WORDS + 2 * columns.to(tl.int64)) + token
         if IS_ONE:
             store_reals(
                 record, begin, columns, mask, mask_column, padding_value, PADDED, DENSE, BLOCK
@@ -555,14 +557,14 @@ def number_pieces(
         last = tl.maximum(last, tl.max(lane_last))
     is_run = (opened == 0) & ((count == 0) | (last - first + 1 == count))
     token = row.to(tl.int64) * columns
-    table = numbering + rows.to(tl.int64) * UNIT_WORDS + token * 2
+    table = numbering + rows.to(tl.int64) * ROW_WORDS + token * 2
     if piece == 0:
         held = tl.where(is_run, 0, opened + 1)
         store_row(numbering, table, row, held, first, count, IS_ONE)
     if is_run == 0:
         begin = piece * BLOCK
         end = tl.minimum(begin + BLOCK, columns)
-        record = numbering + rows.to(tl.int64) * (UNIT_WORDS + 2 * columns.to(tl.int64)) + token
+        record = numbering + rows.to(tl.int64) * (ROW_WORDS + 2 * columns.to(tl.int64)) + token
         if IS_ONE:
             store_reals(record, begin, end, mask, mask_column, padding_value, PADDED, DENSE, BLOCK)
         else:
@@ -594,7 +596,7 @@ def number_tokens(
     document,  # [rows · columns] int64, written
     position,  # [rows · columns] int64, written
     lengths,  # [rows · columns] int64, written, of the documents
-    numbering,  # as number_rows', units are rows
+    numbering,  # as number_rows'
     rows: tl.int32,
     columns: tl.int32,
     blocks: tl.int32,  # of a row
@@ -605,11 +607,9 @@ def number_tokens(
     row = unit // blocks
     column = (unit - row * blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    num_rows = rows.to(tl.int64)
-    start = row.to(tl.int64) * columns
-    token = start + tl.minimum(column, columns - 1)
+    token = row.to(tl.int64) * columns + column
     number, place, length, real = numbered_token(
-        token, column, row, start, numbering, num_rows, num_rows * columns
+        tl.minimum(column, columns - 1), row, numbering, rows, columns
     )
     tl.store(document + token, tl.where(real, number, -1).to(tl.int64), mask=inside)
     tl.store(position + token, place.to(tl.int64), mask=inside)

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FLOAT_DTYPES, MASK_KINDS, equals_oracle, make_batch, same_bits
-from numbering_forms import UNWRITTEN, forms, table_and_record, units_of
+from numbering_forms import UNWRITTEN, forms, table_and_record, words_of
 
 from neftune_kernels import (
     NEFTuneEmbedding,
@@ -445,11 +445,11 @@ def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
 
 def assert_same_tables(numbering, expected, shape):
     """What must be written is as the reference has it, and nothing else is written."""
-    units, expected_units = units_of(numbering, shape), units_of(expected, shape)
-    before = torch.where(units[:, 3] < 0, expected_units[:, 3], units[:, 3])
-    assert torch.equal(torch.cat((units[:, :3], before[:, None]), 1), expected_units)
+    words, expected_words = words_of(numbering, shape), words_of(expected, shape)
+    before = torch.where(words[:, 3] < 0, expected_words[:, 3], words[:, 3])
+    assert torch.equal(torch.cat((words[:, :3], before[:, None]), 1), expected_words)
     found, wanted = table_and_record(numbering, shape), table_and_record(expected, shape)
-    for row, documents in enumerate(units[:, 0].tolist()):
+    for row, documents in enumerate(words[:, 0].tolist()):
         (table, record), (expected_table, expected_record) = (
             (tables[row, :documents], records[row]) for tables, records in (found, wanted)
         )
@@ -591,9 +591,9 @@ def test_noise_masks_and_signs(device, sign):
         agree(device, batch.input_ids, weight, **layout, sign=sign)
 
 
-@pytest.mark.parametrize("form", (1, 2, 4))
+@pytest.mark.parametrize("form", (0, 1))
 def test_numbering_of_any_form(device, form):
-    """Rows and pieces of rows, runs and records, documents counted by the writer or the reader."""
+    """Runs and records, documents counted by the writer or the reader."""
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 1, 2, 3]])
     weight, ids = make_weight(16, torch.bfloat16), torch.arange(10).view(2, 5)
 
