@@ -17,6 +17,7 @@ import pathlib
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import golden_vectors
 import pytest
@@ -436,16 +437,23 @@ def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
         cuda(attention_mask, device),
         None if position_ids is None else cuda(position_ids, device).expand(shape),
     )
-    document, position, lengths = (tensor.cpu() for tensor in kernels().mask_layout(*on_device))
+    number, tables = getattr(kernels(), "number_documents", None), []
+
+    def noted(*given):
+        tables.append(number(*given))
+        return tables[0]
+
+    with mock.patch.object(kernels(), "number_documents", noted, create=True):
+        arrays = kernels().mask_layout(*on_device)
+    document, position, lengths = (tensor.cpu() for tensor in arrays)
     real = expected[0] >= 0
     documents = expected[0][real].unique()
     assert torch.equal(document, expected[0])
     assert torch.equal(position[real], expected[1][real])
     assert torch.equal(lengths[documents], expected[2][documents])
-    number = getattr(kernels(), "number_documents", None)
-    if number is not None:
+    for numbering in tables:  # none of the CUDA kernels
         told = attention_mask, None if position_ids is None else position_ids.expand(shape)
-        assert_same_tables(number(*on_device).cpu(), layouts.number_documents(*told), shape)
+        assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
 
 
 def assert_same_tables(numbering, expected, shape):
@@ -485,6 +493,41 @@ def test_numbering_of_random_masks_and_positions(device, monkeypatch, block):
         assert_same_layout(shape, device, attention_mask=mask, position_ids=place)
         assert_same_layout(shape, device, position_ids=place.int())
         assert_same_layout(shape, device, position_ids=place[:1])
+
+
+def test_numbering_of_every_kind_of_row(device, monkeypatch):
+    """In one program and in pieces, some of them without a real token: what is written, and what
+    the row kernel reads.
+    """
+    rows = [
+        "1111111111111111111111111111111111111",
+        "1111111111111111111111100000000000000",
+        "0000000000000000000000000000000011111",
+        "0000000000000111111111111111111000000",
+        "0000000000000000000000000000000000000",
+        "1100000000000000000000000000000000011",
+        "1111100111111111111111111011111111111",
+        "1111111111122222222222222222223333333",
+        "0122222003000000000000000000000344555",
+        "1112110000000000000000000000000001121",
+    ]
+    mask = torch.tensor([[int(digit) for digit in row] for row in rows])
+    column = torch.arange(mask.shape[1]).expand_as(mask)
+    packed = torch.where(column < 20, column, column - 20)
+    packed = torch.where(mask.sum(1, keepdim=True) % 2 == 0, column, packed)
+    for block in (64, 8):
+        small_programs(monkeypatch, block)
+        for told in (
+            (mask, None),
+            (mask != 0, None),
+            (None, packed),
+            ((mask != 0).int(), packed),
+            (mask.T.contiguous().T, None),
+        )[: 5 if block == 8 else 3]:
+            assert_same_layout(mask.shape, device, *told)
+    numbering = kernels().number_padding(cuda(torch.where(mask == 0, 7, mask), device), 7)
+    expected = layouts.number_documents(mask != 0, None)
+    assert_same_tables(numbering.cpu(), expected, mask.shape)
 
 
 def test_jumps_are_not_counted_in_words(device):
