@@ -1048,12 +1048,12 @@ def number_documents(
     places = position_ids
     if position_ids is not None:
         places, ids_row, ids_column = rows_view(position_ids, rows, columns)
-    numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
+    is_numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
     is_long = columns > ROW_BLOCKS[-1]
     block = numbering_block(columns)
     each, num_warps = numbering_shape(block, _warp_size(device))
     is_dense = mask_column == ids_column == 1
-    constexprs = (padding_value is not None, numbered, is_dense, block, each)
+    constexprs = (padding_value is not None, is_numbered, is_dense, block, each)
     strides = (mask_row, mask_column, ids_row, ids_column, padding_value or 0)
     key = (
         given.get_device(),
@@ -1062,7 +1062,7 @@ def number_documents(
         *constexprs,
     )
     launcher, pieces = launch_documents, 1
-    args = (numbering, mask, places, rows, columns, *strides, *constexprs, DEBUG)
+    args: tuple[Any, ...] = (numbering, mask, places, rows, columns, *strides, *constexprs, DEBUG)
     if is_long:
         launcher, pieces = launch_pieces, -(-columns // PIECE)
         summary = torch.empty(4 * rows * pieces, dtype=torch.int32, device=device)
@@ -1084,8 +1084,8 @@ def number_documents(
     if check:
         launcher.checked.add(key)
         told = attention_mask if padding_value is None else given != padding_value
-        numbered = Layout(numbering=numbering)
-        if not self_check.numbering_agrees("triton", told, position_ids, numbered):
+        layout = Layout(numbering=numbering)
+        if not self_check.numbering_agrees("triton", told, position_ids, layout):
             return NotImplemented
     elif found is None:
         launcher.forget_unchecked(key)

@@ -513,8 +513,8 @@ def test_numbering_of_every_kind_of_row(device, monkeypatch):
     ]
     mask = torch.tensor([[int(digit) for digit in row] for row in rows])
     column = torch.arange(mask.shape[1]).expand_as(mask)
-    packed = torch.where(column < 20, column, column - 20)
-    packed = torch.where(mask.sum(1, keepdim=True) % 2 == 0, column, packed)
+    then = column[:, :1] + torch.tensor([0, -20, 7, 0, -20, 7, -20, 7, 0, 7])[:, None]
+    packed = torch.where(column < 20, column, column + then)  # or ahead, or on
     for block in (64, 8):
         small_programs(monkeypatch, block)
         for told in (
