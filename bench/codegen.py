@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import cuda_code, inductor_code
+from bench import cuda_code, inductor_code, numbering_code
 from bench.disassembly import resources, sass, sass_instructions
 from neftune_kernels import triton_kernels
 
@@ -356,6 +356,15 @@ def row(configuration: Configuration) -> dict[str, Any]:
     }
 
 
+def numbering_instructions(target: str, embedding_dim: int = 4096) -> int:
+    """How many more the row kernel has where documents are numbered than with lengths."""
+    numbering, lengths = (
+        measure(Configuration(target, "bfloat16", embedding_dim, layout)).instructions
+        for layout in ("numbering", "lengths")
+    )
+    return int(numbering - lengths)
+
+
 def write_artefacts(configuration: Configuration, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if configuration.backend == "cuda":
@@ -430,6 +439,12 @@ def main() -> None:
         f"\n{len(rows) - missed} of {len(rows)} targets met, {missed} missed; each is one launch "
         f"and reads and writes every row once\n"
     )
+    numbering = numbering_code.report(TARGETS)
+    reading = {t: numbering_instructions(t) for t in NVIDIA}
+    print(
+        f"The row kernel has so many instructions more than with lengths: {reading}, at most "
+        f"{numbering_code.READING}\n"
+    )
     rivals = inductor_code.rivals()
     print(
         f"What torch.compile (torch {torch.__version__}) makes of the same on sm_90, bfloat16, d "
@@ -441,6 +456,8 @@ def main() -> None:
             "triton": triton.__version__,
             "torch": torch.__version__,
             "rows": rows,
+            "numbering": numbering,
+            "reading": reading,
             "rivals": rivals,
         }
         (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")

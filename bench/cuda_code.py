@@ -113,13 +113,14 @@ def kernel_name(
 
 @functools.cache
 def function(target: str, name: str, source: pathlib.Path = KERNELS, *options: str) -> Function:
-    return parse(name, sections(target, source, *options)[name])
+    return parsed(name, sections(target, source, *options)[name])
 
 
-def parse(name: str, text: str) -> Function:
+def parsed(name: str, sass: str) -> Function:
+    """Of nvdisasm's text, up to the last EXIT."""
     lines: list[str] = []
     labels = {}
-    for line in text.splitlines():
+    for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(lines)
         elif re.search(r"/\*[0-9a-f]{4,}\*/", line):

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import neftune_kernels  # noqa: F401  (its operators)
-from bench.cuda_code import loops, parse
+from bench.cuda_code import loops, parsed
 from bench.disassembly import resources, sass
 
 BATCH, LENGTH, VOCABULARY, D = 8, 512, 32000, 4096
@@ -299,7 +299,7 @@ def measure(name: str, source: str) -> dict[str, Any]:
             target=TARGET,
             options=options,
         )
-    code = parse(name, sass(kernel.asm["cubin"]))
+    code = parsed(name, sass(kernel.asm["cubin"]))
     block = math.prod(value for key, value in config.kwargs.items() if key.endswith("BLOCK"))
     instructions, elements = float(len(code.lines)), block
     rows = re.search(r"r0_numel = (\d+)", source)

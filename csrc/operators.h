@@ -21,7 +21,7 @@ struct Noise {
   std::optional<Tensor> position;    // (rows · columns,)
   std::optional<Tensor> lengths;     // (documents,), without document (rows,)
   std::optional<Tensor> cu_seqlens;  // (documents + 1,)
-  std::optional<Tensor> numbering;   // (4 · units + 3 · rows · columns,)
+  std::optional<Tensor> numbering;   // (4 · rows + 3 · rows · columns,)
   int64_t replica;                   // mod 2³², as the other two
   int64_t sample_offset;
   int64_t position_offset;
@@ -39,17 +39,14 @@ void check_apart(const Tensor& out, const Noise& noise) {
   }
 }
 
-// How many units a numbering of tokens (rows, tokens / rows) has.
-int64_t units_of(const Tensor& numbering, int64_t rows, int64_t tokens) {
-  const int64_t words = numbering.numel() - 3 * tokens;
+void check_numbering(const Tensor& numbering, int64_t rows, int64_t tokens) {
   if (numbering.scalar_type() != ScalarType::Int || !numbering.is_contiguous() ||
-      words < kUnitWords * rows || words % (kUnitWords * (rows > 0 ? rows : 1)) != 0) {
+      numbering.numel() != kRowWords * rows + 3 * tokens) {
     fail<std::invalid_argument>(
-        "numbering must be what number_documents returns for tokens of this shape, (4·units + 3·",
-        tokens, ",) int32 with ", rows, " units or a multiple, got ", numbering.numel(),
-        " elements of ", torch::headeronly::toString(numbering.scalar_type()));
+        "numbering must be what number_documents returns for tokens of this shape, (4·", rows,
+        " + 3·", tokens, ",) int32, got ", numbering.numel(), " elements of ",
+        torch::headeronly::toString(numbering.scalar_type()));
   }
-  return words / kUnitWords;
 }
 
 // An implementation that takes a Noise after First, as torch calls it: with the ten arguments.

@@ -260,9 +260,13 @@ register_on_gpus(
     ops.padding_by_mask("reference_mask_layout"),
     CUDA_PADDING_LAYOUT,
 )
-
-ops.library.impl("untailed", on_gpu("untailed", layouts.untailed, None), "CUDA")
-ops.library.impl("untailed", on_gpu("untailed", layouts.untailed, None), "XPU")
+for _name, _reference in (  # the CUDA library has none of these
+    ("number_documents", layouts.number_documents),
+    ("number_padding", ops.padding_by_mask("reference_number_documents")),
+    ("untailed", layouts.untailed),
+):
+    for _key in ("CUDA", "XPU"):
+        ops.library.impl(_name, on_gpu(_name, _reference, None), _key)
 
 
 @asked_outside_the_graph
@@ -359,8 +363,6 @@ CPP = Backend(
 number_documents = entry(OPS.number_documents.default)  # CPP's, for eager calls
 TRITON = CPP._replace(  # the same operators: the dispatcher goes by the device
     name="triton",
-    number_documents=None,
-    number_padding=None,
     noisy_embedding_out=past_the_dispatcher("noisy_embedding"),
     add_noise_out=past_the_dispatcher("add_noise"),
 )

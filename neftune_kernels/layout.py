@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         a token is real while its position is below it.
     cu_seqlens: (num_samples + 1,) int32 or int64 bounds over the flattened tokens; then
         the others are None.
-    numbering: (4·units + 3·N,) int32, what :func:`number_documents` returns; then the others are
+    numbering: (4·rows + 3·N,) int32, what :func:`number_documents` returns; then the others are
         None.
     """
 
@@ -320,25 +320,25 @@ def untailed(
     return torch.where(outside, 0, number).view(input_ids.shape)
 
 
-UNIT_WORDS = 4  # documents, first, count, before
+ROW_WORDS = 4  # documents, first, count, before
 
 
 def number_documents(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
     """The documents of :func:`openings` with next to nothing per token, in one int32 tensor.
 
-    A unit is a row, or each of the equal pieces that a writer may cut long rows into. The tensor
-    holds three tables one after the other:
+    It holds three tables one after the other:
 
-        units   (units, 4)  documents, first, count, before
-        table   (N, 2)      first, count; of the unit's document k at the unit's first token plus k
-        record  (N,)        each token's document k in its unit, -1 for padding
+        words   (rows, 4)  documents, first, count, before; of each row
+        table   (N, 2)     first, earlier; of the row's document k at the row's first token plus k
+        record  (N,)       each token's document k in its row, -1 for padding
 
-    documents: how many the unit holds; 0: its real tokens are columns first .. first + count - 1
-        of one, and nothing need be written of it to the other two tables.
-    first, count: the first real column of a document (of the unit's first one) in its row, and how
-        many real tokens it has, those in other pieces of the row included.
-    before: the number of the unit's document 0; -1, where units are rows: the sum of
-        max(documents, 1) over the units before.
+    documents: how many the row holds; 0: its real tokens are columns first .. first + count - 1 of
+        one, and nothing need be written of it to the other two tables.
+    first: the first real column of a document (of the row's first one).
+    count: the row's real tokens.
+    earlier: how many of them come before the document: as many as the next one has more, it has.
+    before: the number of the row's document 0; -1: the sum of max(documents, 1) over the rows
+        before.
 
     Args:
         attention_mask, position_ids: (..., T), at least one of them given; T < 2**31.
@@ -346,24 +346,24 @@ def number_documents(attention_mask: Tensor | None, position_ids: Tensor | None)
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
     rows, columns = rows_and_columns(given.shape)
-    if columns >= 2**31:
-        raise ValueError(f"rows must have fewer than 2**31 tokens, got {columns}")
+    check_columns(columns)
     if given.numel() == 0:
-        return torch.zeros(UNIT_WORDS * rows, dtype=torch.int32, device=given.device)
+        return torch.zeros(ROW_WORDS * rows, dtype=torch.int32, device=given.device)
     real, further, first = openings(attention_mask, position_ids)
     local = further.cumsum(dim=1)  # the number of the token's document in its row
     slot = (torch.arange(rows, device=given.device)[:, None] * columns + local).flatten()
     counts = torch.zeros_like(slot).scatter_add_(0, slot, real.flatten().long())
     firsts = torch.zeros_like(slot).scatter_reduce_(0, slot, first.flatten(), "amax")
-    row_first, row_count = firsts.view(rows, columns)[:, 0], counts.view(rows, columns)[:, 0]
+    earlier = counts.view(rows, columns).cumsum(1).flatten() - counts
+    row_first, row_count = firsts.view(rows, columns)[:, 0], real.sum(1)
     documents = local[:, -1] + 1
     last = columns - 1 - real.flip(1).int().argmax(dim=1)
     is_run = (documents == 1) & ((row_count == 0) | (last - row_first + 1 == row_count))
     before = documents.cumsum(0) - documents
-    units = torch.stack((torch.where(is_run, 0, documents), row_first, row_count, before), dim=1)
-    table = torch.stack((firsts, counts), dim=1)
+    words = torch.stack((torch.where(is_run, 0, documents), row_first, row_count, before), dim=1)
+    table = torch.stack((firsts, earlier), dim=1)
     record = torch.where(real, local, -1)
-    return torch.cat((units.flatten(), table.flatten(), record.flatten())).to(torch.int32)
+    return torch.cat((words.flatten(), table.flatten(), record.flatten())).to(torch.int32)
 
 
 def numbered_tokens(
@@ -372,48 +372,44 @@ def numbered_tokens(
     """(document, position, length) of every token, each (N,) int64; -1 and 0 for padding."""
     rows, columns = rows_and_columns(shape)
     num_tokens = rows * columns
-    units = check_numbering(numbering, rows, num_tokens)
+    check_numbering(numbering, rows, num_tokens)
     token = torch.arange(num_tokens, device=numbering.device)
     if num_tokens == 0:
         return token, token, token
-    words = numbering[: UNIT_WORDS * units].view(units, UNIT_WORDS).long()
-    table = numbering[UNIT_WORDS * units : -num_tokens].view(num_tokens, 2).long()
+    words = numbering[: ROW_WORDS * rows].view(rows, ROW_WORDS).long()
+    table = numbering[ROW_WORDS * rows : -num_tokens].view(num_tokens, 2).long()
     record = numbering[-num_tokens:].long()
-    pieces = units // rows
-    piece_columns = -(-columns // pieces)
-    column = token % columns
-    piece = column // piece_columns
-    unit = token // columns * pieces + piece
-    start = token - column + piece * piece_columns  # the unit's first token
+    row, column = token // columns, token % columns
     opened = words[:, 0].clamp(min=1)
-    documents, first, count, before = words[unit].unbind(1)
-    before = torch.where(before < 0, (opened.cumsum(0) - opened)[unit], before)
+    documents, first, count, before = words[row].unbind(1)
+    before = torch.where(before < 0, (opened.cumsum(0) - opened)[row], before)
     is_run = documents == 0
     local = torch.where(is_run, 0, record)
-    slot = start + local
+    slot = token - column + local
     known = (local >= 0) & (local < documents.clamp(min=1)) & (slot < num_tokens)
-    entry = table[torch.where(known, slot, 0)]
-    first = torch.where(is_run, first, entry[:, 0])
-    count = torch.where(is_run, count, entry[:, 1])
+    own = table[torch.where(known, slot, 0)]
+    has_next = known & (local + 1 < documents) & (slot + 1 < num_tokens)
+    end = torch.where(has_next, table[torch.where(has_next, slot + 1, 0)][:, 1], count)
+    first = torch.where(is_run, first, own[:, 0])
+    count = torch.where(is_run, count, end - own[:, 1])
     position = column - first
     real = known & (~is_run | ((position >= 0) & (position < count)))
     return torch.where(real, before + local, -1), position, torch.where(real, count, 0)
 
 
-def check_numbering(numbering: Tensor, rows: int, num_tokens: int) -> int:
-    """How many units it has."""
-    words = numbering.numel() - 3 * num_tokens
-    if (
-        numbering.dtype != torch.int32
-        or words < UNIT_WORDS * rows
-        or words % (UNIT_WORDS * max(rows, 1))
-    ):
+def check_columns(columns: int) -> None:
+    if columns >= 2**31:
+        raise ValueError(f"rows must have fewer than 2**31 tokens, got {columns}")
+
+
+def check_numbering(numbering: Tensor, rows: int, num_tokens: int) -> None:
+    size = ROW_WORDS * rows + 3 * num_tokens
+    if numbering.dtype != torch.int32 or numbering.numel() != size:
         raise ValueError(
             f"numbering must be what number_documents returns for tokens of this shape, "
-            f"(4·units + 3·{num_tokens},) int32 with {rows} units or a multiple, got "
-            f"{numbering.dtype} of shape {tuple(numbering.shape)}"
+            f"(4·{rows} + 3·{num_tokens},) int32, got {numbering.dtype} of shape "
+            f"{tuple(numbering.shape)}"
         )
-    return words // UNIT_WORDS
 
 
 def check_counts(layout: Layout, rows: int, num_tokens: int) -> None:

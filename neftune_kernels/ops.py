@@ -114,7 +114,7 @@ def fake_number_documents(attention_mask: Tensor | None, position_ids: Tensor | 
     assert given is not None
     check_devices(("attention_mask", "position_ids"), (attention_mask, position_ids))
     rows, _ = layouts.rows_and_columns(given.shape)
-    return given.new_empty((layouts.UNIT_WORDS * rows + 3 * given.numel(),), dtype=torch.int32)
+    return given.new_empty((layouts.ROW_WORDS * rows + 3 * given.numel(),), dtype=torch.int32)
 
 
 def fake_number_padding(input_ids: Tensor, padding_idx: int) -> Tensor:

@@ -117,23 +117,22 @@ def numbering_agrees(
     backend: str,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    numbered: tuple[Tensor, Tensor, Tensor],
+    numbered: tuple[Tensor | None, ...],
 ) -> bool:
-    """Whether a kernel's document, position and lengths are mask_layout's, for some tokens."""
-    document, position, lengths = numbered
-    if document.numel() == 0:
+    """Whether a kernel's Layout of a mask says of every token what mask_layout does."""
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    if given.numel() == 0:
         return True
-    token = _some_tokens(document.numel(), 1, document.device)
     expected = mask_layout(attention_mask, position_ids)
-    own, theirs = document[token], expected[0][token]
-    real = theirs >= 0
-    # A wrong kernel's number may lie anywhere, and an index beyond would end the process.
-    own_length = lengths[own.clamp(0, lengths.numel() - 1)]
-    their_length = expected[2][theirs.clamp(min=0)]
-    same = (position[token] == expected[1][token]) & (own_length == their_length)
-    if bool(((own == theirs) & (same | ~real)).all()):
+    own, theirs = (
+        per_token(Layout(*layout), given.shape, given.device) for layout in (numbered, expected)
+    )
+    real = theirs[2] > 0
+    same = [(ours == other) | ~real for ours, other in zip(own, theirs, strict=True)]
+    if bool((same[0] & same[1] & (own[2] == theirs[2])).all()):
         return True
-    _put_out_of_service(backend, document.device, "numbers of the samples in a mask")
+    _put_out_of_service(backend, given.device, "numbers of the samples in a mask")
     return False
 
 

@@ -1,5 +1,5 @@
 """The Triton backend: lookup, scale and noise in one launch; masks and position ids numbered in one
-more.
+more, in two where rows are long (triton_numbering.py).
 
 The formula is that of reference.py, with one rewriting that changes no bit: x·step = (h +
 ½)·65536·step, where h is the signed 16-bit half, equals fma(h, 65536·step, 32768·step), because
@@ -28,7 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import self_check
-from .layout import Layout, check_numbering, rows_and_columns
+from .layout import ROW_WORDS, Layout, check_columns, check_numbering, rows_and_columns
+from .triton_numbering import (
+    number_pieces,
+    number_rows,
+    number_tokens,
+    numbered_token,
+    summarise_pieces,
+)
 
 # ---- device functions
 
@@ -297,44 +304,6 @@ def document_of(token, cu_seqlens, num_samples):
     return (low - 1).to(tl.int64)
 
 
-@triton.jit
-def documents_before(numbering, unit):
-    """How many documents the rows before this one hold."""
-    documents = unit * 0
-    for start in range(0, unit, 128):
-        earlier = start + tl.arange(0, 128)
-        held = tl.load(numbering + earlier * 4, mask=earlier < unit, other=0)
-        documents += tl.sum(tl.where(earlier < unit, tl.maximum(held, 1), 0))
-    return documents
-
-
-@triton.jit
-def numbered_token(token, row, column, numbering, rows, columns, pieces, piece_columns):
-    """(sample, position, length, real) by the tables of layout.number_documents, all int64 but
-    real. A document that the unit does not hold is padding.
-    """
-    piece = column // piece_columns
-    unit = row * pieces + piece
-    documents = tl.load(numbering + unit * 4).to(tl.int64)
-    first = tl.load(numbering + unit * 4 + 1).to(tl.int64)
-    count = tl.load(numbering + unit * 4 + 2).to(tl.int64)
-    sample = tl.load(numbering + unit * 4 + 3).to(tl.int64)
-    if sample < 0:
-        sample = documents_before(numbering, unit)
-    real = (column >= first) & (column < first + count)
-    if documents > 0:
-        num_tokens = rows * columns
-        table = numbering + rows * pieces * 4
-        start = row * columns + piece * piece_columns
-        document = tl.load(table + num_tokens * 2 + token).to(tl.int64)
-        real = (document >= 0) & (document < documents) & (start + document < num_tokens)
-        entry = table + (start + document) * 2
-        first = tl.load(entry, mask=real, other=0).to(tl.int64)
-        count = tl.load(entry + 1, mask=real, other=0).to(tl.int64)
-        sample += document
-    return sample, column - first, count, real & (count > 0)
-
-
 # ---- kernels
 
 NOISY_ROWS_INTEGERS = (
@@ -342,8 +311,6 @@ NOISY_ROWS_INTEGERS = (
     "rows",
     "columns",
     "num_samples",
-    "pieces",
-    "piece_columns",
     "ids_row",
     "ids_column",
     "source_row",
@@ -377,13 +344,11 @@ def noisy_rows(
     position,  # [rows · columns] int32 or int64, or None
     lengths,  # [num_samples] int32 or int64, or None
     cu_seqlens,  # [num_samples + 1] int32 or int64, or None
-    numbering,  # [4 · rows · pieces + 3 · rows · columns] int32, or None
+    numbering,  # [4 · rows + 3 · rows · columns] int32, or None
     num_embeddings: tl.int64,  # 0 without input_ids
     rows: tl.int32,
     columns: tl.int64,  # tokens of a row
     num_samples: tl.int64,  # that lengths or cu_seqlens hold
-    pieces: tl.int64,  # units of a row of numbering
-    piece_columns: tl.int64,  # tokens of a unit
     ids_row: tl.int64,  # strides of input_ids, in elements
     ids_column: tl.int64,
     source_row: tl.int64,  # strides of source, in elements
@@ -426,16 +391,7 @@ def noisy_rows(
                     real, "cu_seqlens must run from 0 to the number of tokens and not decrease"
                 )
         elif numbering is not None:
-            sample, place, length, real = numbered_token(
-                token,
-                row.to(tl.int64),
-                column.to(tl.int64),
-                numbering,
-                rows.to(tl.int64),
-                columns,
-                pieces,
-                piece_columns,
-            )
+            sample, place, length, real = numbered_token(column, row, numbering, rows, columns)
             place = (place + position_offset).to(tl.uint32)
         else:
             place = column.to(tl.int64)
@@ -509,218 +465,6 @@ def noisy_rows(
             )
 
 
-@triton.jit
-def last_two(last_a, before_a, last_b, before_b):
-    """The monoid of the last two entries of a sequence, -1 for none."""
-    before = tl.where(before_b >= 0, before_b, tl.where(last_b >= 0, last_a, before_a))
-    return tl.where(last_b >= 0, last_b, last_a), before
-
-
-@triton.jit
-def larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def added(a, b):
-    return a + b
-
-
-@triton.jit
-def real_at(
-    row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE: tl.constexpr
-):
-    if mask is not None:
-        value = tl.load(mask + row * mask_row + column * mask_column, mask=valid, other=0)
-        valid = valid & (value.to(tl.int64) != padding_value if HAS_PADDING_VALUE else value != 0)
-    return valid
-
-
-@triton.jit
-def real_and_further(
-    index,
-    end,
-    last_real,
-    columns,
-    mask,
-    position_ids,
-    mask_row,
-    mask_column,
-    ids_row,
-    ids_column,
-    padding_value,
-    HAS_PADDING_VALUE: tl.constexpr,
-    NUMBERED: tl.constexpr,
-):
-    """Of flat tokens below `end`: whether real, the real token before in its row (-1: none),
-    whether it opens a further document.
-
-    last_real carries the scan from block to block.
-    """
-    valid = index < end
-    row = index // columns
-    column = index - row * columns
-    real = real_at(
-        row, column, valid, mask, mask_row, mask_column, padding_value, HAS_PADDING_VALUE
-    )
-    before_real = real_at(
-        row,
-        column - 1,
-        valid & (column > 0),
-        mask,
-        mask_row,
-        mask_column,
-        padding_value,
-        HAS_PADDING_VALUE,
-    )
-    last = tl.maximum(
-        tl.associative_scan(tl.where(before_real, index - 1, -1), 0, larger), last_real
-    )
-    previous = tl.where(last >= row * columns, last, -1)
-    further = index < 0
-    has_previous = real & (previous >= 0)
-    previous_column = previous - row * columns
-    if NUMBERED:
-        value = tl.load(mask + row * mask_row + column * mask_column, mask=has_previous, other=0)
-        previous_value = tl.load(
-            mask + row * mask_row + previous_column * mask_column, mask=has_previous, other=0
-        )
-        further = further | (value != previous_value)
-    if position_ids is not None:
-        place = tl.load(
-            position_ids + row * ids_row + column * ids_column, mask=has_previous, other=0
-        ).to(tl.int64)
-        previous_place = tl.load(
-            position_ids + row * ids_row + previous_column * ids_column, mask=has_previous, other=0
-        ).to(tl.int64)
-        jump = place - previous_place
-        further = further | ((jump != 1) & (jump != index - previous))
-    return real, previous, further & has_previous, tl.max(last)
-
-
-NUMBER_DOCUMENTS_INTEGERS = (
-    "rows",
-    "columns",
-    "rows_each",
-    "mask_row",
-    "mask_column",
-    "ids_row",
-    "ids_column",
-    "padding_value",
-)
-
-
-@triton.jit(
-    do_not_specialize=list(NUMBER_DOCUMENTS_INTEGERS),
-    do_not_specialize_on_alignment=["document", "position", "lengths", "mask", "position_ids"],
-)
-def number_documents(
-    document,  # [rows · columns] int64, written
-    position,  # [rows · columns] int64, written
-    lengths,  # [rows · columns] int64, written
-    mask,  # [rows, columns] integer or floating, bool as uint8, or None
-    position_ids,  # [rows, columns] integer, or None
-    rows: tl.int64,
-    columns: tl.int64,  # tokens of a row
-    rows_each: tl.int64,  # rows of a program
-    mask_row: tl.int64,  # strides of mask, in elements
-    mask_column: tl.int64,
-    ids_row: tl.int64,  # strides of position_ids, in elements
-    ids_column: tl.int64,
-    padding_value: tl.int64,  # read where HAS_PADDING_VALUE
-    HAS_PADDING_VALUE: tl.constexpr,  # mask holds ids, padding where they equal padding_value
-    NUMBERED: tl.constexpr,  # mask values that differ number documents
-    BLOCK: tl.constexpr,  # tokens of a step
-    DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
-):
-    """layout.mask_layout in one launch. Grid (programs,), each with `rows_each` whole rows.
-
-    A program first counts the documents of the rows before its own, so none waits for another and
-    no scratch must be cleared.
-    """
-    first_row = tl.program_id(0).to(tl.int64) * rows_each
-    begin = first_row * columns
-    end = tl.minimum(first_row + rows_each, rows) * columns
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-    documents = first_row
-    if NUMBERED or position_ids is not None:
-        last_real = begin * 0 - 1
-        for start in range(0, begin, BLOCK):
-            real, previous, further, last_real = real_and_further(
-                start + lane,
-                begin,
-                last_real,
-                columns,
-                mask,
-                position_ids,
-                mask_row,
-                mask_column,
-                ids_row,
-                ids_column,
-                padding_value,
-                HAS_PADDING_VALUE,
-                NUMBERED,
-            )
-            documents += tl.sum(further.to(tl.int64))
-    last_real = begin * 0 - 1
-    reals = begin * 0  # real tokens of this program so far
-    opened = begin * 0 - 1  # reals when the current document opened
-    first = begin * 0 - 1  # flat index of its first real token
-    for start in range(begin, end, BLOCK):
-        index = start + lane
-        real, previous, further, last_real = real_and_further(
-            index,
-            end,
-            last_real,
-            columns,
-            mask,
-            position_ids,
-            mask_row,
-            mask_column,
-            ids_row,
-            ids_column,
-            padding_value,
-            HAS_PADDING_VALUE,
-            NUMBERED,
-        )
-        if DEBUG and mask is not None and not HAS_PADDING_VALUE:
-            value = tl.load(
-                mask + index // columns * mask_row + index % columns * mask_column,
-                mask=index < end,
-                other=0,
-            )
-            tl.device_assert(value >= 0, "attention_mask must not have negative or NaN values")
-            if value.dtype.is_floating():
-                wide = value.to(tl.float64)
-                tl.device_assert(
-                    (wide == tl.floor(wide)) & (wide < float("inf")),
-                    "attention_mask must hold whole numbers",
-                )
-        opens = further | ((index < end) & (index % columns == 0))
-        number = documents + tl.associative_scan(opens.to(tl.int64), 0, added) - 1
-        count = reals + tl.associative_scan(real.to(tl.int64), 0, added)
-        count_before = count - real.to(tl.int64)
-        last_opened, opened_before = tl.associative_scan(
-            (tl.where(opens, count_before, -1), tl.zeros_like(index) - 1), 0, last_two
-        )
-        opened_before = tl.where(opened_before >= 0, opened_before, opened)
-        firsts = tl.maximum(
-            tl.associative_scan(tl.where(further | (real & (previous < 0)), index, -1), 0, larger),
-            first,
-        )
-        tl.store(document + index, tl.where(real, number, -1), mask=index < end)
-        tl.store(position + index, index - firsts, mask=index < end)
-        tl.store(
-            lengths + number - 1, count_before - opened_before, mask=opens & (opened_before >= 0)
-        )
-        documents += tl.sum(opens.to(tl.int64))
-        reals += tl.sum(real.to(tl.int64))
-        opened = tl.maximum(opened, tl.max(last_opened))
-        first = tl.max(firsts)
-    if end > begin:
-        tl.store(lengths + documents - 1, reals - opened)
-
-
 @triton.jit(do_not_specialize=["columns", "bounds", "steps", "ids_row", "ids_column", "token"])
 def find_tails(
     mask,  # [rows, columns] bool as uint8, int64 where cu_seqlens is given; written
@@ -792,6 +536,8 @@ def find_tails(
 # ---- launchers
 
 
+REGISTERS = 64  # of an NVIDIA thread: 32 one-warp programs, a multiprocessor's most, have them
+NUMBERING_REGISTERS = 128  # 16 warps, one program's most, have them
 # A grid without a program, which Triton hands on and no device runs.
 NO_PROGRAM = (2, 3, 0)
 
@@ -809,8 +555,9 @@ class Launcher:
 
     unexpected = ""  # of Triton's internals, in words
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, registers: int = REGISTERS) -> None:
         self.kernel = kernel
+        self.registers = registers  # of an NVIDIA thread, at most
         self.checked: set[Any] = set()
         # (num_warps and constexprs, for the caller; run, function, packed_metadata, current_device,
         # current_stream; the kernel, whose end would unload the function). No NamedTuple, which
@@ -846,7 +593,7 @@ class Launcher:
         except TypeError as error:  # before anything was launched
             with on_device(args[0].device):
                 # Where this raises as well, the mistake is the caller's.
-                self.kernel[grid](*args, **launch_options(num_warps))
+                self.kernel[grid](*args, **launch_options(num_warps, self.registers))
             self._give_up(error)
 
     def to_be_checked(self, key: Any, device: torch.device) -> bool:
@@ -861,7 +608,7 @@ class Launcher:
     def _compile(
         self, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], num_warps: int
     ) -> None:
-        options = launch_options(num_warps)
+        options = launch_options(num_warps, self.registers)
         kernel = self.kernel[grid](*args, **options)  # launches, too
         # The interpreter has no kernel; with hooks every launch comes here.
         if kernel is None or key in self.compiled or Launcher.unexpected:
@@ -939,30 +686,30 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-REGISTERS = 64  # of an NVIDIA thread: 32 one-warp programs, a multiprocessor's most, have them
-
-
-def compile_options(target_backend: str) -> dict[str, Any]:
+def compile_options(target_backend: str, registers: int = REGISTERS) -> dict[str, Any]:
     # Philox wraps, and with debug, ours or TRITON_DEBUG=1, Triton asserts that nothing overflows.
     options: dict[str, Any] = {"enable_fp_fusion": False, "sanitize_overflow": False}
     if target_backend == "cuda":
-        options["maxnreg"] = REGISTERS
+        options["maxnreg"] = registers
     if DEBUG:
         options["debug"] = True
     return options
 
 
-def launch_options(num_warps: int) -> dict[str, Any]:
+def launch_options(num_warps: int, registers: int = REGISTERS) -> dict[str, Any]:
     if INTERPRETED:
         return {"num_warps": num_warps}
     target = triton.runtime.driver.active.get_current_target()
-    return {"num_warps": num_warps, **compile_options(target.backend)}
+    return {"num_warps": num_warps, **compile_options(target.backend, registers)}
 
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 DEBUG = os.environ.get("NEFTUNE_DEBUG") == "1"
 launch_rows = Launcher(noisy_rows)
-launch_documents = Launcher(number_documents)
+launch_documents = Launcher(number_rows, NUMBERING_REGISTERS)
+launch_summaries = Launcher(summarise_pieces, NUMBERING_REGISTERS)
+launch_pieces = Launcher(number_pieces, NUMBERING_REGISTERS)
+launch_tokens = Launcher(number_tokens)
 
 
 def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
@@ -1122,7 +869,7 @@ def _launch_rows(
     document, position, lengths, cu_seqlens, numbering = layout
     alpha_value, embed_scale = scalars
     source_strides = source.stride()
-    step, num_samples, lengths_stride, alpha_bits, pieces = 0.0, rows, 0, 0, 1
+    step, num_samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
     # Read one after the other, and so beside their memory where they are strided.
     document = None if document is None else document.contiguous()
     position = None if position is None else position.contiguous()
@@ -1134,7 +881,7 @@ def _launch_rows(
         num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha_value)
     elif numbering is not None:
         numbering = numbering.contiguous()
-        pieces = check_numbering(numbering, rows, rows * columns) // rows
+        check_numbering(numbering, rows, rows * columns)
         alpha_bits = float_bits(alpha_value)
     else:
         step = host_step(alpha_value, columns, embedding_dim)
@@ -1183,8 +930,6 @@ def _launch_rows(
         rows,
         columns,
         num_samples,
-        pieces,
-        -(-columns // pieces),
         ids_row,
         ids_column,
         source_row,
@@ -1258,28 +1003,41 @@ def _warp_size(device: torch.device) -> int:
         return int(triton.runtime.driver.active.get_current_target().warp_size)
 
 
-DOCUMENT_BLOCK = 2048
-DOCUMENT_WARPS = 8
-DOCUMENT_PROGRAMS = 128
+ROW_BLOCKS = (512, 2048, 4096)  # tokens of a program that has a whole row
+PIECE = 2048  # of a program that has a piece of a longer row
+PIECES_AT_ONCE = 32
+TOKENS_BLOCK = 1024
+TOKENS_WARPS = 4
 
 
-def mask_layout(
+def numbering_block(columns: int) -> int:
+    """Tokens of a program for rows of so many."""
+    return next((block for block in ROW_BLOCKS if block >= columns), PIECE)
+
+
+def numbering_shape(block: int, warp_size: int) -> tuple[int, int]:
+    """(tokens of a thread, warps) of a program with a block of tokens."""
+    each = 4 if block <= 2048 else 8
+    return each, max(1, block // (each * warp_size))
+
+
+def number_documents(
     attention_mask: Tensor | None, position_ids: Tensor | None, padding_value: int | None = None
 ) -> Any:
-    """The operator `mask_layout` on a GPU, in one launch; NotImplemented as noisy_embedding_out.
+    """The operator `number_documents` on a GPU, in one launch, in two where rows are longer than a
+    program; NotImplemented as noisy_embedding_out.
 
-    `lengths` beyond the documents and `position` on padding are not set.
+    padding_value: attention_mask holds ids, padding where they equal it.
     """
     given = attention_mask if attention_mask is not None else position_ids
     assert given is not None
     rows, columns = rows_and_columns(given.shape)
+    check_columns(columns)
     device, num_tokens = given.device, rows * columns
-    document, position, lengths = (
-        torch.empty(num_tokens, dtype=torch.int64, device=device) for _ in range(3)
-    )
+    numbering = torch.empty(ROW_WORDS * rows + 3 * num_tokens, dtype=torch.int32, device=device)
     if num_tokens == 0:
-        return document, position, lengths
-    mask, mask_row, mask_column, ids_row, ids_column = None, 0, 0, 0, 0
+        return numbering.zero_()
+    mask, mask_row, mask_column, ids_row, ids_column = None, 0, 1, 0, 1
     if attention_mask is not None:
         readable = (
             attention_mask.view(torch.uint8)
@@ -1287,51 +1045,94 @@ def mask_layout(
             else attention_mask
         )
         mask, mask_row, mask_column = rows_view(readable, rows, columns)
+    places = position_ids
     if position_ids is not None:
-        position_ids, ids_row, ids_column = rows_view(position_ids, rows, columns)
-    numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
-    rows_each = -(-rows // DOCUMENT_PROGRAMS)
+        places, ids_row, ids_column = rows_view(position_ids, rows, columns)
+    is_numbered = padding_value is None and attention_mask is not None and given.dtype != torch.bool
+    is_long = columns > ROW_BLOCKS[-1]
+    block = numbering_block(columns)
+    each, num_warps = numbering_shape(block, _warp_size(device))
+    is_dense = mask_column == ids_column == 1
+    constexprs = (padding_value is not None, is_numbered, is_dense, block, each)
+    strides = (mask_row, mask_column, ids_row, ids_column, padding_value or 0)
     key = (
         given.get_device(),
         None if mask is None else mask.dtype,
-        None if position_ids is None else position_ids.dtype,
-        padding_value is None,
-        numbered,
-        DOCUMENT_BLOCK,
+        None if places is None else places.dtype,
+        *constexprs,
     )
-    args = (
-        document,
-        position,
-        lengths,
-        mask,
-        position_ids,
-        rows,
-        columns,
-        rows_each,
-        mask_row,
-        mask_column,
-        ids_row,
-        ids_column,
-        padding_value or 0,
-        padding_value is not None,
-        numbered,
-        DOCUMENT_BLOCK,
-        DEBUG,
-    )
-    found = launch_documents.compiled.get(key)
-    check = found is None and launch_documents.to_be_checked(key, device)
-    launch_documents(key, found, key[0], (-(-rows // rows_each), 1, 1), args, DOCUMENT_WARPS)
+    launcher, pieces = launch_documents, 1
+    args: tuple[Any, ...] = (numbering, mask, places, rows, columns, *strides, *constexprs, DEBUG)
+    if is_long:
+        launcher, pieces = launch_pieces, -(-columns // PIECE)
+        summary = torch.empty(4 * rows * pieces, dtype=torch.int32, device=device)
+        launch_summaries(
+            key,
+            launch_summaries.compiled.get(key),
+            key[0],
+            (rows * pieces, 1, 1),
+            (summary, mask, places, columns, pieces, *strides, *constexprs, DEBUG),
+            num_warps,
+        )
+        args = (
+            *(numbering, summary, mask, places, rows, columns, pieces),
+            *(*strides, *constexprs, PIECES_AT_ONCE),
+        )
+    found = launcher.compiled.get(key)
+    check = found is None and launcher.to_be_checked(key, device)
+    launcher(key, found, key[0], (rows * pieces, 1, 1), args, num_warps)
     if check:
-        launch_documents.checked.add(key)
-        told = attention_mask
-        if attention_mask is not None and padding_value is not None:
-            told = attention_mask != padding_value
-        if not self_check.numbering_agrees(
-            "triton", told, position_ids, (document, position, lengths)
-        ):
+        launcher.checked.add(key)
+        told = attention_mask if padding_value is None else given != padding_value
+        layout = Layout(numbering=numbering)
+        if not self_check.numbering_agrees("triton", told, position_ids, layout):
             return NotImplemented
     elif found is None:
-        launch_documents.forget_unchecked(key)
+        launcher.forget_unchecked(key)
+    return numbering
+
+
+def number_padding(input_ids: Tensor, padding_idx: int) -> Any:
+    """The operator `number_padding` on a GPU: number_documents of `input_ids != padding_idx`,
+    compared inside its launch.
+    """
+    return number_documents(input_ids, None, padding_idx)
+
+
+def mask_layout(
+    attention_mask: Tensor | None, position_ids: Tensor | None, padding_value: int | None = None
+) -> Any:
+    """The operator `mask_layout` on a GPU, in one launch more than number_documents; NotImplemented
+    as noisy_embedding_out.
+
+    `lengths` beyond the documents and `position` on padding are not set.
+    """
+    numbering = number_documents(attention_mask, position_ids, padding_value)
+    if numbering is NotImplemented:
+        return NotImplemented
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    rows, columns = rows_and_columns(given.shape)
+    device = given.device
+    document, position, lengths = (
+        torch.empty(rows * columns, dtype=torch.int64, device=device) for _ in range(3)
+    )
+    if document.numel() == 0:
+        return document, position, lengths
+    blocks = -(-columns // TOKENS_BLOCK)
+    key = (given.get_device(), TOKENS_BLOCK)
+    args = (document, position, lengths, numbering, rows, columns, blocks, TOKENS_BLOCK)
+    found = launch_tokens.compiled.get(key)
+    check = found is None and launch_tokens.to_be_checked(key, device)
+    launch_tokens(key, found, key[0], (rows * blocks, 1, 1), args, TOKENS_WARPS)
+    if check:
+        launch_tokens.checked.add(key)
+        told = attention_mask if padding_value is None else given != padding_value
+        numbered = document, position, lengths
+        if not self_check.numbering_agrees("triton", told, position_ids, numbered):
+            return NotImplemented
+    elif found is None:
+        launch_tokens.forget_unchecked(key)
     return document, position, lengths
 
 

@@ -133,8 +133,7 @@ def cu_seqlens_layout(shape, second, dtype=torch.int64):
 
 def numbering_layout(shape, second):
     rows, tokens = shape[0], shape[0] * shape[1]
-    pieces = 4 if second else 1
-    return {"numbering": filled((4 * rows * pieces + 3 * tokens,), torch.int32)}
+    return {"numbering": filled((4 * rows + 3 * tokens,), torch.int32)}
 
 
 def documents_layout(shape, second):
@@ -207,11 +206,11 @@ def adds(dtype, layout=None, in_place=False):
     return call
 
 
-def numbers(mask=None, positions=None):
+def numbers(mask=None, positions=None, shapes=((2, 3), (16, 48))):
     """Documents numbered from a mask, position ids or both."""
 
     def call(kernels, on, second):
-        shape = (16, 48) if second else (2, 3)
+        shape = shapes[second]
         given = [on(make(shape)) if make else None for make in (mask, positions)]
         kernels.mask_layout(*given)
 
@@ -288,6 +287,7 @@ def calls():
         "added, lengths": adds(bfloat16, lengths_layout),
         "mask bool": numbers(of(torch.bool)),
         "mask int64": numbers(of(torch.int64)),
+        "mask int64, rows in pieces": numbers(of(torch.int64), shapes=((2, 65), (3, 200))),
         "mask float32, transposed": numbers(transposed(torch.float32)),
         "position_ids expanded": numbers(positions=expanded),
         "mask uint8 and position_ids int32": numbers(of(torch.uint8), of(torch.int32)),
@@ -364,7 +364,7 @@ def main():
 
     from neftune_kernels import triton_kernels
 
-    triton_kernels.DOCUMENT_BLOCK = 32  # compiles sooner; no parameter depends on it
+    triton_kernels.ROW_BLOCKS, triton_kernels.PIECE = (64,), 64
     recorded = []
     launch = triton_kernels.Launcher.__call__
 
@@ -373,7 +373,6 @@ def main():
         launch(self, key, found, index, grid, args, num_warps)
 
     triton_kernels.Launcher.__call__ = recording
-    options = triton_kernels.compile_options("cuda")
     compared = {}
     for (name, call), (place, (index, now, stream)) in itertools.product(
         calls().items(), PLACES.items()
@@ -390,6 +389,7 @@ def main():
         if "--spoiled" in sys.argv:
             spoil(triton_kernels.launch_rows)
             spoil(triton_kernels.launch_documents)
+            spoil(triton_kernels.launch_pieces)
         recorded.clear()
         before = len(launches())
         call(triton_kernels, on, True)
@@ -407,6 +407,7 @@ def main():
             ours, list(recorded), strict=True
         ):
             with current(device):
+                options = triton_kernels.compile_options("cuda", launcher.registers)
                 launcher.kernel[grid](*args, num_warps=num_warps, **options)
             wrong.extend(differences(launcher, own, launches()[-1], device, grid, args))
             found["launches"] += 1

@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 
-from bench import codegen, cuda_code, disassembly, inductor_code
+from bench import codegen, cuda_code, disassembly, inductor_code, numbering_code
 from bench.codegen import CONFIGURATIONS, CUDA_CONFIGURATIONS, Configuration
 from neftune_kernels import triton_kernels
 
@@ -86,6 +86,45 @@ def test_targets(configuration):
             f"the target of {target} is of {codegen.FIGURES_OF}"
         )
     assert code.per_element <= target
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        pytest.param(c, id=c.name, marks=() if c.target == "sm_90" else pytest.mark.long)
+        for c in numbering_code.configurations(tuple(codegen.TARGETS))
+    ],
+)
+def test_numbering_targets(configuration):
+    """Time by the model, no spills, no scratch, no atomics; and nothing is gone through more often
+    for what is in a mask: a left-padded row takes no longer than a right-padded one.
+    """
+    target = codegen.TARGETS[configuration.target]
+    for kernel in numbering_code.kernels_of(configuration):
+        code = numbering_code.compiled(kernel, configuration, target).asm["ttir"]
+        loops = len(re.findall(r"\bscf\.(?:for|while)\b", code))
+        assert loops == (kernel.__name__ == "number_pieces"), "the one that adds up pieces"
+    missed = numbering_code.missed(configuration, target)
+    if missed and not triton.__version__.startswith(f"{codegen.FIGURES_OF}."):
+        missed = [what for what in missed if " us of " not in what]
+    assert not missed
+
+
+def test_reading_a_numbering():
+    """What the row kernel does to find a token in it, beside `lengths`."""
+    for embedding_dim in (576, 4096):
+        found = codegen.numbering_instructions("sm_90", embedding_dim)
+        if not triton.__version__.startswith(f"{codegen.FIGURES_OF}."):
+            pytest.skip(f"the target is of triton {codegen.FIGURES_OF}")
+        assert found <= numbering_code.READING
+
+
+def test_ways_through_a_program():
+    """The shorter and the longer of two branches, a loop once and never around it."""
+    lines = ["@P0 BRA `(.L_out)", "MOV", "@P1 BRA `(.L_loop)", "@P2 BRA `(.L_end)"]
+    lines += ["MOV", "MOV", "@P3 EXIT", "MOV", "EXIT", "MOV", "EXIT"]
+    code = cuda_code.Function("", lines, {".L_out": 9, ".L_loop": 1, ".L_end": 8})
+    assert numbering_code.ways(code) == (5, 9)
 
 
 def ptx_counts(kernel):

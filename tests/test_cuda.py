@@ -62,8 +62,9 @@ KERNELS = SimpleNamespace(
     add_noise_out=OPS.cuda_add_noise.out,
     mask_layout=OPS.cuda_mask_layout,
     padding_layout=OPS.cuda_padding_layout,
-    DOCUMENT_BLOCK=None,  # of the Triton kernel alone
-    DOCUMENT_PROGRAMS=None,
+    ROW_BLOCKS=None,  # of the Triton kernels alone
+    PIECE=None,
+    PIECES_AT_ONCE=None,
 )
 pytestmark = pytest.mark.gpu
 

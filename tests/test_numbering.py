@@ -1,13 +1,13 @@
 """layout.number_documents: what it stores, and that every backend reads all of its forms.
 
-The forms: units that are rows or pieces of rows, `before` told or to be counted, runs with nothing
-per token. tests/test_layout.py holds what the tables mean against the oracle.
+The forms: `before` told or to be counted, runs with nothing per token. tests/test_layout.py holds
+what the tables mean against the oracle.
 """
 
 import pytest
 import torch
 from conftest import FLOAT_DTYPES, make_batch, same_bits
-from numbering_forms import UNWRITTEN, forms, told, units_of
+from numbering_forms import UNWRITTEN, forms, told, words_of
 
 from neftune_kernels import layout as layouts
 
@@ -61,11 +61,11 @@ def test_a_run_has_three_words_and_nothing_per_token(kind, dtype):
     mask = make_batch(kind, rows=5, columns=150).attention_mask
     real, shape = mask != 0, mask.shape
     first = torch.where(real.any(1), real.int().argmax(1), 0)
-    units = torch.stack((torch.zeros_like(first), first, real.sum(1), torch.arange(5)), 1)
+    words = torch.stack((torch.zeros_like(first), first, real.sum(1), torch.arange(5)), 1)
     for number in (OPS.number_documents, OPS.reference_number_documents):
         numbering = number(mask.to(dtype), None)
         assert numbering.dtype == torch.int32
-        assert torch.equal(units_of(numbering, shape).long(), units)
+        assert torch.equal(words_of(numbering, shape).long(), words)
         embeds = torch.zeros(5, 150, 8)
         expected = OPS.add_noise(embeds, SEED, ALPHA, *layouts.Layout(numbering=numbering))
         numbering[20:] = UNWRITTEN  # no kernel reads what need not be written
@@ -75,11 +75,11 @@ def test_a_run_has_three_words_and_nothing_per_token(kind, dtype):
 
 def test_padding_is_a_run_too():
     input_ids = torch.tensor([[7, 7, 3, 4, 7], [1, 2, 3, 4, 5], [7, 7, 7, 7, 7], [1, 7, 2, 7, 7]])
-    units = torch.tensor([[0, 2, 2, 0], [0, 0, 5, 1], [0, 0, 0, 2], [1, 0, 2, 3]])
+    words = torch.tensor([[0, 2, 2, 0], [0, 0, 5, 1], [0, 0, 0, 2], [1, 0, 2, 3]])
     for dtype in (torch.int64, torch.int32):
         for number in (OPS.number_padding, OPS.reference_number_padding):
             numbering = number(input_ids.to(dtype), 7)
-            assert torch.equal(units_of(numbering, (4, 5)).long(), units)
+            assert torch.equal(words_of(numbering, (4, 5)).long(), words)
     nowhere = OPS.number_padding(torch.ones(1, 3, dtype=torch.int32), 2**32 + 1)
     length = layouts.numbered_tokens(nowhere, (1, 3))[2]
     assert length.tolist() == [3, 3, 3]
@@ -103,7 +103,7 @@ def test_any_strides(strides):
         assert torch.equal(found[2], expected[2])
 
 
-def test_a_document_that_the_unit_does_not_hold_is_padding(backend):
+def test_a_document_that_the_row_does_not_hold_is_padding(backend):
     """Bad tables reach nothing outside of the tensor."""
     family = {"cpp": ""}.get(backend, f"{backend}_")
     add = getattr(OPS, f"{family}add_noise")

@@ -17,13 +17,14 @@ import pathlib
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import golden_vectors
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FLOAT_DTYPES, MASK_KINDS, equals_oracle, make_batch, same_bits
-from numbering_forms import forms
+from numbering_forms import UNWRITTEN, forms, table_and_record, words_of
 
 from neftune_kernels import (
     NEFTuneEmbedding,
@@ -54,9 +55,7 @@ def needs_triton():
 def device(needs_triton, monkeypatch):
     """Where Triton kernels run: a GPU, real or executed by ttsem, or the interpreter's CPU."""
     if INTERPRETED:
-        monkeypatch.setattr(
-            kernels(), "DOCUMENT_BLOCK", 32
-        )  # its scans take a Python step per element
+        small_programs(monkeypatch, 32)  # its scans take a Python step per element
         mend_interpreter(monkeypatch)
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -67,11 +66,22 @@ def device(needs_triton, monkeypatch):
     return torch.device("cuda", 0)
 
 
+def small_programs(monkeypatch, block):
+    """Number documents in blocks of so many tokens, added up by twos where a row has more."""
+    for name, value in {"ROW_BLOCKS": (block,), "PIECE": block, "PIECES_AT_ONCE": 2}.items():
+        monkeypatch.setattr(kernels(), name, value)
+
+
 def mend_interpreter(monkeypatch):
     """What the interpreters of older Tritons get wrong."""
     import triton
     from triton.runtime import interpreter
 
+    # A launch has patched the language: again at every call inside, that takes nearly all the time.
+    inner = interpreter.InterpretedFunction
+    monkeypatch.setattr(
+        inner, "__call__", lambda self, *args, **named: self.rewrite()(*args, **named)
+    )
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if version < (3, 7):  # a scalar is an array of one element, no int to numpy 2.4
         patch = interpreter._patch_lang_tensor
@@ -132,14 +142,17 @@ def triton_layout(
     position_ids=None,
     padded_ids=None,
     padding_idx=-1,
+    per_token=False,
 ):
-    """The operators' layout arguments, documents numbered by the Triton kernel."""
+    """The operators' layout arguments, documents numbered by the Triton kernel; per_token: in
+    arrays, as noise masks need them.
+    """
     attention_mask, lengths, cu_seqlens, position_ids, padded_ids = (
         cuda(value, device)
         for value in (attention_mask, lengths, cu_seqlens, position_ids, padded_ids)
     )
     if padded_ids is not None:
-        return kernels().padding_layout(padded_ids, padding_idx)
+        return numbered("padding", per_token, padded_ids, padding_idx)
     if cu_seqlens is not None:
         return (None, None, None, cu_seqlens)
     position_ids, lengths = (  # as the operators take them
@@ -156,7 +169,15 @@ def triton_layout(
         )
     if attention_mask is None and position_ids is None:
         return ()
-    return kernels().mask_layout(attention_mask, position_ids)
+    return numbered("documents", per_token, attention_mask, position_ids)
+
+
+def numbered(what, per_token, *given):
+    number = getattr(kernels(), f"number_{what}", None)
+    if per_token or number is None:  # the CUDA kernels know arrays alone
+        arrays = {"documents": "mask_layout", "padding": "padding_layout"}[what]
+        return getattr(kernels(), arrays)(*given)
+    return layouts.Layout(numbering=number(*given))
 
 
 class NotServed(AssertionError):
@@ -184,7 +205,8 @@ def by_kernel(
     )
     if padding_idx is not None and not samples:
         samples = {"padded_ids": input_ids, "padding_idx": padding_idx}
-    layout = layouts.Layout(*triton_layout(input_ids.shape, device, **samples))
+    per_token = noise_mask is not None
+    layout = layouts.Layout(*triton_layout(input_ids.shape, device, per_token=per_token, **samples))
     if noise_mask is not None:
         document = torch.ops.neftune_kernels.noisy_documents(
             cuda(noise_mask, device), *layout, position_offset
@@ -415,12 +437,38 @@ def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
         cuda(attention_mask, device),
         None if position_ids is None else cuda(position_ids, device).expand(shape),
     )
-    document, position, lengths = (tensor.cpu() for tensor in kernels().mask_layout(*on_device))
+    number, tables = getattr(kernels(), "number_documents", None), []
+
+    def noted(*given):
+        tables.append(number(*given))
+        return tables[0]
+
+    with mock.patch.object(kernels(), "number_documents", noted, create=True):
+        arrays = kernels().mask_layout(*on_device)
+    document, position, lengths = (tensor.cpu() for tensor in arrays)
     real = expected[0] >= 0
     documents = expected[0][real].unique()
     assert torch.equal(document, expected[0])
     assert torch.equal(position[real], expected[1][real])
     assert torch.equal(lengths[documents], expected[2][documents])
+    for numbering in tables:  # none of the CUDA kernels
+        told = attention_mask, None if position_ids is None else position_ids.expand(shape)
+        assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
+
+
+def assert_same_tables(numbering, expected, shape):
+    """What must be written is as the reference has it, and nothing else is written."""
+    words, expected_words = words_of(numbering, shape), words_of(expected, shape)
+    before = torch.where(words[:, 3] < 0, expected_words[:, 3], words[:, 3])
+    assert torch.equal(torch.cat((words[:, :3], before[:, None]), 1), expected_words)
+    found, wanted = table_and_record(numbering, shape), table_and_record(expected, shape)
+    for row, documents in enumerate(words[:, 0].tolist()):
+        (table, record), (expected_table, expected_record) = (
+            (tables[row, :documents], records[row]) for tables, records in (found, wanted)
+        )
+        assert torch.equal(table, expected_table)
+        assert bool((found[0][row, documents:] == UNWRITTEN).all())
+        assert torch.equal(record, expected_record if documents else record * 0 + UNWRITTEN)
 
 
 @pytest.mark.parametrize("block", (16, 64 if INTERPRETED else 2048))
@@ -428,8 +476,7 @@ def test_numbering_of_random_masks_and_positions(device, monkeypatch, block):
     """Blocks and programs much smaller than a row, so that every carry from block to block and
     program to program matters.
     """
-    monkeypatch.setattr(kernels(), "DOCUMENT_BLOCK", block)
-    monkeypatch.setattr(kernels(), "DOCUMENT_PROGRAMS", 3)
+    small_programs(monkeypatch, block)
     generator = torch.Generator().manual_seed(block)
     for trial in range(6 if block == 16 else 2):
         rows, columns = (int(torch.randint(1, high, (1,), generator=generator)) for high in (9, 40))
@@ -446,6 +493,41 @@ def test_numbering_of_random_masks_and_positions(device, monkeypatch, block):
         assert_same_layout(shape, device, attention_mask=mask, position_ids=place)
         assert_same_layout(shape, device, position_ids=place.int())
         assert_same_layout(shape, device, position_ids=place[:1])
+
+
+def test_numbering_of_every_kind_of_row(device, monkeypatch):
+    """In one program and in pieces, some of them without a real token: what is written, and what
+    the row kernel reads.
+    """
+    rows = [
+        "1111111111111111111111111111111111111",
+        "1111111111111111111111100000000000000",
+        "0000000000000000000000000000000011111",
+        "0000000000000111111111111111111000000",
+        "0000000000000000000000000000000000000",
+        "1100000000000000000000000000000000011",
+        "1111100111111111111111111011111111111",
+        "1111111111122222222222222222223333333",
+        "0122222003000000000000000000000344555",
+        "1112110000000000000000000000000001121",
+    ]
+    mask = torch.tensor([[int(digit) for digit in row] for row in rows])
+    column = torch.arange(mask.shape[1]).expand_as(mask)
+    then = column[:, :1] + torch.tensor([0, -20, 7, 0, -20, 7, -20, 7, 0, 7])[:, None]
+    packed = torch.where(column < 20, column, column + then)  # or ahead, or on
+    for block in (64, 8):
+        small_programs(monkeypatch, block)
+        for told in (
+            (mask, None),
+            (mask != 0, None),
+            (None, packed),
+            ((mask != 0).int(), packed),
+            (mask.T.contiguous().T, None),
+        )[: 5 if block == 8 else 3]:
+            assert_same_layout(mask.shape, device, *told)
+    numbering = kernels().number_padding(cuda(torch.where(mask == 0, 7, mask), device), 7)
+    expected = layouts.number_documents(mask != 0, None)
+    assert_same_tables(numbering.cpu(), expected, mask.shape)
 
 
 def test_jumps_are_not_counted_in_words(device):
@@ -557,9 +639,9 @@ def test_noise_masks_and_signs(device, sign):
         agree(device, batch.input_ids, weight, **layout, sign=sign)
 
 
-@pytest.mark.parametrize("form", (1, 2, 4))
+@pytest.mark.parametrize("form", (0, 1))
 def test_numbering_of_any_form(device, form):
-    """Rows and pieces of rows, runs and records, documents counted by the writer or the reader."""
+    """Runs and records, documents counted by the writer or the reader."""
     mask = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 1, 2, 3]])
     weight, ids = make_weight(16, torch.bfloat16), torch.arange(10).view(2, 5)
 
@@ -749,7 +831,9 @@ def debug(device, monkeypatch):
         pytest.skip("Triton's debug mode is the compiler's")
     monkeypatch.setattr(kernels(), "DEBUG", True)
     for name in ("launch_rows", "launch_documents"):
-        monkeypatch.setattr(kernels(), name, kernels().Launcher(getattr(kernels(), name).kernel))
+        known = getattr(kernels(), name)
+        launcher = kernels().Launcher(known.kernel, known.registers)
+        monkeypatch.setattr(kernels(), name, launcher)
 
 
 def test_debug_lets_good_calls_pass(device, debug):
@@ -885,7 +969,7 @@ def test_launches(public, monkeypatch):
     """One launch where the samples are known; one small one more for masks, position ids and
     padding_idx.
     """
-    counts = {"noisy_rows": 0, "number_documents": 0}
+    counts = {"noisy_rows": 0, "number_rows": 0}
     for launcher in (kernels().launch_rows, kernels().launch_documents):
         assert launcher.kernel.fn.__name__ in counts
     inner = kernels().Launcher.__call__
@@ -959,7 +1043,7 @@ MUTATIONS = {
         "return tl.join(tl.join(v0, v2), tl.join(v1, v3))",
         "return tl.join(tl.join(v0, v1), tl.join(v2, v3))",
     ),
-    "mask flipped": ("tl.where(real, number, -1)", "tl.where(real, -1, number)"),
+    "mask flipped": ("tl.where(real, 0, -1)", "tl.where(real, -1, 0)"),
     "one token too many": (
         "real = place.to(tl.int64) < length",
         "real = place.to(tl.int64) <= length",
@@ -977,19 +1061,25 @@ OUTSIDE = {
         "tl.store(target + column, value, mask=column < D + 8)",
     ),
     "id at the end": ("(index < num_embeddings)", "(index <= num_embeddings)"),
-    "tail of a mask": ("valid = index < end\n", "valid = index < end + 1\n"),
+    "tail of a mask": ("inside = at < end\n", "inside = at < end + 1\n"),
 }
 
 
-def mutated(kernels_module, old, new, tmp_path):
-    """triton_kernels with one text replaced, as a module of its own."""
-    source = pathlib.Path(kernels_module.__file__).read_text()
-    assert old in source, old
-    path = tmp_path / "mutated_kernels.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("neftune_kernels.mutated_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def mutated(old, new, tmp_path):
+    """triton_kernels with one text replaced in it or in its triton_numbering, as a module of its
+    own.
+    """
+    folder = pathlib.Path(layouts.__file__).parent
+    names = ("triton_numbering", "triton_kernels")
+    sources = {name: (folder / f"{name}.py").read_text() for name in names}
+    assert any(old in source for source in sources.values()), old
+    for name, source in sources.items():
+        path = tmp_path / f"mutated_{name}.py"
+        taken = source.replace(old, new).replace("from .triton_n", "from .mutated_triton_n")
+        path.write_text(taken)
+        spec = importlib.util.spec_from_file_location(f"neftune_kernels.mutated_{name}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -1005,7 +1095,7 @@ def standard_cases(device):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_wrong_kernels_are_seen(device, monkeypatch, tmp_path, name):
     standard_cases(device)
-    module = mutated(kernels(), *MUTATIONS[name], tmp_path)
+    module = mutated(*MUTATIONS[name], tmp_path)
     monkeypatch.setattr(sys.modules[__name__], "kernels", lambda: module)
     with pytest.raises(AssertionError):
         standard_cases(device)
@@ -1036,10 +1126,10 @@ def test_first_launches_are_compared_with_the_reference(device, monkeypatch, tmp
         said = " ".join(str(one.message) for one in seen if one.category is RuntimeWarning)
         return said, served, numbered is not NotImplemented
 
-    right = mutated(kernels(), "", "", tmp_path)
+    right = mutated("", "", tmp_path)
     assert launch(right) == ("", True, True) and launch(right) == ("", True, True)
     assert len(right.launch_rows.checked) == len(right.launch_documents.checked) == 1
-    said, served, numbered = launch(mutated(right, *MUTATIONS[name], tmp_path))
+    said, served, numbered = launch(mutated(*MUTATIONS[name], tmp_path))
     assert "'triton' is out of service" in said
     assert (served, numbered) == ((True, False) if name == "mask flipped" else (False, True))
     assert self_check.failure("triton", device.type)
@@ -1052,7 +1142,7 @@ def test_stray_accesses_are_seen(device, monkeypatch, tmp_path, name):
     ids = torch.tensor([[0, 10, 11]])  # the last row, and one past it
     mask = torch.tensor([[1, 1, 0]])
     by_kernel(device, ids, make_weight(20, torch.float16), 5.0, seed=0, attention_mask=mask)
-    module = mutated(kernels(), *OUTSIDE[name], tmp_path)
+    module = mutated(*OUTSIDE[name], tmp_path)
     monkeypatch.setattr(sys.modules[__name__], "kernels", lambda: module)
     with pytest.raises(Exception, match="past the end|outside"):
         by_kernel(device, ids, make_weight(20, torch.float16), 5.0, seed=0, attention_mask=mask)

@@ -14,7 +14,7 @@ from .step import FAILED, NOT_HERE, PASSED, Setting, find_tool, parser_of, setti
 
 SECTIONS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "LaunchStats", "WarpStateStats")
 OPTIONS = ("--clock-control", "none", "--csv", "--page", "details")
-KERNELS = "regex:noisy|number_documents|gather|index"
+KERNELS = "regex:noisy|number_|summarise_pieces|gather|index"
 WANTED = {  # in the report, if this ncu has them; the log holds everything
     "Duration": "took",
     "DRAM Throughput": "DRAM",

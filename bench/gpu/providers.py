@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench import cases
 from neftune_kernels import noisy_embedding
+from neftune_kernels.layout import Layout, per_token
 
 from .clock import same_bits
 
@@ -20,7 +21,7 @@ VOCABULARIES = {576: 49152, 1024: 32000, 2048: 128256, 4096: 32000, 8192: 32000}
 PACKED = (1, 65536, 1024)
 NUMBERING_WIDTHS = (4096, 1024)  # numbering does not depend on d: once per number of tokens
 DIFFERENT = "differs from the reference on the same device"
-OPERATORS = {"triton": "mask_layout", "cuda": "cuda_mask_layout", "cpp": "mask_layout"}
+OPERATORS = {"triton": "number_documents", "cuda": "cuda_mask_layout", "cpp": "number_documents"}
 
 Shape = tuple[int, int, int]  # (B, T, d)
 Told = dict[str, Tensor]  # arguments that tell the samples
@@ -178,7 +179,7 @@ def make_ours(told: dict[str, Told], backends: list[str]) -> list[Measured]:
 
 
 class Numbering:
-    """The small launch that gives every token its document, alone."""
+    """The launches that number documents, alone."""
 
     def __init__(self, told: Told, backend: str) -> None:
         self._operator = getattr(torch.ops.neftune_kernels, OPERATORS[backend])
@@ -188,16 +189,17 @@ class Numbering:
         return self._operator(*self._arguments)
 
     def check(self, _: cases.Inputs) -> str:
-        """Documents and positions of real tokens, lengths of documents that there are."""
-        document, position, lengths = self._operator(*self._arguments)
-        expected = torch.ops.neftune_kernels.reference_mask_layout(*self._arguments)
-        real, samples = expected[0] >= 0, int(expected[0].max()) + 1
-        pairs = (
-            (document, expected[0]),
-            (position[real], expected[1][real]),
-            (lengths[:samples], expected[2][:samples]),
+        """Sample and position of real tokens, the length of every token."""
+        shape = next(tensor for tensor in self._arguments if tensor is not None).shape
+        arrays = torch.ops.neftune_kernels.reference_mask_layout(*self._arguments)
+        found = self._operator(*self._arguments)
+        own = (None, None, None, None, found) if isinstance(found, Tensor) else found
+        (*places, length), (*expected_places, expected_length) = (
+            per_token(Layout(*fields), shape, arrays[0].device) for fields in (own, arrays)
         )
-        same = all(torch.equal(*pair) for pair in pairs)
+        real, pairs = expected_length > 0, zip(places, expected_places, strict=True)
+        same = all(torch.equal(one[real], other[real]) for one, other in pairs)
+        same = same and torch.equal(length, expected_length)
         return "" if same else "numbers otherwise than the reference"
 
 

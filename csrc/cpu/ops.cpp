@@ -121,61 +121,51 @@ struct Place {
   int64_t length;  // ≤ 0: padding
 };
 
-// (4 · units + 3 · tokens,) int32 of layout.number_documents; units are rows or equal pieces of
-// them.
-class Units {
+// (4 · rows + 3 · tokens,) int32 of layout.number_documents.
+class NumberedRows {
  public:
-  Units(const Tensor& numbering, int64_t rows, int64_t columns) : columns_(columns) {
+  NumberedRows(const Tensor& numbering, int64_t rows, int64_t columns) : columns_(columns) {
     check_cpu(numbering, "numbering");
-    const int64_t tokens = rows * columns, units = units_of(numbering, rows, tokens);
-    numbering_ = numbering_at(numbering.const_data_ptr(), units, tokens);
-    pieces_ = rows == 0 ? 1 : units / rows;
-    piece_columns_ = (columns + pieces_ - 1) / pieces_;
+    check_numbering(numbering, rows, rows * columns);
+    numbering_ = numbering_at(numbering.const_data_ptr(), rows, rows * columns);
   }
 
   // Tokens one after another, from `token` on.
   class Walk {
    public:
-    Walk(const Units& units, int64_t token) : units_(units), token_(token) {
-      row_ = token / units.columns_;
-      column_ = token - row_ * units.columns_;
-      enter(row_ * units.pieces_ + column_ / units.piece_columns_);
+    Walk(const NumberedRows& rows, int64_t token) : rows_(rows), token_(token) {
+      const int64_t row = token / rows.columns_;
+      column_ = token - row * rows.columns_;
+      enter(row);
     }
 
     NumberedToken next() {
-      if (column_ == units_.columns_) {
+      if (column_ == rows_.columns_) {
         column_ = 0;
-        enter(++row_ * units_.pieces_);
-      } else if (column_ == end_) {
-        enter(unit_ + 1);
+        enter(row_ + 1);
       }
-      return token_of(units_.numbering_, units_.numbering_.units[unit_], before_, start_, token_++,
-                      column_++);
+      return token_of(rows_.numbering_, rows_.numbering_.words[row_], before_, token_++, column_++);
     }
 
    private:
-    void enter(int64_t unit) {
-      const Unit* units = units_.numbering_.units;
-      const int64_t first_column = unit % units_.pieces_ * units_.piece_columns_;
-      start_ = row_ * units_.columns_ + first_column;
-      end_ = first_column + units_.piece_columns_;
-      if (units[unit].before >= 0) {
-        before_ = units[unit].before;
-      } else {  // counted from where the last unit left off
-        for (; counted_ < unit; ++counted_) documents_ += documents_of(units[counted_]);
+    void enter(int64_t row) {
+      const RowWords* words = rows_.numbering_.words;
+      if (words[row].before >= 0) {
+        before_ = words[row].before;
+      } else {  // counted from where the last row left off
+        for (; counted_ < row; ++counted_) documents_ += documents_of(words[counted_]);
         before_ = documents_;
       }
-      unit_ = unit;
+      row_ = row;
     }
 
-    const Units& units_;
-    int64_t token_, row_, column_, unit_ = 0, start_ = 0, end_ = 0, before_ = 0;
-    int64_t counted_ = 0, documents_ = 0;
+    const NumberedRows& rows_;
+    int64_t token_, column_, row_ = 0, before_ = 0, counted_ = 0, documents_ = 0;
   };
 
  private:
   Numbering numbering_;
-  int64_t columns_, pieces_, piece_columns_;
+  int64_t columns_;
 };
 
 // Which sample, position and length each token has: layout.per_token in C++.
@@ -191,7 +181,7 @@ class Layout {
         sample_offset_(static_cast<uint32_t>(noise.sample_offset)),
         position_offset_(static_cast<uint32_t>(noise.position_offset)) {
     if (noise.numbering) {
-      units_.emplace(*noise.numbering, rows, columns);
+      numbered_.emplace(*noise.numbering, rows, columns);
     } else if (cu_seqlens_) {
       check_cu_seqlens();
     } else if (lengths_ && !document_) {
@@ -203,8 +193,8 @@ class Layout {
   class Walk {
    public:
     Walk(const Layout& layout, int64_t token) : layout_(layout), token_(token) {
-      if (layout.units_) {
-        units_.emplace(*layout.units_, token);
+      if (layout.numbered_) {
+        numbered_.emplace(*layout.numbered_, token);
       } else if (layout.cu_seqlens_) {
         document_ = layout.document_of(token);
         begin_ = (*layout.cu_seqlens_)[document_];
@@ -217,7 +207,7 @@ class Layout {
     }
 
     Place next() {
-      const NumberedToken token = units_ ? units_->next() : next_told();
+      const NumberedToken token = numbered_ ? numbered_->next() : next_told();
       return {static_cast<uint32_t>(token.document) + layout_.sample_offset_,
               static_cast<uint32_t>(token.position) + layout_.position_offset_, token.length};
     }
@@ -247,7 +237,7 @@ class Layout {
     }
 
     const Layout& layout_;
-    std::optional<Units::Walk> units_;
+    std::optional<NumberedRows::Walk> numbered_;
     int64_t token_, document_ = 0, begin_ = 0, end_ = 0;
   };
 
@@ -293,7 +283,7 @@ class Layout {
 
   int64_t rows_, columns_;
   std::optional<StridedIntegers> document_, position_, lengths_, cu_seqlens_;
-  std::optional<Units> units_;
+  std::optional<NumberedRows> numbered_;
   uint32_t sample_offset_, position_offset_;
 };
 
@@ -537,7 +527,7 @@ struct NumberingJob {
   bool padded;
   int64_t rows;
   int64_t columns;
-  Unit* units;      // (rows,) out
+  RowWords* words;  // (rows,) out
   Entry* table;     // (rows · columns,) out, of rows that are no single run
   int32_t* record;  // (rows · columns,) out, of the same
 };
@@ -633,7 +623,7 @@ std::optional<Span> span_of_mask(const Mask* mask, int64_t columns) {
 
 // A row of consecutive values that is one run of real tokens: false where it is none.
 template <class Mask, class Id>
-bool single_run(const NumberingJob& job, const Mask* mask, const Id* ids, Unit& unit) {
+bool single_run(const NumberingJob& job, const Mask* mask, const Id* ids, RowWords& words) {
   std::optional<Span> span = Span{0, job.columns};
   if (job.padded) {
     if constexpr (std::is_integral_v<Mask>) {
@@ -646,7 +636,7 @@ bool single_run(const NumberingJob& job, const Mask* mask, const Id* ids, Unit& 
   }
   if (!span || (ids && !counts_on(ids + span->first, span->end - span->first))) return false;
   const int64_t count = span->end - span->first;
-  unit = {0, static_cast<int32_t>(count ? span->first : 0), static_cast<int32_t>(count), 0};
+  words = {0, static_cast<int32_t>(count ? span->first : 0), static_cast<int32_t>(count), 0};
   return true;
 }
 
@@ -658,7 +648,7 @@ void number_row(const NumberingJob& job, int64_t row, const Mask* masks, int64_t
   int32_t* record = job.record + row * job.columns;
   decltype(mask_value(Mask{})) previous_value{};
   int64_t previous = -1, previous_id = 0;
-  int32_t document = 0;
+  int32_t document = 0, count = 0;
   table[0] = {0, 0};
   for (int64_t column = 0; column < job.columns; ++column) {
     auto value = previous_value;
@@ -682,17 +672,17 @@ void number_row(const NumberingJob& job, int64_t row, const Mask* masks, int64_t
       const int64_t jump =
           static_cast<int64_t>(static_cast<uint64_t>(id) - static_cast<uint64_t>(previous_id));
       if (value != previous_value || (ids && jump != 1 && jump != column - previous))
-        table[++document] = {static_cast<int32_t>(column), 0};
+        table[++document] = {static_cast<int32_t>(column), count};
     }
-    ++table[document].count;
+    ++count;
     record[column] = document;
     previous = column;
     previous_id = id;
     previous_value = value;
   }
-  const auto [first, count] = table[0];
+  const int32_t first = table[0].first;
   const bool run = document == 0 && (count == 0 || previous - first + 1 == count);
-  job.units[row] = {run ? 0 : document + 1, first, count, 0};
+  job.words[row] = {run ? 0 : document + 1, first, count, 0};
 }
 
 template <class Mask, class Id>
@@ -712,11 +702,11 @@ void number_rows(const NumberingJob& job) {
   for (int64_t row = 0; row < job.rows; ++row) {
     const Mask* mask = masks ? masks + mask_row(row) : nullptr;
     const Id* row_ids = ids ? ids + id_row(row) : nullptr;
-    Unit& unit = job.units[row];
-    if (!consecutive || !single_run(job, mask, row_ids, unit))
+    RowWords& words = job.words[row];
+    if (!consecutive || !single_run(job, mask, row_ids, words))
       number_row(job, row, mask, mask_stride, row_ids, id_stride);
-    unit.before = static_cast<int32_t>(before);
-    before += documents_of(unit);
+    words.before = static_cast<int32_t>(before);
+    before += documents_of(words);
   }
 }
 
@@ -766,22 +756,22 @@ Tensor numbering_of(const Tensor* mask, const Tensor* position_ids,
   const auto [rows, columns] = rows_and_columns(given);
   if (columns > std::numeric_limits<int32_t>::max())
     fail<std::invalid_argument>("rows must have fewer than 2**31 tokens, got ", columns);
-  const int64_t tokens = rows * columns, words = kUnitWords * rows + 3 * tokens;
+  const int64_t tokens = rows * columns;
   if (padding_idx && given.scalar_type() != ScalarType::Long &&
       given.scalar_type() != ScalarType::Int) {
     fail<std::runtime_error>("input_ids must be int32 or int64, got ",
                              torch::headeronly::toString(given.scalar_type()));
   }
-  Tensor numbering = empty_int32(words);
-  Unit* units = static_cast<Unit*>(numbering.mutable_data_ptr());
+  Tensor numbering = empty_int32(kRowWords * rows + 3 * tokens);
+  RowWords* words = static_cast<RowWords*>(numbering.mutable_data_ptr());
   if (tokens == 0) {
-    std::fill(units, units + rows, Unit{0, 0, 0, 0});
+    std::fill(words, words + rows, RowWords{0, 0, 0, 0});
     return numbering;
   }
-  int32_t* rest = reinterpret_cast<int32_t*>(units + rows);
+  int32_t* rest = reinterpret_cast<int32_t*>(words + rows);
   const NumberingJob job{
       mask,    position_ids, padding_idx.value_or(0),        padding_idx.has_value(), rows,
-      columns, units,        reinterpret_cast<Entry*>(rest), rest + 2 * tokens};
+      columns, words,        reinterpret_cast<Entry*>(rest), rest + 2 * tokens};
   const auto number = [&](auto value) { number_rows_by_id<decltype(value)>(job); };
   const ScalarType dtype = mask ? mask->scalar_type() : ScalarType::Bool;
   switch (dtype) {
@@ -859,8 +849,8 @@ std::tuple<Tensor, Tensor, Tensor> per_token(const Tensor& given, const Tensor& 
   int64_t* lengths = static_cast<int64_t*>(outs[2].mutable_data_ptr());
   std::fill(lengths, lengths + tokens, 0);
   if (tokens > 0) {
-    const Units units(numbering, rows, columns);
-    Units::Walk walk(units, 0);
+    const NumberedRows numbered(numbering, rows, columns);
+    NumberedRows::Walk walk(numbered, 0);
     for (int64_t i = 0; i < tokens; ++i) {
       const NumberedToken token = walk.next();
       document[i] = token.length > 0 ? token.document : -1;

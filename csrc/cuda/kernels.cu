@@ -140,14 +140,14 @@ NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   return low - 1;
 }
 
-// The number of the unit's document 0.
-NEFTUNE_DEVICE int64_t documents_before(const RowArguments& a, int64_t unit) {
-  int64_t documents = a.numbering.units[unit].before;
+// The number of the row's document 0.
+NEFTUNE_DEVICE int64_t documents_before(const RowArguments& a, int64_t row) {
+  int64_t documents = a.numbering.words[row].before;
   if (documents >= 0) return documents;
   documents = 0;
 #pragma unroll 1
-  for (int64_t earlier = 0; earlier < unit; ++earlier)
-    documents += documents_of(a.numbering.units[earlier]);
+  for (int64_t earlier = 0; earlier < row; ++earlier)
+    documents += documents_of(a.numbering.words[earlier]);
   return documents;
 }
 
@@ -172,12 +172,9 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
       position = static_cast<int64_t>(token - start);
       length = static_cast<int64_t>(value_at(a.cu_seqlens, sample + 1) - start);
     }
-  } else if (kind == kNumbered || (kind == kAnyLayout && a.numbering.units)) {
-    const uint32_t piece = a.pieces == 1 ? 0 : static_cast<uint32_t>(column) / a.piece_columns;
-    const int64_t unit = int64_t{row} * a.pieces + piece,
-                  start = token - (static_cast<uint32_t>(column) - piece * a.piece_columns);
-    const NumberedToken found = token_of(a.numbering, a.numbering.units[unit],
-                                         documents_before(a, unit), start, token, column);
+  } else if (kind == kNumbered || (kind == kAnyLayout && a.numbering.words)) {
+    const NumberedToken found =
+        token_of(a.numbering, a.numbering.words[row], documents_before(a, row), token, column);
     sample = found.document;
     position = found.position;
     length = found.length;
@@ -575,13 +572,13 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX &&
                        a.rows <= UINT32_MAX;
   // No instance for a scale and a numbering: no kernel here writes one yet.
-  if (!a.vectors || !covered || (a.scaled && a.numbering.units))
+  if (!a.vectors || !covered || (a.scaled && a.numbering.words))
     return launch(noisy_rows<Element>, grid, block, stream, a);
   if (a.scaled)
     return launch(noisy_vector_rows<Element, kAnyButNumbered, true>, grid, block, stream, a);
   if (a.cu_seqlens.data)
     return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
-  if (a.numbering.units)
+  if (a.numbering.words)
     return launch(noisy_vector_rows<Element, kNumbered, false>, grid, block, stream, a);
   if (a.document.data || a.position.data || a.lengths.data)
     return launch(noisy_vector_rows<Element, kPerToken, false>, grid, block, stream, a);

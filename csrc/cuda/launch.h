@@ -39,9 +39,7 @@ struct RowArguments {
   Integers position;       // (rows · columns,)
   Integers lengths;        // (num_samples,)
   Integers cu_seqlens;     // (num_samples + 1,)
-  Numbering numbering;     // units nullptr: not given
-  uint32_t pieces;         // of a row, one unit each; rows have fewer than 2³¹ tokens
-  uint32_t piece_columns;
+  Numbering numbering;     // words nullptr: not given
   double noise_alpha;
   float step;   // noise_step of `columns` real tokens, read where no layout is given
   float scale;  // embed_scale

@@ -110,16 +110,14 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
                                 " elements");
   }
   const std::optional<Tensor>& numbering = noise.numbering;
-  const int64_t units = numbering ? units_of(*numbering, arguments.rows, tokens) : 0;
-  if (numbering) device.check(*numbering, "numbering");
+  if (numbering) {
+    check_numbering(*numbering, arguments.rows, tokens);
+    device.check(*numbering, "numbering");
+  }
   if (tokens == 0 || arguments.embedding_dim == 0) return;
 
-  if (numbering) {
-    arguments.numbering = numbering_at(numbering->const_data_ptr(), units, tokens);
-    const int64_t pieces = units / arguments.rows;
-    arguments.pieces = static_cast<uint32_t>(pieces);
-    arguments.piece_columns = static_cast<uint32_t>((arguments.columns + pieces - 1) / pieces);
-  }
+  if (numbering)
+    arguments.numbering = numbering_at(numbering->const_data_ptr(), arguments.rows, tokens);
   arguments.out = out;
   arguments.seed = static_cast<const int64_t*>(noise.seed.const_data_ptr());
   arguments.document = document.values();
