@@ -7,7 +7,7 @@ what the tables mean against the oracle.
 import pytest
 import torch
 from conftest import FLOAT_DTYPES, make_batch, same_bits
-from numbering_forms import UNWRITTEN, forms, told, words_of, table_and_record
+from numbering_forms import UNWRITTEN, forms, table_and_record, told, words_of
 
 from neftune_kernels import layout as layouts
 
