@@ -123,14 +123,14 @@ def ways(code: Function) -> tuple[int, int]:
         after = shortest[i] + 1, longest[i] + 1
         if shortest[i] == unreached:
             continue
-        target, is_exit = jump(line, code.labels), opcode(line) == "EXIT"
+        target, goes_on = jump(line, code.labels), not re.match(r"(EXIT|BRA(\.\w+)? `)", line)
         following = []
         if target is not None and target > i:
             around = any(i < loop.first and loop.last < target for loop in found)
             following += [] if around else [target]
-        if line.startswith("@") or (target is None and not is_exit):
+        if goes_on:
             following.append(i + 1)
-        if is_exit:
+        if opcode(line) == "EXIT":
             ends.append(after)
         for then in following:
             shortest[then] = min(shortest[then], after[0])

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FLOAT_DTYPES, MASK_KINDS, equals_oracle, make_batch, same_bits
-from numbering_forms import UNWRITTEN, forms, table_and_record, words_of
+from numbering_forms import forms, table_and_record, words_of
 
 from neftune_kernels import (
     NEFTuneEmbedding,
@@ -43,6 +43,7 @@ EXECUTED = (
     "ttsem" in sys.modules
 )  # ttsem.sanitize runs us: "cuda" tensors live in this machine's memory
 WORD = 2**32
+POISON = 2**30  # fresh int32 memory holds more, here and under ttsem
 
 
 @pytest.fixture(autouse=True)
@@ -467,8 +468,8 @@ def assert_same_tables(numbering, expected, shape):
             (tables[row, :documents], records[row]) for tables, records in (found, wanted)
         )
         assert torch.equal(table, expected_table)
-        assert bool((found[0][row, documents:] == UNWRITTEN).all())
-        assert torch.equal(record, expected_record if documents else record * 0 + UNWRITTEN)
+        assert bool((found[0][row, documents:] > POISON).all())
+        assert torch.equal(record, expected_record) if documents else bool((record > POISON).all())
 
 
 @pytest.mark.parametrize("block", (16, 64 if INTERPRETED else 2048))
@@ -508,7 +509,7 @@ def test_numbering_of_every_kind_of_row(device, monkeypatch):
         "1100000000000000000000000000000000011",
         "1111100111111111111111111011111111111",
         "1111111111122222222222222222223333333",
-        "0122222003000000000000000000000344555",
+        "0122222003000000000000000000000544555",
         "1112110000000000000000000000000001121",
     ]
     mask = torch.tensor([[int(digit) for digit in row] for row in rows])
@@ -1043,7 +1044,7 @@ MUTATIONS = {
         "return tl.join(tl.join(v0, v2), tl.join(v1, v3))",
         "return tl.join(tl.join(v0, v1), tl.join(v2, v3))",
     ),
-    "mask flipped": ("tl.where(real, 0, -1)", "tl.where(real, -1, 0)"),
+    "mask flipped": ("tl.where(real != 0, number, -1)", "tl.where(real != 0, -1, number)"),
     "one token too many": (
         "real = place.to(tl.int64) < length",
         "real = place.to(tl.int64) <= length",
