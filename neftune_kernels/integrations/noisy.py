@@ -116,7 +116,7 @@ def _given(
     ask = site.samples if state.batch_first else site.samples_in_columns
     samples, follows = ask(forwards, input, _padding_idx(base))
     dtype = weight.dtype if output is None else output.dtype
-    divisor = site.divisor(forwards, dtype)
+    divisor = site.divisor(forwards, dtype, compiling)
     factors = _of_tokens(divisor, input, samples, device) if isinstance(divisor, Tensor) else None
     alpha = state.alpha if factors is not None or divisor == 1 else state.alpha / divisor
     if not plain and (is_dtensor(shared) or type(weight) not in (*PLAIN_WEIGHTS, type(None))):

@@ -180,6 +180,7 @@ class Forward:
     _own: Sequence | None = None  # found when the first site asks
     _others: list[Sequence] | None = None  # found when a site asks for other ids than its own
     _looked_up: Tensor | None = None  # the first ids that came as none of them
+    _lookups: Counter["Site"] | None = None  # of sites that were looked at
 
     def __init__(self, listener: Any, given: dict[str, Any], frame: int = 0) -> None:
         """frame: the id of the frame that has called the model's hook and will call its forward."""
@@ -191,7 +192,6 @@ class Forward:
         self.given = given
         self.frame = frame
         self._samples: dict[int, Samples] = {}  # of each sequence, read when a site asks
-        self._lookups: Counter[Site] = Counter()  # of sites that were looked at
 
     def runs(self, frame: types.FrameType | None) -> bool:
         """Whether its call is this frame or lies around it. A frame that has ended may have left
@@ -212,7 +212,8 @@ class Forward:
     def own(self) -> Sequence:
         """What its ids are, and what its arguments say of them."""
         if self._own is None:
-            self._own = sequence(self._read(), self.decoder, not self.state.batch_first)
+            given = self._read() if self.listener.has_row else self.given
+            self._own = sequence(given, self.decoder, not self.state.batch_first)
         return self._own
 
     @property
@@ -297,6 +298,8 @@ class Forward:
         """Of a table that is looked up more often than a look has seen, each may be multiplied by
         its own number: the next forward is looked at again.
         """
+        if self._lookups is None:
+            self._lookups = Counter()
         self._lookups[site] += 1
         if site.lookups < self._lookups[site] <= LOOKUPS:
             site.lookups = self._lookups[site]
@@ -611,7 +614,9 @@ class Site:
         self.state.warn_once(message, lambda: forward.advice(message, input) if forward else "")
         return UNSAID
 
-    def divisor(self, forwards: list[Forward], dtype: torch.dtype) -> float | Tensor:
+    def divisor(
+        self, forwards: list[Forward], dtype: torch.dtype, compiling: bool
+    ) -> float | Tensor:
         """Of the noise at the lookup: what the model multiplies its embeddings by afterwards. A
         tensor where each row or token has its own.
         """
@@ -625,7 +630,6 @@ class Site:
         if self.each is not None:
             running = [one for one in forwards if one.listener is self.factor_listener]
             return self.each(running[-1].given) if running else 1.0
-        compiling = torch.compiler.is_compiling()
         if compiling:
             read_factors_again(self.state.handle_key)
         elif self.said is not None and forwards:
