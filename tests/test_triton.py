@@ -531,6 +531,12 @@ def test_numbering_of_every_kind_of_row(device, monkeypatch):
     assert_same_tables(numbering.cpu(), expected, mask.shape)
 
 
+def test_documents_of_many_rows_are_counted(device):
+    """A reader adds up those of 32 rows at a time."""
+    mask = torch.tensor([[1, 2], [1, 1], [0, 0]]).repeat(23, 1)
+    assert_same_layout(mask.shape, device, mask)
+
+
 def test_jumps_are_not_counted_in_words(device):
     """Position ids that go on modulo 2³² do not go on."""
     mask = torch.tensor([[1, 1, 0, 1]])
