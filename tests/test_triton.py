@@ -78,12 +78,13 @@ def mend_interpreter(monkeypatch):
     import triton
     from triton.runtime import interpreter
 
-    # A launch has patched the language: again at every call inside, that takes nearly all the time.
-    inner = interpreter.InterpretedFunction
-    monkeypatch.setattr(
-        inner, "__call__", lambda self, *args, **named: self.rewrite()(*args, **named)
-    )
     version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version >= (3, 9):
+        # A launch has patched the language; again at every call inside takes most of the time.
+        inner = interpreter.InterpretedFunction
+        monkeypatch.setattr(
+            inner, "__call__", lambda self, *args, **named: self.rewrite()(*args, **named)
+        )
     if version < (3, 7):  # a scalar is an array of one element, no int to numpy 2.4
         patch = interpreter._patch_lang_tensor
 
