@@ -7,6 +7,7 @@ import functools
 import io
 import random
 import sys
+import warnings
 
 import pytest
 import torch
@@ -153,9 +154,11 @@ def noise_is_exact(model):
 
 def check(kind, n, then):
     model, kept = build(kind), []
-    clean = everything(model)
+    clean, filters = everything(model), list(warnings.filters)
     interrupted = Interrupt(n).run(lambda: life(model, kept))
     assert interrupted or n > lines(kind) - SLACK
+    assert torch.is_grad_enabled() and not torch._C._len_torch_function_stack()
+    assert warnings.filters == filters, "what a look sets is put back"
     if then == "deepcopy":
         model = copy.deepcopy(model)
     elif then == "pickle":

@@ -3,6 +3,7 @@
 Nothing is differentiated: a gradient shrink has another factor in its backward than in its forward.
 """
 
+import contextlib
 import enum
 import hashlib
 import itertools
@@ -67,10 +68,12 @@ def measure(
                     watch.entered, with_kwargs=True, prepend=True
                 )
                 handles.append(hook)
-        with torch.no_grad(), undisturbed(model), warnings.catch_warnings():
+        # an interrupt at a with's end skips the exit of its last: one that has nothing to do
+        last = contextlib.nullcontext()
+        with torch.no_grad(), undisturbed(model), warnings.catch_warnings(), last:
             warnings.simplefilter("ignore")  # the forward itself will say it
             args, kwargs = copied(args), copied(kwargs)
-            with watch.following:
+            with watch.following, last:
                 output = model.forward(*args, **kwargs)
             watch.left(output)
     except _Arrived:
