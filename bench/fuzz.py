@@ -73,6 +73,7 @@ def run_chunk(number: int) -> None:
 
 def write_result(sources: str, chunks: int, seconds: float, jobs: int) -> None:
     levels = ", ".join(properties.KERNELS)
+    processes = "one process" if jobs == 1 else f"{jobs} processes"
     text = [
         "# Drawn calls against the oracle",
         "",
@@ -84,7 +85,7 @@ def write_result(sources: str, chunks: int, seconds: float, jobs: int) -> None:
         "",
         f"Backends: reference, {levels}. Chunks 0 to {chunks - 1}, sources {sources}.",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes of {jobs} processes, torch "
+        f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes of {processes}, torch "
         f"{torch.__version__}, numpy {numpy.__version__},",
         f"hypothesis {hypothesis.__version__}, Python {platform.python_version()}, {cpu_model()},",
         f"native library at {backends.simd_level()}; written by `python -m bench.fuzz`.",
