@@ -113,7 +113,7 @@ class Net(nn.Module):
 
     def forward(self, tokens, keep=None, padding=None):
         self.arrived = self.embed(tokens)
-        return self.rnn(self.drop(self.arrived) * 2)[0]
+        return self.rnn(self.drop(self.arrived) + 1)[0]
 
 
 def seed_of(model):

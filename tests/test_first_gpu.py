@@ -908,10 +908,14 @@ def test_checks_of_the_measured():
     assert ours.check_by_default("nothing", inputs) == providers.DIFFERENT
     numbering = providers.Numbering(told["int64 mask"], "cpp")
     operator = numbering._operator
-    for wrong in range(3):
-        numbering._operator = lambda *given, wrong=wrong: [
-            value + (i == wrong) for i, value in enumerate(operator(*given))
-        ]
+    for word in (1, 2, 3):  # of the first row: where its run begins, how long it is, its number
+
+        def wrong(*given, word=word):
+            found = operator(*given).clone()
+            found[word] += 1
+            return found
+
+        numbering._operator = wrong
         assert numbering.check(inputs) == "numbers otherwise than the reference"
 
 
