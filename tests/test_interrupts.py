@@ -5,6 +5,7 @@ model exactly the clean one.
 import copy
 import functools
 import io
+import pickle
 import random
 import sys
 import warnings
@@ -193,6 +194,17 @@ def points():
 def test_an_interrupt_at_a_sample_of_lines():
     for kind, where, then in points():
         check(kind, 1 + int(where * lines(kind)), then)
+
+
+def test_a_look_that_an_interrupt_left_is_pickled():
+    model = build(nn.Embedding)
+    clean = everything(model)
+    watch = probe._Watch([model.inner.embed], {})
+    watch.lookups.append(probe._Lookup(model.inner.embed, torch.ones(1, 2, HIDDEN)))
+    model.inner.register_forward_pre_hook(watch.entered, with_kwargs=True)
+    model = pickle.loads(pickle.dumps(model))
+    apply_neftune(model, 5.0).remove()
+    assert everything(model) == clean
 
 
 @pytest.mark.long

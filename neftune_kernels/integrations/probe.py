@@ -303,6 +303,10 @@ class _Watch:
         self.lookups: list[_Lookup] = []
         self.following = _Following(self.lookups)
 
+    def __reduce__(self) -> Any:
+        """An interrupt may leave its hooks on a model that is pickled then: it is over there."""
+        return _Watch, ([], {})
+
     def of(self, site: nn.Module) -> list[_Lookup]:
         return [one for one in self.lookups if one.site is site]
 
