@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import cuda_code, inductor_code, numbering_code
-from bench.disassembly import resources, sass, sass_instructions
+from bench.disassembly import opcode, parsed, resources, sass
 from neftune_kernels import triton_kernels
 
 TARGETS = {
@@ -158,14 +158,10 @@ def instruction_lines(configuration: Configuration) -> list[str]:
     """One text per instruction up to the end of the program."""
     text = disassembly(configuration)
     if TARGETS[configuration.target].backend == "cuda":
-        return sass_instructions(text)
+        return parsed("noisy_rows", text).lines
     body = text[text.index("noisy_rows:") :].splitlines()
     lines = [line.split(";")[0].strip() for line in body if re.match(r"\t[a-z]", line)]
     return lines[: max(i for i, line in enumerate(lines) if line.startswith("s_endpgm")) + 1]
-
-
-def opcode(line: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
 
 
 @functools.cache

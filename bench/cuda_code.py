@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from typing import NamedTuple
 
-from bench.disassembly import on_binary
+from bench.disassembly import Function, Loop, jump, loops, on_binary, opcode, parsed
 from setup import CSRC, NVCC_FLAGS, find_toolkit
 
 KERNELS = pathlib.Path(__file__).parent.parent / CSRC / "cuda" / "kernels.cu"
@@ -32,22 +32,6 @@ LAYOUT_KINDS = {
 }  # LayoutKind
 ANY_LAYOUT = 4
 BISECTIONS = 4  # of cu_seqlens: bounds of up to 14 documents
-
-
-class Function(NamedTuple):
-    """One kernel: a text per instruction, up to the last EXIT, and where labels point."""
-
-    name: str
-    lines: list[str]
-    labels: dict[str, int]
-
-
-class Loop(NamedTuple):
-    first: int
-    last: int
-
-    def holds(self, other: "Loop") -> bool:
-        return self != other and self.first <= other.first and other.last <= self.last
 
 
 def nvcc_version() -> str:
@@ -114,33 +98,6 @@ def kernel_name(
 @functools.cache
 def function(target: str, name: str, source: pathlib.Path = KERNELS, *options: str) -> Function:
     return parsed(name, sections(target, source, *options)[name])
-
-
-def parsed(name: str, sass: str) -> Function:
-    """Of nvdisasm's text, up to the last EXIT."""
-    lines: list[str] = []
-    labels = {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(lines)
-        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
-            lines.append(re.sub(r"/\*.*?\*/", "", line).strip(" ;\t"))
-    end = max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line)) + 1
-    return Function(name, lines[:end], labels)
-
-
-def opcode(line: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
-
-
-def jump(line: str, labels: dict[str, int]) -> int | None:
-    found = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-    return labels[found[1]] if found else None
-
-
-def loops(code: Function) -> list[Loop]:
-    targets = ((i, jump(line, code.labels)) for i, line in enumerate(code.lines))
-    return [Loop(target, i) for i, target in targets if target is not None and target <= i]
 
 
 def noisy_loop(code: Function) -> Loop:

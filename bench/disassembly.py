@@ -26,16 +26,49 @@ def sass(cubin: bytes) -> str:
     return on_binary("nvdisasm", cubin, "-c")
 
 
-def sass_instructions(text: str) -> list[str]:
-    """One text per instruction, predicates included, up to the last EXIT: what lies behind are
-    subroutines for denormals and the like.
+class Function(NamedTuple):
+    """One kernel: a text per instruction, up to the last EXIT, and where labels point."""
+
+    name: str
+    lines: list[str]
+    labels: dict[str, int]
+
+
+class Loop(NamedTuple):
+    first: int
+    last: int
+
+    def holds(self, other: "Loop") -> bool:
+        return self != other and self.first <= other.first and other.last <= self.last
+
+
+def parsed(name: str, sass: str) -> Function:
+    """Of nvdisasm's text, up to the last EXIT: what lies behind are subroutines for denormals and
+    the like.
     """
-    lines = [
-        re.sub(r"/\*.*?\*/", "", line).strip(" ;\t")
-        for line in text.splitlines()
-        if re.search(r"/\*[0-9a-f]{4,}\*/", line)
-    ]
-    return lines[: max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line)) + 1]
+    lines: list[str] = []
+    labels = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            lines.append(re.sub(r"/\*.*?\*/", "", line).strip(" ;\t"))
+    end = max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line)) + 1
+    return Function(name, lines[:end], labels)
+
+
+def opcode(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
+
+
+def jump(line: str, labels: dict[str, int]) -> int | None:
+    found = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+    return labels[found[1]] if found else None
+
+
+def loops(code: Function) -> list[Loop]:
+    targets = ((i, jump(line, code.labels)) for i, line in enumerate(code.lines))
+    return [Loop(target, i) for i, target in targets if target is not None and target <= i]
 
 
 class Resources(NamedTuple):

@@ -9,7 +9,6 @@ hypothesis's own report and is tried first the next time.
 
 import argparse
 import concurrent.futures
-import hashlib
 import json
 import multiprocessing
 import os
@@ -26,13 +25,13 @@ import torch
 from neftune_kernels import backends
 
 from .machine import cpu_model
+from .resumed import ROOT, digest_of
 
-ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import test_properties as properties  # noqa: E402  (the tests are no package)
-from hypothesis import given, seed, settings  # noqa: E402
-from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
+import test_properties as properties
+from hypothesis import given, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 RESULT = pathlib.Path(__file__).parent / "results" / "fuzz.md"
 DONE = ROOT / "build" / "fuzz.json"
@@ -45,19 +44,18 @@ STEPS = 10  # rules of a history, each followed by all invariants
 def fingerprint() -> str:
     """Of what is tested and of what tests it: not the hooks in other people's models, not kernels
     for a GPU."""
-    names = ["neftune_kernels", "csrc", "tests/oracle.py", "tests/drawn_calls.py"]
-    names.append("tests/test_properties.py")
-    digest = hashlib.sha256()
-    for name in names:
-        path = ROOT / name
-        files = [path] if path.is_file() else sorted(path.rglob("*"))
-        for file in files:
-            elsewhere = "integrations" in file.parts or "cuda" in file.parts
-            if elsewhere or file.name.startswith("triton"):
-                continue
-            if file.suffix in (".py", ".h", ".cpp"):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    trees = [
+        file for name in ("neftune_kernels", "csrc") for file in sorted((ROOT / name).rglob("*"))
+    ]
+    ran = [
+        file
+        for file in trees
+        if file.suffix in (".py", ".h", ".cpp")
+        and not {"integrations", "cuda"} & set(file.parts)
+        and not file.name.startswith("triton")
+    ]
+    tests = ("oracle.py", "drawn_calls.py", "test_properties.py")
+    return digest_of((*ran, *(ROOT / "tests" / name for name in tests)))
 
 
 def run_chunk(number: int) -> None:

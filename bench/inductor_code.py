@@ -28,8 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import neftune_kernels  # noqa: F401  (its operators)
-from bench.cuda_code import loops, parsed
-from bench.disassembly import resources, sass
+from bench.disassembly import loops, parsed, resources, sass
 
 BATCH, LENGTH, VOCABULARY, D = 8, 512, 32000, 4096
 ALPHA = 5.0

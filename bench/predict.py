@@ -14,10 +14,10 @@ import triton
 
 from bench import codegen, inductor_code
 from bench.codegen import Configuration
+from bench.numbering_code import CYCLES
 
 LAUNCH = 3.1e-6  # seconds from one kernel's end to the next one's first row: a launch and one load
 LATENCY = 0.6e-6  # of a load from the device's memory
-DEPENDENT = 4  # cycles between two instructions of one warp
 LOAD = 16  # bytes
 REGISTERS = 65536  # of 32 bits, of one processor; AMD has more
 FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP")
@@ -87,7 +87,7 @@ def predict(work: Work, gpu: GPU) -> Predicted:
         "i": work.instructions / (gpu.issued * cycles),
         "d": work.float64 * work.lanes / (gpu.float64 * cycles),
         "f": 0.0,
-        "c": work.chain * DEPENDENT / gpu.clock,
+        "c": work.chain * CYCLES / gpu.clock,
     }
     if work.in_flight:
         by_registers = REGISTERS // (work.registers * work.reading)

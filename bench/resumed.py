@@ -10,13 +10,17 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def fingerprint(names: Iterable[str]) -> str:
-    """Of what is judged and of what judges it: the package and these files of bench."""
+def digest_of(files: Iterable[pathlib.Path]) -> str:
     digest = hashlib.sha256()
-    own = [ROOT / f"bench/{name}" for name in sorted(names)]
-    for file in (*sorted((ROOT / "neftune_kernels").rglob("*.py")), *own):
+    for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def fingerprint(names: Iterable[str]) -> str:
+    """Of what is judged and of what judges it: the package and these files of bench."""
+    own = [ROOT / f"bench/{name}" for name in sorted(names)]
+    return digest_of((*sorted((ROOT / "neftune_kernels").rglob("*.py")), *own))
 
 
 def before_now(file: pathlib.Path, sources: str) -> dict[str, Any]:

@@ -1021,6 +1021,33 @@ def numbering_shape(block: int, warp_size: int) -> tuple[int, int]:
     return each, max(1, block // (each * warp_size))
 
 
+def _numbers_rightly(
+    launcher: Launcher,
+    key: Any,
+    programs: int,
+    args: tuple[Any, ...],
+    num_warps: int,
+    told: tuple[Tensor | None, Tensor | None, int | None],
+    layout: Layout,
+) -> bool:
+    """Launches what numbers documents; whether the layout that it writes may be believed, which is
+    compared the first time. told: number_documents' arguments.
+    """
+    found = launcher.compiled.get(key)
+    attention_mask, position_ids, padding_value = told
+    given = attention_mask if attention_mask is not None else position_ids
+    assert given is not None
+    check = found is None and launcher.to_be_checked(key, given.device)
+    launcher(key, found, key[0], (programs, 1, 1), args, num_warps)
+    if check:
+        launcher.checked.add(key)
+        mask = attention_mask if padding_value is None else given != padding_value
+        return self_check.numbering_agrees("triton", mask, position_ids, layout)
+    if found is None:
+        launcher.forget_unchecked(key)
+    return True
+
+
 def number_documents(
     attention_mask: Tensor | None, position_ids: Tensor | None, padding_value: int | None = None
 ) -> Any:
@@ -1078,17 +1105,10 @@ def number_documents(
             *(numbering, summary, mask, places, rows, columns, pieces),
             *(*strides, *constexprs, PIECES_AT_ONCE),
         )
-    found = launcher.compiled.get(key)
-    check = found is None and launcher.to_be_checked(key, device)
-    launcher(key, found, key[0], (rows * pieces, 1, 1), args, num_warps)
-    if check:
-        launcher.checked.add(key)
-        told = attention_mask if padding_value is None else given != padding_value
-        layout = Layout(numbering=numbering)
-        if not self_check.numbering_agrees("triton", told, position_ids, layout):
-            return NotImplemented
-    elif found is None:
-        launcher.forget_unchecked(key)
+    told = attention_mask, position_ids, padding_value
+    layout = Layout(numbering=numbering)
+    if not _numbers_rightly(launcher, key, rows * pieces, args, num_warps, told, layout):
+        return NotImplemented
     return numbering
 
 
@@ -1122,17 +1142,10 @@ def mask_layout(
     blocks = -(-columns // TOKENS_BLOCK)
     key = (given.get_device(), TOKENS_BLOCK)
     args = (document, position, lengths, numbering, rows, columns, blocks, TOKENS_BLOCK)
-    found = launch_tokens.compiled.get(key)
-    check = found is None and launch_tokens.to_be_checked(key, device)
-    launch_tokens(key, found, key[0], (rows * blocks, 1, 1), args, TOKENS_WARPS)
-    if check:
-        launch_tokens.checked.add(key)
-        told = attention_mask if padding_value is None else given != padding_value
-        numbered = document, position, lengths
-        if not self_check.numbering_agrees("triton", told, position_ids, numbered):
-            return NotImplemented
-    elif found is None:
-        launch_tokens.forget_unchecked(key)
+    told = attention_mask, position_ids, padding_value
+    layout = Layout(document, position, lengths)
+    if not _numbers_rightly(launch_tokens, key, rows * blocks, args, TOKENS_WARPS, told, layout):
+        return NotImplemented
     return document, position, lengths
 
 

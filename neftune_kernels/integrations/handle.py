@@ -40,7 +40,7 @@ from .running import (
     State,
     forget_interrupted,
     handles,
-    numbers,
+    next_key,
 )
 from .telling import Read, check_samples, check_words
 
@@ -111,7 +111,7 @@ class NEFTuneHandle:
     )
 
     def __init__(self, state: State) -> None:
-        state.handle_key = str(next(numbers))
+        state.handle_key = str(next(next_key))
         handles[state.handle_key] = self
         self._state: State | None = state
         self._before: _Before | None = None

@@ -683,7 +683,7 @@ def _is_window(forward: Forward, input: Tensor, padding: int) -> bool:
     return bool((input == padding).all())
 
 
-numbers = itertools.count()
+next_key = itertools.count()
 # for questions asked outside the graph
 handles: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
 
