@@ -298,6 +298,7 @@ def kernel() -> Extension:
     names = [
         "ops.cpp",
         "dispatch.cpp",
+        "gradients.cpp",
         "rows_scalar.cpp",
         *SIMD_SOURCES.get(platform.machine().lower(), []),
     ]

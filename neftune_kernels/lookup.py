@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from . import ops
+from . import gradients, ops
 from .backends import CPP, CPP_SERVES, choose_backend, number_documents
 from .distributed import dtensor_with_noise, is_dtensor
 from .layout import INTEGER_DTYPES, ROWS
@@ -188,9 +188,9 @@ def _no_noise(weight: Tensor, noise: Noise) -> Noise:
 
 
 def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
-    """F.embedding, its IndexError with the value and the rule."""
+    """gradients.Lookup, its IndexError with the value and the rule."""
     try:
-        return torch.embedding(weight, input_ids, padding_idx)
+        return gradients.Lookup.apply(input_ids, weight, padding_idx, False, False)
     except (IndexError, RuntimeError):  # a table without rows is a RuntimeError to torch
         bad = input_ids[(input_ids < 0) | (input_ids >= weight.shape[0])]
         if bad.numel() == 0:
@@ -261,10 +261,25 @@ def noisy_lookup(
 
 
 def plain_lookup(embedding: Any, input_ids: Tensor) -> Tensor:
-    """nn.Embedding's forward."""
+    """nn.Embedding's forward, with our gradient where it serves."""
+    weight, max_norm = embedding.weight, embedding.max_norm
+    if (
+        type(weight) in PLAIN_WEIGHTS
+        and weight.is_cpu
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not transformed()
+    ):
+        if max_norm is not None:
+            rows = weight.detach()
+            torch.embedding_renorm_(rows, input_ids.contiguous(), max_norm, embedding.norm_type)
+        padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
+        how = padding_idx, embedding.scale_grad_by_freq, embedding.sparse
+        return gradients.Lookup.apply(input_ids, weight, *how)
     return F.embedding(
         input_ids,
-        embedding.weight,
+        weight,
         embedding.padding_idx,
         embedding.max_norm,
         embedding.norm_type,

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import gradients, reference_ops
 from . import layout as layouts
-from . import reference_ops
 from .noise import draw_seed
-from .torch_internals import entry, vmapped
+from .torch_internals import entry
 
 NAMESPACE = "neftune_kernels"
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -91,6 +91,10 @@ def fake_embedding_out(*args: Any, out: Tensor) -> None:
 
 def fake_add_out(*args: Any, out: Tensor) -> None:
     check_devices(("out", "inputs_embeds", *READ), (out, *args))
+
+
+def fake_embedding_gradient_out(*args: Any, out: Tensor) -> None:
+    check_devices(("out", "grad", "input_ids"), (out, *args))
 
 
 def fake_mask_layout(
@@ -176,38 +180,6 @@ def draw_seed_like(like: Tensor, owner: str = "") -> Tensor:
 
 # ---- autograd: the noise is a constant
 
-GRADIENT_STRIP = 64  # columns
-
-
-def embedding_weight_grad(
-    grad: Tensor, input_ids: Tensor, num_embeddings: int, padding_idx: int, embed_scale: float
-) -> Tensor:
-    """F.embedding's own dense gradient of `grad * embed_scale`, bit for bit.
-
-    A scale is applied in strips of columns, whose sums do not depend on each other, over the ids
-    that occur: no second (tokens, d) or (V, d) buffer is made. Where the compiler or torch.func
-    traces, it fuses the product itself and cannot follow ids that depend on data.
-    """
-    dense = torch.ops.aten.embedding_dense_backward
-    if embed_scale == 1:
-        return dense(grad, input_ids, num_embeddings, padding_idx, False)
-    traced = torch.compiler.is_compiling() or vmapped()
-    if traced or type(grad) is not Tensor or grad.device.type != "cpu" or torch.is_grad_enabled():
-        return dense(grad * embed_scale, input_ids, num_embeddings, padding_idx, False)
-    rows, local_ids = input_ids.unique(return_inverse=True)
-    local_padding = (
-        int((rows == padding_idx).nonzero()[0])
-        if padding_idx >= 0 and bool((rows == padding_idx).any())
-        else -1
-    )
-    weight_grad = grad.new_zeros((num_embeddings, grad.shape[-1]))
-    for start in range(0, grad.shape[-1], GRADIENT_STRIP):
-        strip = slice(start, start + GRADIENT_STRIP)
-        weight_grad[rows, strip] = dense(
-            grad[..., strip] * embed_scale, local_ids, rows.numel(), local_padding, False
-        )
-    return weight_grad
-
 
 def setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input_ids, weight, *_, padding_idx, embed_scale = inputs
@@ -254,9 +226,7 @@ class AddGradients(NamedTuple):
 
 def weight_gradient(ctx: Any, grad: Tensor) -> Tensor:
     (input_ids,) = ctx.saved_tensors
-    return embedding_weight_grad(
-        grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale
-    )
+    return gradients.dense(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
 
 
 def backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -385,6 +355,13 @@ OPERATORS = (
     mask_operator("cuda_mask_layout"),
     padding_operator("cuda_padding_layout", "cuda_mask_layout"),
     # one for all
+    Operator(
+        "embedding_gradient.out",
+        "(Tensor grad, Tensor input_ids, SymInt padding_idx, float embed_scale, "
+        "bool scale_grad_by_freq, *, Tensor(a!) out) -> ()",
+        reference_ops.embedding_gradient_out,
+        fake_embedding_gradient_out,
+    ),
     Operator(
         "noisy_documents",
         f"(Tensor noise_mask, {LAYOUT}, SymInt position_offset=0) -> Tensor",

@@ -207,3 +207,30 @@ def embed(input_ids: Tensor, weight: Tensor, embed_scale: float = 1.0) -> Tensor
     return (rows.to(wide) * torch.tensor(embed_scale, dtype=wide, device=weight.device)).to(
         weight.dtype
     )
+
+
+def rounded_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 values in the dtype. Tensor.to rounds them to float32 first, and then again; a
+    float32 with an odd last bit where that first rounding is not exact makes the second one right.
+    """
+    if dtype in (torch.float64, torch.float32):
+        return values.to(dtype)
+    nearest = values.float()
+    away, short = nearest.abs() > values.abs(), nearest.abs() < values.abs()
+    odd = (nearest.view(torch.int32) - away.int()) | (away | short).int()
+    return odd.view(torch.float32).to(dtype)
+
+
+def embedding_gradient(
+    grad: Tensor, input_ids: Tensor, embed_scale: float = 1.0, scale_grad_by_freq: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The weight's gradient, (U, d), and the (U,) ids of its rows: for each id the float64 sum of
+    its rows of grad (N, d) in the order of their tokens, times embed_scale, divided by their number
+    where scale_grad_by_freq, rounded once.
+    """
+    ids, group, count = input_ids.unique(return_inverse=True, return_counts=True)
+    sums = grad.new_zeros((ids.numel(), grad.shape[1]), dtype=torch.float64)
+    sums = sums.index_add_(0, group, grad.double()) * embed_scale
+    if scale_grad_by_freq:
+        sums = sums / count[:, None]
+    return rounded_once(sums, grad.dtype), ids

@@ -233,3 +233,32 @@ def noisy_documents(
         layouts.Layout(document, position, lengths, cu_seqlens, numbering),
         position_offset,
     )
+
+
+def embedding_gradient_out(
+    grad: Tensor,
+    input_ids: Tensor,
+    padding_idx: int,
+    embed_scale: float,
+    scale_grad_by_freq: bool,
+    *,
+    out: Tensor,
+) -> None:
+    if grad.shape != (*input_ids.shape, out.shape[1]) or out.dtype != grad.dtype:
+        raise RuntimeError(
+            f"grad of {tuple(input_ids.shape)} ids for out {tuple(out.shape)} {out.dtype}, got "
+            f"{tuple(grad.shape)} {grad.dtype}"
+        )
+    check_apart(out, grad=grad, input_ids=input_ids)
+    ids = input_ids.reshape(-1).long()
+    outside = (ids < 0) | (ids >= out.shape[0])
+    if bool(outside.any()):
+        raise IndexError(
+            f"input_ids must lie in [0, num_embeddings = {out.shape[0]}), got "
+            f"{int(ids[outside][0])}"
+        )
+    kept = ids != padding_idx
+    rows, ids = reference.embedding_gradient(
+        grad.reshape(ids.numel(), out.shape[1])[kept], ids[kept], embed_scale, scale_grad_by_freq
+    )
+    out[ids] = rows

@@ -326,3 +326,41 @@ def noisy_embedding(
                     row = cast(row + added.astype(wide), dtype)
         out[token] = row
     return out
+
+
+DIGITS = {"float32": 24, "float16": 11, "bfloat16": 8}
+SMALLEST_EXPONENT = {"float32": -149, "float16": -24, "bfloat16": -133}
+LARGEST = {"float32": 2.0**128, "float16": 2.0**16, "bfloat16": 2.0**128}  # rounded up to: infinity
+
+
+def rounded_once(values, dtype):
+    """float64 values as the dtype's, nearest-even, by the distance between its neighbours."""
+    if dtype == "float64":
+        return values
+    _, exponent = np.frexp(values)
+    step = np.ldexp(1.0, np.maximum(exponent - DIGITS[dtype], SMALLEST_EXPONENT[dtype]))
+    with np.errstate(invalid="ignore"):
+        rounded = np.where(np.isfinite(values), np.rint(values / step) * step, values)
+    return np.where(np.abs(rounded) >= LARGEST[dtype], np.copysign(np.inf, rounded), rounded)
+
+
+def embedding_gradient(
+    grad,
+    ids,
+    num_embeddings,
+    dtype,
+    padding_idx=None,
+    embed_scale=1.0,
+    scale_grad_by_freq=False,
+):
+    """(V, d) float64 values of the dtype; grad (N, d) float64, ids (N,) ints."""
+    sums, counts = np.zeros((num_embeddings, grad.shape[1])), np.zeros((num_embeddings, 1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for token, row in zip(ids, grad, strict=True):
+            if token != padding_idx:
+                sums[token] = sums[token] + row
+                counts[token] += 1
+        sums = sums * embed_scale
+        if scale_grad_by_freq:
+            sums = sums / np.maximum(counts, 1)
+    return rounded_once(np.where(counts > 0, sums, 0.0), dtype)

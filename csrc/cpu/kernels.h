@@ -31,6 +31,21 @@ struct Row {
 
 using RowFunction = void (*)(const RowSettings&, const Row&);
 
+// A row of the weight's gradient, or some of its columns.
+struct SumJob {
+  const void* source;      // element 0 of the gradient's first row, at the first of the columns
+  const int64_t* offsets;  // (count,) elements from there to each row that is added, in order
+  int64_t count;           // at least 1
+  int64_t columns;         // at most kSumColumns, consecutive
+  double scale;            // the sum is multiplied by it
+  double divisor;          // and divided by this one
+  void* out;               // (columns,)
+};
+
+constexpr int64_t kSumColumns = 512;
+
+using SumFunction = void (*)(const SumJob&);
+
 struct Kernels {
   const char* name;
   // The products of Philox's first rounds that all rows share: how many bytes they take, and
@@ -40,6 +55,7 @@ struct Kernels {
   RowFunction noisy[kElementTypes];         // out = cast(e + noise), e = source
   RowFunction noisy_scaled[kElementTypes];  // the same, e = cast(source · scale)
   RowFunction scaled[kElementTypes];        // out = cast(source · scale): padding
+  SumFunction sums[kElementTypes];          // of gradient rows, float64, rounded once
   // Philox with the counter in every lane and 7 or 10 rounds; false if lanes disagree or rounds is
   // another number.
   bool (*philox)(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t out[4]);

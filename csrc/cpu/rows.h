@@ -10,6 +10,7 @@
 #include "../noise.h"
 #include "kernels.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace neftune_kernels {
 namespace {
@@ -192,6 +193,7 @@ bool philox_known_answer(const uint32_t counter[4], const uint32_t key[2], int r
       {noisy_row<Float32, false>, bfloat16_row<BFloat16, false>, noisy_row<Float16, false>}, \
       {noisy_row<Float32, true>, bfloat16_row<BFloat16, true>, noisy_row<Float16, true>},    \
       {scaled_row<Float32>, scaled_row<BFloat16>, scaled_row<Float16>},                      \
+      {sum_rows<Float32Sum>, sum_rows<BFloat16Sum>, sum_rows<Float16Sum>},                   \
       philox_known_answer,                                                                   \
   };                                                                                         \
   }

@@ -17,14 +17,13 @@
 #include <cstdint>
 
 #include "../noise.h"
+#include "elements.h"
 
 #if defined(NEFTUNE_AVX512) || defined(NEFTUNE_AVX2)
 #include <immintrin.h>
 #elif defined(NEFTUNE_NEON)
 #include <arm_neon.h>
 #endif
-
-#define NEFTUNE_MEMBER inline __attribute__((always_inline))
 
 namespace neftune_kernels {
 namespace {
@@ -631,53 +630,6 @@ NEFTUNE_INLINE void store_words(Pairs pairs, uint32_t* words) {
   words[2] = low(pairs.words23);
   words[3] = high(pairs.words23);
 }
-
-NEFTUNE_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-NEFTUNE_INLINE float float_of(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-struct Float32Scalar {
-  using Storage = float;
-  static NEFTUNE_MEMBER float widen(float value) { return value; }
-  static NEFTUNE_MEMBER float narrow(float value) { return value; }
-};
-
-struct BFloat16Scalar {
-  using Storage = uint16_t;
-  static NEFTUNE_MEMBER float widen(uint16_t bits) { return float_of(uint32_t{bits} << 16); }
-  static NEFTUNE_MEMBER uint16_t narrow(float value) {
-    const uint32_t bits = bits_of(value);
-    return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-  }
-};
-
-struct Float16Scalar {
-  using Storage = uint16_t;
-  static NEFTUNE_MEMBER float widen(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-    if (magnitude >= 0x7C00u) return float_of(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-    // The exponent bias differs by 112: a product with 2¹¹² is exact and makes subnormals normal.
-    return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
-  }
-  static NEFTUNE_MEMBER uint16_t narrow(float value) {
-    const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000u,
-                   magnitude = bits & 0x7FFFFFFFu;
-    if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u | (magnitude >> 13 & 0x1FFu));
-    if (magnitude >= 0x477FF000u)
-      return uint16_t(sign | 0x7C00u);  // 65520 and above round to infinity
-    if (magnitude < 0x38800000u) {      // below 2⁻¹⁴: adding ½ lets float32 round at 2⁻²⁴
-      return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u));
-    }
-    return uint16_t(sign | (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13);
-  }
-};
 
 template <class Scalar>
 struct OneBlock : Scalar {
