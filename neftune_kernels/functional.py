@@ -80,7 +80,8 @@ def noisy_embedding(
 
     out[token] = weight[id]·embed_scale + noise_alpha/√(L·d) · u[token], with u uniform on (-1, 1)
     and L the real tokens of the token's own sample. Padding gets no noise. The noise is a constant
-    for autograd: gradients are those of F.embedding(...)·embed_scale, bit for bit.
+    for autograd. The weight's gradient on the CPU is of each id the float64 sum of its tokens'
+    rows, times embed_scale, rounded once; elsewhere it is F.embedding's.
 
     Args:
         input_ids: (..., T) int32 or int64, any strides; the last axis is one row. (N,) is one row,
