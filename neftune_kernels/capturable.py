@@ -17,10 +17,14 @@ IN_CAPTURE = (
     "set it before or after"
 )
 NOT_THERE = (
-    "capturable=True: noise_alpha is not on {device} yet, and a tensor made while {doing} would "
-    "hold today's for ever. {remedy}"
+    "capturable=True: noise_alpha is not on {} yet, and a tensor made while a CUDA graph is "
+    "captured would hold today's for ever: run one training step before, which also compiles the "
+    "kernels"
 )
-WARM_UP = "Run one training step before it, which also compiles the kernels"
+TO_BE_COMPILED = (
+    "capturable=True: noise_alpha is on {}, the weight on {}, and compiled code cannot move it: "
+    "call the module once before compiling it, or move it with .to()"
+)
 
 
 def check_capturable(capturable: Any) -> bool:
@@ -81,15 +85,10 @@ def alpha_on(device: torch.device, noise_alpha: float) -> Tensor:
     """A new tensor for :func:`set_alpha` to write to.
 
     Raises:
-        RuntimeError: a graph is captured or code is compiled, which would make it anew at each run.
+        RuntimeError: a graph is captured, which would make it anew at each replay.
     """
-    if torch.compiler.is_compiling():
-        remedy = "Call the model once before compiling it, or move it with .to()"
-        doing = "code is compiled"
-        raise RuntimeError(NOT_THERE.format(device=device, doing=doing, remedy=remedy))
     if in_capture(device):
-        doing = "a CUDA graph is captured"
-        raise RuntimeError(NOT_THERE.format(device=device, doing=doing, remedy=WARM_UP))
+        raise RuntimeError(NOT_THERE.format(device))
     with torch.inference_mode(False):  # whose tensors could not be written to outside it
         return torch.full((), noise_alpha, dtype=torch.float64, device=device)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import BACKENDS
-from .capturable import alpha_on, check_capturable, check_setting, set_alpha
+from .capturable import TO_BE_COMPILED, alpha_on, check_capturable, check_setting, set_alpha
 from .distributed import GROUPS, module_replica
 from .lookup import noisy_lookup
 from .noise import (
@@ -296,6 +296,9 @@ class NEFTuneEmbedding(nn.Embedding):
         if turn:
             samples = time_first(samples, input.shape)
         if self._capturable and self._alpha.device != self.weight.device:
+            if torch.compiler.is_compiling():
+                there, wanted = self._alpha.device, self.weight.device
+                raise RuntimeError(TO_BE_COMPILED.format(there, wanted))
             self._place_alpha()
         noise = self._noise
         if replica is None and self.replica is None and GROUPS.WORLD is not None:

@@ -146,9 +146,16 @@ class State:
         """What a capturable call reads, the same tensor for as long as this State lives."""
         if compiling:
             place_alpha(self.handle_key, device)
-        elif device not in self.alphas:
-            self.alphas[device] = alpha_on(device, self.noise_alpha)
-        return self.alphas[device]
+        else:
+            self.place_alpha(device)
+        alpha = self.alphas.get(device)
+        return alpha_on(device, self.noise_alpha) if alpha is None else alpha
+
+    def place_alpha(self, device: torch.device) -> None:
+        if device not in self.alphas:
+            alpha = alpha_on(device, self.noise_alpha)
+            if type(alpha) is Tensor:  # no fake of a trace
+                self.alphas[device] = alpha
 
     def warn_once(self, message: str, advice: Callable[[], str] | None = None) -> None:
         """advice: what comes behind it, made of the call where it is said."""
@@ -734,8 +741,7 @@ def place_alpha(handle_key: str, device: torch.device) -> None:
     state = _state_of(handle_key)
     if state is None:
         raise RuntimeError(UNSTEERED)
-    if device not in state.alphas:
-        state.alphas[device] = alpha_on(device, state.noise_alpha)
+    state.place_alpha(device)
 
 
 class _Told:
