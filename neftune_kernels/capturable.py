@@ -35,11 +35,11 @@ def check_capturable(capturable: Any) -> bool:
 
 def in_capture(device: torch.device) -> bool:
     """Whether what is launched there now is recorded in a graph, and not run."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.is_available()
-        and torch.cuda.is_current_stream_capturing()
-    )
+    if device.type not in ("cuda", "xpu"):
+        return False
+    module = torch.get_device_module(device)
+    asked = getattr(module, "is_current_stream_capturing", None)  # not every torch's XPU
+    return asked is not None and module.is_available() and bool(asked())
 
 
 def check_setting(noise_alpha: float, capturable: bool) -> float:
@@ -93,9 +93,9 @@ def alpha_on(device: torch.device, noise_alpha: float) -> Tensor:
         return torch.full((), noise_alpha, dtype=torch.float64, device=device)
 
 
-def set_alpha(alpha: Tensor, noise_alpha: float) -> None:
-    """In place, without a synchronisation: what was captured with the tensor reads it."""
-    if in_capture(alpha.device):
+def set_alpha(noise_alpha: float, *alphas: Tensor) -> None:
+    """In place, without a synchronisation: what was captured with the tensors reads it."""
+    if any(in_capture(alpha.device) for alpha in alphas):  # before one is written to
         raise RuntimeError(IN_CAPTURE)
-    with torch.no_grad():
+    for alpha in alphas:
         alpha.fill_(noise_alpha)

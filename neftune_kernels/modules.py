@@ -172,7 +172,7 @@ class NEFTuneEmbedding(nn.Embedding):
     def noise_alpha(self, value: float | None) -> None:
         alpha = check_setting(check_alpha(value), self._capturable)
         if self._capturable:
-            set_alpha(self._alpha, alpha)  # a captured graph has the tensor
+            set_alpha(alpha, self._alpha)  # a captured graph has the tensor
             self._noise_alpha = alpha
         else:
             self._noise_alpha = alpha

@@ -112,9 +112,8 @@ class State:
     def assign(self, settings: Settings) -> None:
         """Each setting becomes an attribute of its own: Dynamo guards on what a forward reads."""
         noise_alpha = check_setting(check_alpha(settings.noise_alpha), settings.capturable)
-        for alpha in self.alphas.values():
-            if noise_alpha != self.noise_alpha:  # a captured graph has the tensor
-                set_alpha(alpha, noise_alpha)
+        if noise_alpha != self.noise_alpha:
+            set_alpha(noise_alpha, *self.alphas.values())  # a captured graph has them
         self.noise_alpha = noise_alpha
         self.capturable = settings.capturable
         self.has_noise = noise_alpha > 0 or self.capturable
