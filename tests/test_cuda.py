@@ -29,6 +29,7 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     test_alpha_on_the_device,
     test_alpha_set_in_a_capture_is_refused,
     test_bad_bounds_and_lengths_reach_nothing,
+    test_captured_model_replays_with_todays_alpha,
     test_captured_module_replays_with_todays_alpha,
     test_compiled_on_a_gpu,
     test_cuda_graph_replays_fresh_noise,

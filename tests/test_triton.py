@@ -29,6 +29,7 @@ from numbering_forms import forms, table_and_record, words_of
 from neftune_kernels import (
     NEFTuneEmbedding,
     add_noise,
+    apply_neftune,
     available_backends,
     backends,
     lookup,
@@ -1271,8 +1272,49 @@ def test_alpha_set_in_a_capture_is_refused(gpu):
     assert module.noise_alpha == 5 and float(module._alpha) == 5
 
 
+class Looked(torch.nn.Module):
+    """A model that apply_neftune noises."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 256, device=device)
+
+    def forward(self, input_ids):
+        return self.embed(input_ids)
+
+
+def assert_loud(noisy, ids, weight, alpha):
+    """The largest of 2048 draws says what alpha was."""
+    noise = noisy.detach() - F.embedding(ids, weight.detach())
+    bound = alpha / (8 * 256) ** 0.5
+    assert 0.98 * bound - 1e-6 <= float(noise.abs().max()) <= bound + 1e-6, alpha
+    return noise.clone()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_captured_model_replays_with_todays_alpha(gpu, fused):
+    """Under apply_neftune; alpha is written by the handle."""
+    ids, model = torch.arange(8, device=gpu)[None], Looked(gpu)
+    options = {"embedding": "embed", "embedding_multiplier": 1.0, "fused": fused}
+    handle = apply_neftune(model, 5.0, capturable=True, **options)
+    stream = torch.cuda.Stream(gpu)
+    with torch.cuda.stream(stream):
+        model(ids)
+    torch.cuda.synchronize()
+    graph, seen = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        out = model(ids)
+    for alpha in (5, 5, 7, 0, 2):
+        handle.noise_alpha = alpha
+        graph.replay()
+        seen.append(assert_loud(out, ids, model.embed.weight, alpha))
+        stats = handle.stats()
+        assert stats["magnitude_max"] == pytest.approx(alpha / (8 * 256) ** 0.5)
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_reduce_overhead_replays_with_todays_alpha(gpu):
-    """By the size of the noise: nothing is skipped, nothing compiled anew."""
+    """Nothing is skipped, nothing compiled anew."""
     ids = torch.arange(8, device=gpu)[None]
     module = NEFTuneEmbedding(11, 256, capturable=True, device=gpu)
     torch._dynamo.reset()
@@ -1281,10 +1323,8 @@ def test_reduce_overhead_replays_with_todays_alpha(gpu):
     for alpha in (5, 5, 5, 7, 0, 2):
         torch.compiler.cudagraph_mark_step_begin()
         module.noise_alpha = alpha
-        noise = compiled(ids).detach() - F.embedding(ids, module.weight.detach())
-        bound = alpha / (8 * 256) ** 0.5
-        assert 0.98 * bound - 1e-6 <= float(noise.abs().max()) <= bound + 1e-6, alpha
-        seen.append(noise.clone())
+        with torch.no_grad():  # a backward that never comes would keep the graph from replaying
+            seen.append(assert_loud(compiled(ids), ids, module.weight, alpha))
     assert not torch.equal(seen[1], seen[2])
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["inductor"]["cudagraph_skips"]
