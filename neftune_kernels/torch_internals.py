@@ -3,6 +3,7 @@
 tests/test_torch_internals.py holds them against the torch that is installed.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,9 +30,9 @@ def vmapped() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def in_backward() -> bool:
-    """Whether autograd is running a backward on this thread: a checkpoint recomputes there."""
-    return torch._C._current_graph_task_id() != -1
+# Which backward autograd runs on this thread: a checkpoint recomputes there. The function itself,
+# for host time.
+backward_task, NO_BACKWARD = torch._C._current_graph_task_id, -1
 
 
 def entry(overload: Any) -> Callable[..., Any]:
@@ -47,14 +48,12 @@ def asked_outside_the_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def saved_tensors_hooks() -> tuple[Any, Any] | None:
-    """The functions through which saved tensors go (pack, unpack), as inside a non-reentrant
-    checkpoint's first pass; None where there are none.
-
-    torch.autograd.graph can set such hooks and has no public word for those that are set.
-    """
-    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks
+# The functions through which saved tensors go (pack, unpack), as inside a non-reentrant
+# checkpoint's first pass; None where there are none. torch.autograd.graph can set such hooks and
+# has no public word for those that are set. No frame of Python, for host time.
+saved_tensors_hooks: Callable[[], tuple[Any, Any] | None] = functools.partial(
+    torch._C._autograd._top_saved_tensors_default_hooks, True
+)
 
 
 # ---- torch.distributed: each name is looked up when asked, as a torch may be built without it

@@ -43,10 +43,10 @@ def test_transforms_are_seen():
 def test_backward_is_seen():
     seen = []
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda grad: seen.append(torch_internals.in_backward()))
-    assert not torch_internals.in_backward()
+    x.register_hook(lambda grad: seen.append(torch_internals.backward_task()))
     x.sum().backward()
-    assert seen == [True] and not torch_internals.in_backward()
+    after = torch_internals.backward_task()
+    assert after == torch_internals.NO_BACKWARD and after not in seen and len(seen) == 1
 
 
 def test_hooked_saved_tensors_are_seen():

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..capturable import in_capture
 from ..noise import Noise, seed_tensor
 from ..samples import Samples
-from ..torch_internals import in_backward, saved_tensors_hooks, transformed
+from ..torch_internals import NO_BACKWARD, backward_task, saved_tensors_hooks, transformed
 
 Key = tuple[Any, ...]
 AT_HOOKS = 64  # first passes kept by one pair of hooks: who offloads tensors keeps his for ever
@@ -185,7 +185,7 @@ def drawn_in_compiled_code(passes: FirstPasses, settings: Any, seed: Tensor) -> 
     have changed, this raises.
     """
     hooks = saved_tensors_hooks()
-    recomputing = in_backward()
+    recomputing = backward_task() != NO_BACKWARD
     if (not recomputing and hooks is None) or in_capture(seed.device):
         return
     key = _place(seed.device) or (int(seed),)

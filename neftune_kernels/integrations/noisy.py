@@ -21,10 +21,10 @@ from ..distributed import (
     shared_seed,
 )
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise, noisy_lookup
-from ..modules import TWO_NOISES, has_other_noise
+from ..modules import HUGGING_FACE_MARK, TWO_NOISES, has_other_noise
 from ..noise import NO_OFFSETS, Offsets, draw_seed, make_noise
 from ..samples import UNSAID, Samples, real_tokens
-from ..torch_internals import in_backward, vmapped
+from ..torch_internals import NO_BACKWARD, backward_task, vmapped
 from .checkpoints import (
     CHANGED,
     NO_GRAD,
@@ -86,7 +86,7 @@ def _given(
     state = site.state
     device = weight.device if output is None else output.device
     reason = state.skip_reason(module)
-    if not compiling and in_backward():
+    if not compiling and backward_task() != NO_BACKWARD:
         return _recomputed(site, module, forwards, input, device, reason)
     if reason is not None:
         if not compiling:
@@ -95,7 +95,8 @@ def _given(
         return None
     if state.handle is None and not compiling:
         state.warn_once(COPIED)
-    if has_other_noise(module) or (site.wrappers and site.marked()):
+    marked = HUGGING_FACE_MARK in module.__dict__ and has_other_noise(module)
+    if marked or (site.wrappers and site.marked()):
         raise RuntimeError(TWO_NOISES)
     if state.replica is None and "_is_replica" in module.__dict__:
         raise RuntimeError(DATA_PARALLEL)
@@ -189,7 +190,7 @@ def _note(site: Site, input: Tensor, given: Given, noisy: Tensor) -> None:
     if given.lasting is not None:
         given = given._replace(noise=given.lasting, lasting=None)
     if given.key:
-        if not in_backward():
+        if backward_task() == NO_BACKWARD:
             site.firsts.keep(given.key, given, noisy)
         save_one_more()
     if given.follows:

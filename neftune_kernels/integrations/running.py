@@ -249,7 +249,7 @@ class Forward:
     def told(self, index: int, input: Tensor) -> Samples:
         """What the arguments say of a sequence."""
         if index not in self._samples:
-            given = self.sequences[index].given if index else self.own.given
+            given = (self.sequences[index] if index else self._own or self.own).given
 
             def warn(message: str) -> None:
                 self.state.warn_once(message, lambda: self.advice(message, input))
@@ -266,7 +266,7 @@ class Forward:
 
     def reads(self, input: Tensor) -> tuple[int, Tensor, Place] | None:
         """Which of the forward's sequences a lookup reads, that sequence's ids, and where in it."""
-        own = self.own
+        own = self._own or self.own
         if own.ids is input:
             return 0, input, same
         for index, one in enumerate(self.sequences):
