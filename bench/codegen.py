@@ -42,7 +42,7 @@ LAYOUT_POINTERS = {  # which of noisy_rows' layout pointers are given
     "numbering": ("numbering",),
 }
 LAYOUT_TENSORS = ("document", "position", "lengths", "cu_seqlens", "numbering")
-POINTERS = ("out", "source", "input_ids", "seed", *LAYOUT_TENSORS)
+POINTERS = ("out", "source", "input_ids", "seed", "noise_alpha", *LAYOUT_TENSORS)
 CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "KIND", "SCALED", "DEBUG")
 GRID = (
     "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; "
@@ -57,12 +57,14 @@ class Configuration(NamedTuple):
     layout: str = "nothing"
     scaled: bool = False
     backend: str = "triton"
+    capturable: bool = False  # the kernel reads alpha
 
     @property
     def name(self) -> str:
         prefix = "" if self.backend == "triton" else f"{self.backend}-"
         what = f"{self.dtype}-d{self.embedding_dim}-{self.layout}"
-        return f"{prefix}{self.target}-{what}{'-scaled' if self.scaled else ''}"
+        what += ("-scaled" if self.scaled else "") + ("-capturable" if self.capturable else "")
+        return f"{prefix}{self.target}-{what}"
 
 
 class Code(NamedTuple):
@@ -92,16 +94,18 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
         DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size
     )
     constants = dict(zip(CONSTEXPRS, values, strict=True))
+    given = ("out", "source", "input_ids", "seed", *LAYOUT_POINTERS[configuration.layout])
+    given += ("noise_alpha",) * configuration.capturable
     parameters = []
     for parameter in triton_kernels.noisy_rows.params:
         name = parameter.name
         if name in constants:
             parameters.append({"name": name, "type": "constexpr", "value": constants[name]})
-        elif name in LAYOUT_TENSORS and name not in LAYOUT_POINTERS[configuration.layout]:
+        elif name in POINTERS and name not in given:
             parameters.append({"name": name, "type": "constexpr", "value": None})
         elif name in POINTERS:
             kind = TRITON_TYPES[configuration.dtype] if name in ("out", "source") else "i64"
-            kind = "i32" if name == "numbering" else kind
+            kind = {"numbering": "i32", "noise_alpha": "fp64"}.get(name, kind)
             parameters.append({"name": name, "type": f"*{kind}"})
         else:
             parameters.append({"name": name, "type": parameter.annotation_type})
@@ -210,7 +214,7 @@ class Target(NamedTuple):
 
 def target_of(configuration: Configuration) -> Target:
     """The most instructions per element that this project allows itself."""
-    target, dtype, d, layout, scaled, backend = configuration
+    target, dtype, d, layout, scaled, backend, capturable = configuration
     if backend == "cuda" and not scaled:
         if layout == "nothing":
             return Target(11.0, None) if dtype == "float32" else Target(12.0, 11.0)
@@ -229,7 +233,8 @@ def target_of(configuration: Configuration) -> Target:
         return Target(15.5, 14.0)
     if dtype == "float32":
         return Target(11.0, 10.0)
-    return Target(11.5, 10.5) if layout == "nothing" else Target(12.5, 11.0)
+    known = layout == "nothing" and not capturable  # the one step of all rows
+    return Target(11.5, 10.5) if known else Target(12.5, 11.0)
 
 
 REGISTER_TARGET = Target(64, 40)
@@ -310,6 +315,9 @@ CONFIGURATIONS = [
         for d in (768, 896, 1024, 1536, 2048, 3072, 5120, 8192)
     ),
     *(Configuration(t, "bfloat16", 4096) for t in ("gfx942", "gfx950")),
+    *(Configuration(t, "bfloat16", 4096, capturable=True) for t in (*NVIDIA, "gfx942", "gfx950")),
+    Configuration("sm_90", "bfloat16", 4096, "lengths", capturable=True),
+    Configuration("sm_90", "bfloat16", 768, capturable=True),
 ]
 CUDA_CONFIGURATIONS = [
     *(
@@ -414,9 +422,10 @@ def main() -> None:
             if stretch is not None and found["per_element"] <= stretch
             else "met"
         )
+        layout = "capturable" if configuration.capturable else configuration.layout
         print(
             f"{configuration.backend:7}{configuration.target:8}{configuration.dtype:10}"
-            f"{configuration.embedding_dim:6}  {configuration.layout:11}"
+            f"{configuration.embedding_dim:6}  {layout:11}"
             f"{'yes' if configuration.scaled else '':6}"
             f"{found['per_element']:9.2f}{found['target']:9}"
             f"{stretch if stretch is not None else '-':>9}"

@@ -381,6 +381,16 @@ CUDA = Backend(
 BACKENDS = {backend.name: backend for backend in (REFERENCE, CPP, TRITON, CUDA)}
 
 
+def capturable(backend: Backend) -> Backend:
+    """By the operators for an alpha on the device."""
+    named = ("noisy_embedding", "add_noise", "add_variant_noise")
+    twins = {one: f"capturable_{getattr(backend, one).__name__}" for one in named}
+    return backend._replace(**{one: getattr(OPS, twin) for one, twin in twins.items()})
+
+
+CAPTURABLE = {name: capturable(backend) for name, backend in BACKENDS.items()}
+
+
 def available_backends(device_type: str | None = None) -> dict[str, str]:
     """Every backend's name → "available", or the reason why it is not.
 

@@ -85,7 +85,7 @@ def noise_step(length, alpha, D: tl.constexpr):
     """
     bound = alpha / tl.sqrt(length.to(tl.float64) * D)
     step = bound.to(tl.float32) * 4.656612873077393e-10
-    return tl.where(tl.abs(step) >= 3.76158192263132e-37, step, 0.0)
+    return tl.where(tl.abs(step) < 3.76158192263132e-37, 0.0, step)
 
 
 @triton.jit
@@ -328,6 +328,7 @@ NOISY_ROWS_INTEGERS = (
     do_not_specialize_on_alignment=[
         "input_ids",
         "seed",
+        "noise_alpha",
         "document",
         "position",
         "lengths",
@@ -340,6 +341,7 @@ def noisy_rows(
     source,  # [num_embeddings, D], without input_ids [rows · columns, D]; out's dtype
     input_ids,  # [rows, columns] int32 or int64, or None
     seed,  # [] int64
+    noise_alpha,  # [] float64, or None: alpha_bits and step say it
     document,  # [rows · columns] int32 or int64, or None
     position,  # [rows · columns] int32 or int64, or None
     lengths,  # [num_samples] int32 or int64, or None
@@ -354,7 +356,7 @@ def noisy_rows(
     source_row: tl.int64,  # strides of source, in elements
     source_column: tl.int64,
     lengths_stride: tl.int64,
-    step: tl.float32,  # noise_step of `columns` real tokens; read where alpha_bits is not
+    step: tl.float32,  # noise_step of `columns` real tokens; read where no alpha is
     scale: tl.float32,  # embed_scale; read where SCALED
     alpha_bits: tl.int64,  # the float64 noise_alpha's; read where the layout tells lengths
     replica: tl.int64,  # mod 2**32, as the two offsets
@@ -372,8 +374,8 @@ def noisy_rows(
     65535, the rest of the rows).
 
     input_ids None: source holds the embeddings themselves. The five layout pointers are those of
-    layout.Layout, None where not given; with none of them the launcher knows the one length and
-    gives `step`. ROW_STRIDE 0: it is source_row.
+    layout.Layout, None where not given; with none of them the launcher knows the one length and,
+    unless noise_alpha is on the device, gives `step`. ROW_STRIDE 0: it is source_row.
     """
     column = tl.program_id(0)
     row = tl.program_id(1) + tl.program_id(2) * 65535
@@ -409,10 +411,18 @@ def noisy_rows(
                 real = place.to(tl.int64) < length
                 if DEBUG:
                     tl.device_assert(length >= 0, "lengths must not be negative")
-        if lengths is not None or cu_seqlens is not None or numbering is not None:
+            elif noise_alpha is not None:
+                length = columns
+                real = length > 0
+        TOLD: tl.constexpr = lengths is not None or cu_seqlens is not None or numbering is not None
+        if TOLD or noise_alpha is not None:
+            if noise_alpha is not None:
+                alpha = tl.load(noise_alpha)
+            else:
+                alpha = alpha_bits.to(tl.float64, bitcast=True)
             step = 0.0
             if real:
-                step = noise_step(length, alpha_bits.to(tl.float64, bitcast=True), D)
+                step = noise_step(length, alpha, D)
         index = token
         if input_ids is not None:
             index = tl.load(
@@ -747,7 +757,12 @@ def host_step(noise_alpha: float, length: int, embedding_dim: int) -> float:
         ctypes.c_float(noise_alpha / math.sqrt(float(length) * float(embedding_dim))).value
         * 2.0**-31
     )
-    return step if abs(step) >= 2.0**-121 else 0.0
+    return 0.0 if abs(step) < 2.0**-121 else step
+
+
+def is_on_host(noise_alpha: Tensor) -> bool:
+    """Whether the launcher reads alpha; else the kernel does, and a graph records its address."""
+    return noise_alpha.get_device() < 0
 
 
 @lru_cache(maxsize=256)
@@ -785,10 +800,11 @@ def noisy_embedding_out(
     """The operator `noisy_embedding.out` on a GPU, for a contiguous `out`: one launch on the
     current stream, no synchronisation after the first of its kind.
 
-    NotImplemented where it cannot serve: alpha beyond float32, or a first launch with wrong bits.
+    NotImplemented where it cannot serve: an alpha of the host's beyond float32, or a first launch
+    with wrong bits.
     """
-    alpha_value = noise_alpha.item()
-    if abs(alpha_value) > FLOAT32_MAX:
+    alpha: float | Tensor = noise_alpha
+    if is_on_host(noise_alpha) and abs(alpha := noise_alpha.item()) > FLOAT32_MAX:
         return NotImplemented
     shape = input_ids.shape
     if len(shape) == 2:
@@ -810,7 +826,8 @@ def noisy_embedding_out(
         (document, position, lengths, cu_seqlens, numbering),
         seed,
         (replica, sample_offset, position_offset),
-        (alpha_value, embed_scale),
+        alpha,
+        embed_scale,
     )
 
 
@@ -832,8 +849,8 @@ def add_noise_out(
     """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds
     itself. NotImplemented as noisy_embedding_out.
     """
-    alpha_value = noise_alpha.item()
-    if abs(alpha_value) > FLOAT32_MAX:
+    alpha: float | Tensor = noise_alpha
+    if is_on_host(noise_alpha) and abs(alpha := noise_alpha.item()) > FLOAT32_MAX:
         return NotImplemented
     rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
     embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
@@ -845,7 +862,8 @@ def add_noise_out(
         (document, position, lengths, cu_seqlens, numbering),
         seed,
         (replica, sample_offset, position_offset),
-        (alpha_value, 1.0),
+        alpha,
+        1.0,
     )
 
 
@@ -857,34 +875,40 @@ def _launch_rows(
     layout: tuple[Tensor | None, ...],
     seed: Tensor,
     offsets: tuple[int, int, int],
-    scalars: tuple[float, float],
+    alpha: float | Tensor,
+    embed_scale: float,
 ) -> Any:
-    """sizes: rows, columns, num_embeddings and the strides of input_ids; scalars: the alpha as
-    a number and embed_scale. Plain tuples, for host time.
+    """sizes: rows, columns, num_embeddings and the strides of input_ids; alpha: a tensor where the
+    kernel reads it. Plain tuples, for host time.
     """
     rows, columns, num_embeddings, ids_row, ids_column = sizes
     embedding_dim = out.shape[-1]
     if rows == 0 or columns == 0 or embedding_dim == 0:
         return None
     document, position, lengths, cu_seqlens, numbering = layout
-    alpha_value, embed_scale = scalars
     source_strides = source.stride()
     step, num_samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
     # Read one after the other, and so beside their memory where they are strided.
     document = None if document is None else document.contiguous()
     position = None if position is None else position.contiguous()
+    told = True
     if lengths is not None:
         num_samples, (lengths_stride,) = lengths.numel(), lengths.stride()
-        alpha_bits = float_bits(alpha_value)
     elif cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
-        num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha_value)
+        num_samples = cu_seqlens.numel() - 1
     elif numbering is not None:
         numbering = numbering.contiguous()
         check_numbering(numbering, rows, rows * columns)
-        alpha_bits = float_bits(alpha_value)
     else:
-        step = host_step(alpha_value, columns, embedding_dim)
+        told = False
+    noise_alpha = None
+    if isinstance(alpha, Tensor):
+        noise_alpha = alpha
+    elif told:
+        alpha_bits = float_bits(alpha)
+    else:
+        step = host_step(alpha, columns, embedding_dim)
     dtype, device_index = source.dtype, out.get_device()
     key = (
         device_index,
@@ -900,6 +924,7 @@ def _launch_rows(
         None if lengths is None else lengths.dtype,
         None if cu_seqlens is None else cu_seqlens.dtype,
         numbering is None,
+        noise_alpha is None,
     )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
@@ -921,6 +946,7 @@ def _launch_rows(
         source,
         input_ids,
         seed,
+        noise_alpha,
         document,
         position,
         lengths,
@@ -942,12 +968,17 @@ def _launch_rows(
         *constexprs,
     )
     expected = None
-    if found is None and launch_rows.to_be_checked(key, out.device):
+    # A step beyond float32 makes infinities of the reference, of the kernel's fma NaN as well.
+    if (
+        found is None
+        and launch_rows.to_be_checked(key, out.device)
+        and not abs(float(alpha)) > FLOAT32_MAX
+    ):
         expected = self_check.expected_rows(
             source,
             torch.Size((rows, columns)),
             seed,
-            alpha_value,
+            alpha,
             Layout(*layout),
             offsets,
             input_ids,

@@ -36,6 +36,12 @@ struct alignas(4) __half2 {
   _Float16 x, y;
 };
 
+inline bool alpha_on_device = false;  // noise_alpha is taken for the device's
+extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_alpha_on_device(
+    bool on_device) {
+  alpha_on_device = on_device;
+}
+
 inline int64_t grid_limit = 65535;
 extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_grid_limit(
     int64_t limit) {
@@ -125,6 +131,7 @@ struct Device {
   void check(const Tensor& tensor, const char* name) const {
     if (!tensor.is_cpu()) fail<std::runtime_error>(name, " must be on the device of this test");
   }
+  static bool is_on_host(const Tensor&) { return !alpha_on_device; }
   void* stream() const { return nullptr; }
 };
 

@@ -26,7 +26,11 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     golden_cases,
     make_weight,
     test_add_noise,
+    test_alpha_on_the_device,
+    test_alpha_set_in_a_capture_is_refused,
     test_bad_bounds_and_lengths_reach_nothing,
+    test_captured_model_replays_with_todays_alpha,
+    test_captured_module_replays_with_todays_alpha,
     test_compiled_on_a_gpu,
     test_cuda_graph_replays_fresh_noise,
     test_drawn_calls,
@@ -35,6 +39,7 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     test_every_mask,
     test_every_mask_dtype_and_strides,
     test_extremes_of_alpha,
+    test_extremes_of_alpha_on_the_device,
     test_ids_out_of_range_give_rows_of_nan,
     test_more_than_int32_elements,
     test_noise_masks_and_signs,
@@ -42,6 +47,7 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     test_other_devices,
     test_padding_keeps_its_bits,
     test_positions_lengths_and_bounds,
+    test_reduce_overhead_replays_with_todays_alpha,
     test_rows_beyond_65535,
     test_shapes_strides_and_padding_idx,
     test_side_stream,
@@ -87,6 +93,16 @@ def gpu(device, monkeypatch):
         pytest.skip("needs a real GPU: streams, graphs, devices, memory")
     monkeypatch.setattr(backends, "_triton_fails", lambda device_type: "left out by this test")
     return device
+
+
+@pytest.fixture
+def alpha_on_device(device):
+    """Alpha is taken for the device's, wherever that is."""
+    if cuda_shim is not None:
+        cuda_shim.neftune_shim_alpha_on_device(ctypes.c_bool(True))
+    yield
+    if cuda_shim is not None:
+        cuda_shim.neftune_shim_alpha_on_device(ctypes.c_bool(False))
 
 
 @pytest.fixture

@@ -120,8 +120,21 @@ NEFTUNE_DEVICE int64_t value_at(const Integers& values, int64_t index) {
                      : static_cast<const int32_t*>(values.data)[index];
 }
 
+// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; a
+// numbering; any of these but that; any of these; any of these, and alpha on the device.
+enum LayoutKind {
+  kNoLayout,
+  kPerToken,
+  kBounds,
+  kNumbered,
+  kAnyButNumbered,
+  kAnyLayout,
+  kCapturable
+};
+
+template <LayoutKind kind>
 NEFTUNE_DEVICE float step_of(const RowArguments& a, int64_t length) {
-  return noise_step(a.noise_alpha, length,
+  return noise_step(kind == kCapturable ? *a.device_alpha : a.noise_alpha, length,
                     std::sqrt(static_cast<double>(length) * static_cast<double>(a.embedding_dim)));
 }
 
@@ -151,10 +164,6 @@ NEFTUNE_DEVICE int64_t documents_before(const RowArguments& a, int64_t row) {
   return documents;
 }
 
-// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; a
-// numbering; any of these but that; any of these.
-enum LayoutKind { kNoLayout, kPerToken, kBounds, kNumbered, kAnyButNumbered, kAnyLayout };
-
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do
 // not hold are padding.
 template <LayoutKind kind, class Index>
@@ -172,7 +181,7 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
       position = static_cast<int64_t>(token - start);
       length = static_cast<int64_t>(value_at(a.cu_seqlens, sample + 1) - start);
     }
-  } else if (kind == kNumbered || (kind == kAnyLayout && a.numbering.words)) {
+  } else if (kind == kNumbered || (kind >= kAnyLayout && a.numbering.words)) {
     const NumberedToken found =
         token_of(a.numbering, a.numbering.words[row], documents_before(a, row), token, column);
     sample = found.document;
@@ -190,7 +199,7 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
     }
   }
   return {static_cast<uint32_t>(sample) + a.sample_offset,
-          static_cast<uint32_t>(position) + a.position_offset, step_of(a, length)};
+          static_cast<uint32_t>(position) + a.position_offset, step_of<kind>(a, length)};
 }
 
 // Where source holds the token's row, in elements; -1 for an id out of range.
@@ -361,7 +370,7 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiproces
 }
 
 // The grid may be smaller than the tokens.
-template <class Element>
+template <class Element, LayoutKind kind>
 __global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
   const int64_t first_row = blockIdx.y + int64_t{blockIdx.z} * gridDim.y;
@@ -373,8 +382,7 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowA
       const Storage* source = offset < 0 ? nullptr : static_cast<const Storage*>(a.source) + offset;
       const int64_t token = row * a.columns + column;
       Storage* out = static_cast<Storage*>(a.out) + token * a.embedding_dim;
-      any_row<Element>(a, noise_of_place(a, place_of<kAnyLayout>(a, token, row, column)), source,
-                       out);
+      any_row<Element>(a, noise_of_place(a, place_of<kind>(a, token, row, column)), source, out);
     }
   }
 }
@@ -571,9 +579,16 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   const dim3 grid(grid_columns, grid_rows, grid_folds), block(kLanes, tokens);
   const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX &&
                        a.rows <= UINT32_MAX;
+  if (a.device_alpha) {
+    if (!a.vectors || !covered)
+      return launch(noisy_rows<Element, kCapturable>, grid, block, stream, a);
+    if (a.scaled)
+      return launch(noisy_vector_rows<Element, kCapturable, true>, grid, block, stream, a);
+    return launch(noisy_vector_rows<Element, kCapturable, false>, grid, block, stream, a);
+  }
   // No instance for a scale and a numbering: no kernel here writes one yet.
   if (!a.vectors || !covered || (a.scaled && a.numbering.words))
-    return launch(noisy_rows<Element>, grid, block, stream, a);
+    return launch(noisy_rows<Element, kAnyLayout>, grid, block, stream, a);
   if (a.scaled)
     return launch(noisy_vector_rows<Element, kAnyButNumbered, true>, grid, block, stream, a);
   if (a.cu_seqlens.data)

@@ -40,6 +40,7 @@ struct RowArguments {
   Integers lengths;        // (num_samples,)
   Integers cu_seqlens;     // (num_samples + 1,)
   Numbering numbering;     // words nullptr: not given
+  const double* device_alpha;  // () on the device; nullptr: noise_alpha and step say it
   double noise_alpha;
   float step;   // noise_step of `columns` real tokens, read where no layout is given
   float scale;  // embed_scale

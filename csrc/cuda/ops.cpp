@@ -97,9 +97,10 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   if (noise.seed.scalar_type() != ScalarType::Long || noise.seed.numel() != 1)
     fail<std::runtime_error>("seed must be a 0-dim int64 tensor");
   const Tensor& alpha = noise.noise_alpha;
-  if (!alpha.is_cpu() || alpha.scalar_type() != ScalarType::Double || alpha.numel() != 1) {
-    fail<std::runtime_error>("noise_alpha must be a 0-dim float64 tensor on the CPU");
-  }
+  if (alpha.scalar_type() != ScalarType::Double || alpha.numel() != 1)
+    fail<std::runtime_error>("noise_alpha must be a 0-dim float64 tensor");
+  const bool is_on_host = Device::is_on_host(alpha);
+  if (!is_on_host) device.check(alpha, "noise_alpha");
   const int64_t tokens = arguments.rows * arguments.columns;
   const Flat document(device, noise.document, "document", tokens),
       position(device, noise.position, "position", tokens);
@@ -125,10 +126,15 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   arguments.lengths = lengths.values();
   arguments.cu_seqlens = bounds.values();
   arguments.num_samples = noise.cu_seqlens ? bounds.size() - 1 : noise.lengths ? lengths.size() : 0;
-  arguments.noise_alpha = *static_cast<const double*>(alpha.const_data_ptr());
-  const double elements =
-      static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
-  arguments.step = noise_step(arguments.noise_alpha, arguments.columns, std::sqrt(elements));
+  const double* alpha_data = static_cast<const double*>(alpha.const_data_ptr());
+  if (is_on_host) {
+    arguments.noise_alpha = *alpha_data;
+    const double elements =
+        static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
+    arguments.step = noise_step(arguments.noise_alpha, arguments.columns, std::sqrt(elements));
+  } else {
+    arguments.device_alpha = alpha_data;
+  }
   arguments.scaled = embed_scale != 1;
   arguments.scale = static_cast<float>(embed_scale);
   arguments.replica = static_cast<uint32_t>(noise.replica);
