@@ -17,7 +17,6 @@ import pathlib
 import subprocess
 import sys
 import warnings
-from unittest import mock
 
 import golden_vectors
 import pytest
@@ -175,11 +174,10 @@ def triton_layout(
 
 
 def numbered(what, per_token, *given):
-    number = getattr(kernels(), f"number_{what}", None)
-    if per_token or number is None:  # the CUDA kernels know arrays alone
+    if per_token:
         arrays = {"documents": "mask_layout", "padding": "padding_layout"}[what]
         return getattr(kernels(), arrays)(*given)
-    return layouts.Layout(numbering=number(*given))
+    return layouts.Layout(numbering=getattr(kernels(), f"number_{what}")(*given))
 
 
 class NotServed(AssertionError):
@@ -439,23 +437,15 @@ def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
         cuda(attention_mask, device),
         None if position_ids is None else cuda(position_ids, device).expand(shape),
     )
-    number, tables = getattr(kernels(), "number_documents", None), []
-
-    def noted(*given):
-        tables.append(number(*given))
-        return tables[0]
-
-    with mock.patch.object(kernels(), "number_documents", noted, create=True):
-        arrays = kernels().mask_layout(*on_device)
-    document, position, lengths = (tensor.cpu() for tensor in arrays)
+    document, position, lengths = (tensor.cpu() for tensor in kernels().mask_layout(*on_device))
     real = expected[0] >= 0
     documents = expected[0][real].unique()
     assert torch.equal(document, expected[0])
     assert torch.equal(position[real], expected[1][real])
     assert torch.equal(lengths[documents], expected[2][documents])
-    for numbering in tables:  # none of the CUDA kernels
-        told = attention_mask, None if position_ids is None else position_ids.expand(shape)
-        assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
+    numbering = kernels().number_documents(*on_device)
+    told = attention_mask, None if position_ids is None else position_ids.expand(shape)
+    assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
 
 
 def assert_same_tables(numbering, expected, shape):
