@@ -352,10 +352,12 @@ def row(configuration: Configuration) -> dict[str, Any]:
     }
 
 
-def numbering_instructions(target: str, embedding_dim: int = 4096) -> int:
+def numbering_instructions(target: str, embedding_dim: int = 4096, backend: str = "triton") -> int:
     """How many more the row kernel has where documents are numbered than with lengths."""
     numbering, lengths = (
-        measure(Configuration(target, "bfloat16", embedding_dim, layout)).instructions
+        measure(
+            Configuration(target, "bfloat16", embedding_dim, layout, False, backend)
+        ).instructions
         for layout in ("numbering", "lengths")
     )
     return int(numbering - lengths)
@@ -436,7 +438,11 @@ def main() -> None:
         f"and reads and writes every row once\n"
     )
     numbering = numbering_code.report(TARGETS)
-    reading = {t: numbering_instructions(t) for t in NVIDIA}
+    backends: tuple[str, ...] = ("triton",)
+    if len(configurations) > len(CONFIGURATIONS):
+        numbering += numbering_code.cuda_report(NVIDIA)
+        backends = ("triton", "cuda")
+    reading = {f"{b} {t}": numbering_instructions(t, 4096, b) for b in backends for t in NVIDIA}
     print(
         f"The row kernel has so many instructions more than with lengths: {reading}, at most "
         f"{numbering_code.READING}\n"

@@ -110,6 +110,29 @@ def test_numbering_targets(configuration):
     assert not missed
 
 
+@pytest.mark.parametrize("shape", numbering_code.MOST, ids=str)
+@pytest.mark.parametrize("target", codegen.NVIDIA)
+def test_cuda_numbering_targets(target, shape):
+    """The same of the CUDA C++ kernels, of whose ways the longest alone is known."""
+    needs_nvcc(Configuration(target, "bfloat16", 4096, backend="cuda"))
+    assert not numbering_code.cuda_missed(target, shape)
+    assert cuda_code.numbering(target, shape).launches == (2 if shape == (1, 65536) else 1)
+
+
+def test_plain_rows_have_a_way_of_their_own():
+    needs_nvcc(Configuration("sm_90", "bfloat16", 4096, backend="cuda"))
+    for shape in numbering_code.MOST:
+        code = cuda_code.numbering("sm_90", shape)
+        assert 100 < code.plain < 0.6 * code.any_row
+
+
+@pytest.mark.parametrize("target", codegen.NVIDIA)
+def test_cuda_reading_a_numbering(target):
+    needs_nvcc(Configuration(target, "bfloat16", 4096, backend="cuda"))
+    found = codegen.numbering_instructions(target, 4096, "cuda")
+    assert 0 < found <= numbering_code.READING
+
+
 def test_reading_a_numbering():
     """What the row kernel does to find a token in it, beside `lengths`."""
     for embedding_dim in (576, 4096):
