@@ -175,8 +175,8 @@ NUMBERING_KERNELS = {
 }
 # Which only rows of several documents come to: the scan of a warp, entries of the table; of the
 # first launch of two the last real token before.
-NOT_PLAIN = {name: r"SHFL\.UP|STG\.E\.64" for name in sum(NUMBERING_KERNELS.values(), [])}
-NOT_PLAIN["summarise_pieces"] = r"SHFL\.IDX"
+NOT_PLAIN = {"summarise_pieces": r"SHFL\.IDX"}
+OF_DOCUMENTS = r"SHFL\.UP|STG\.E\.64"
 
 
 def longest(code: Function, without: str | None = None) -> int:
@@ -206,7 +206,7 @@ def numbering(target: str, shape: tuple[int, int]) -> Numbering:
     for kernel in kernels:
         (name,) = [name for name in sections(target) if kernel in name]
         code, used = function(target, name), usage(target)[name]
-        plain += longest(code, NOT_PLAIN[kernel])
+        plain += longest(code, NOT_PLAIN.get(kernel, OF_DOCUMENTS))
         any_row += longest(code)
         registers, stack = max(registers, used["REG"]), stack + used["STACK"] + used["LOCAL"]
         spills += sum(opcode(line).startswith(("LDL", "STL")) for line in code.lines)

@@ -37,7 +37,8 @@ QUICK = {
     *(Configuration("sm_90", "bfloat16", 4096, layout) for layout in ("mask", "cu_seqlens")),
     *(Configuration("sm_90", dtype, 4096) for dtype in ("float16", "float32")),
     Configuration("sm_80", "bfloat16", 4096, scaled=True),
-    *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (768, 896, 1536, 2048)),
+    *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (576, 768, 896, 1536, 2048)),
+    *(Configuration("sm_90", "bfloat16", 4096, "lengths", shares=shares) for shares in (4, 16)),
     Configuration("gfx942", "bfloat16", 4096),
 }
 

@@ -352,6 +352,29 @@ def test_drawn_calls(device):
     check()
 
 
+@pytest.mark.parametrize("tokens", (1, 31, 32, 128, 129, 512, 513, 10**6))
+def test_rows_are_shared_out_where_tokens_are_few(device, tokens):
+    """A program keeps one of a row's sixteen pieces, four, or all."""
+    shares = [kernels().row_shares(tokens, d, 32) for d in (256, 576, 1024, 4096, 8192, 9000)]
+    wide = 16 if tokens <= 128 else 4 if tokens <= 512 else 1
+    assert shares == [1, 1, min(wide, 4), wide, wide, wide]
+    for d, share in zip((1024, 4096, 9000), shares[2:4] + shares[5:], strict=True):
+        _, pieces, _ = kernels().row_shape(d, 32)
+        _, constexprs = kernels().row_constants(torch.bfloat16, d, d, 1, True, False, 32, share)
+        assert constexprs[3:5] == (-(-pieces // share), share)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_rows_that_are_not_shared(device, monkeypatch, dtype):
+    """The program of larger calls, which these tests' calls are too small for."""
+    monkeypatch.setattr(kernels(), "PROGRAMS", 0)
+    batch = make_batch("ragged", rows=2, columns=2)
+    for embedding_dim in (1024, 4104):
+        weight = make_weight(embedding_dim, dtype)
+        agree(device, batch.input_ids, weight)
+        agree(device, batch.input_ids, weight, lengths=batch.lengths, embed_scale=1.7)
+
+
 @pytest.mark.parametrize("embedding_dim", (1, 7, 8, 20, 64, 100, 576, 896, 4096, 4104))
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_every_dtype_and_width(device, dtype, embedding_dim):
