@@ -45,7 +45,8 @@ struct Device {
 #include "cuda/ops.cpp"
 namespace neftune_kernels {
 const char* launch_noisy_rows(const RowArguments&, ElementType, void*) { return nullptr; }
-const char* launch_number_documents(DocumentArguments, void*) { return nullptr; }
+const char* launch_number_documents(const DocumentArguments&, void*) { return nullptr; }
+const char* launch_number_tokens(const TokenArguments&, void*) { return nullptr; }
 }  // namespace neftune_kernels
 """
 

@@ -383,6 +383,8 @@ BY_DEVICE = (
     variant_operator("cuda_add_variant_noise", "cuda_add_noise"),
     mask_operator("cuda_mask_layout"),
     padding_operator("cuda_padding_layout", "cuda_mask_layout"),
+    number_operator("cuda_number_documents"),
+    number_padding_operator("cuda_number_padding", "cuda_number_documents"),
     # one for all
     Operator(
         "noisy_documents",

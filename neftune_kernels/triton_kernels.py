@@ -263,6 +263,7 @@ def row_pieces(
     counter,
     step,
     scale,
+    first,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
     PIECES: tl.constexpr,
@@ -270,11 +271,21 @@ def row_pieces(
     NOISY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One row: load, scale, add noise, round, store."""
+    """Of one row PIECES pieces from the first on: load, scale, add noise, round, store."""
     if KIND == "columns":
         for piece in range(PIECES):
             columns_of(
-                piece, source, target, source_column, counter, step, scale, D, BLOCKS, NOISY, SCALED
+                first + piece,
+                source,
+                target,
+                source_column,
+                counter,
+                step,
+                scale,
+                D,
+                BLOCKS,
+                NOISY,
+                SCALED,
             )
     else:
         # pieces of a loop: padding, and rows that are too long for one straight line
@@ -282,11 +293,33 @@ def row_pieces(
         REST: tl.constexpr = PIECES - LOOPED
         for piece in range(0, LOOPED, 4):
             pieces_at(
-                piece, source, target, counter, step, scale, 4, D, BLOCKS, KIND, NOISY, SCALED
+                first + piece,
+                source,
+                target,
+                counter,
+                step,
+                scale,
+                4,
+                D,
+                BLOCKS,
+                KIND,
+                NOISY,
+                SCALED,
             )
         if REST > 0:
             pieces_at(
-                LOOPED, source, target, counter, step, scale, REST, D, BLOCKS, KIND, NOISY, SCALED
+                first + LOOPED,
+                source,
+                target,
+                counter,
+                step,
+                scale,
+                REST,
+                D,
+                BLOCKS,
+                KIND,
+                NOISY,
+                SCALED,
             )
 
 
@@ -365,19 +398,24 @@ def noisy_rows(
     D: tl.constexpr,  # embedding_dim
     ROW_STRIDE: tl.constexpr,  # source_row where rows are read by vectors, else 0
     BLOCKS: tl.constexpr,  # of 8 columns, in a piece
-    PIECES: tl.constexpr,  # of a row
+    PIECES: tl.constexpr,  # of a program
+    SHARES: tl.constexpr,  # programs of a token
     KIND: tl.constexpr,  # "columns", or vectors: "pairs" of 16-bit values, "quads" of float32
     SCALED: tl.constexpr,  # scale is not 1
     DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
 ):
-    """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to
-    65535, the rest of the rows).
+    """One token, or one of SHARES shares of it: out[token] = source[input_ids[token]]·scale +
+    noise. Grid (columns · SHARES, rows up to 65535, the rest of the rows).
 
     input_ids None: source holds the embeddings themselves. The five layout pointers are those of
     layout.Layout, None where not given; with none of them the launcher knows the one length and,
     unless noise_alpha is on the device, gives `step`. ROW_STRIDE 0: it is source_row.
     """
     column = tl.program_id(0)
+    first_piece = 0
+    if SHARES > 1:
+        first_piece = column % SHARES * PIECES
+        column = column // SHARES
     row = tl.program_id(1) + tl.program_id(2) * 65535
     if row < rows:
         token = row.to(tl.int64) * columns + column
@@ -451,6 +489,7 @@ def noisy_rows(
                 counter,
                 step,
                 scale,
+                first_piece,
                 D,
                 BLOCKS,
                 PIECES,
@@ -466,6 +505,7 @@ def noisy_rows(
                 (0, 0, 0, 0, 0),
                 step,
                 scale,
+                first_piece,
                 D,
                 BLOCKS,
                 PIECES,
@@ -734,6 +774,19 @@ def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
     return piece, (blocks + piece - 1) // piece, warps
 
 
+PROGRAMS = 2048  # of a call, at most, that shares its rows out among programs
+
+
+@lru_cache(maxsize=256)
+def row_shares(tokens: int, embedding_dim: int, warp_size: int) -> int:
+    """Programs of one token: 4 or 16 in calls so small that they leave most of the device idle."""
+    _, pieces, _ = row_shape(embedding_dim, warp_size)
+    shares = 1
+    while 4 * shares <= pieces and 4 * shares * tokens <= PROGRAMS and shares < 16:
+        shares *= 4
+    return shares
+
+
 def row_kind(
     dtype: torch.dtype, embedding_dim: int, row_stride: int, column_stride: int, aligned: bool
 ) -> str:
@@ -910,6 +963,9 @@ def _launch_rows(
     else:
         step = host_step(alpha, columns, embedding_dim)
     dtype, device_index = source.dtype, out.get_device()
+    shares = 1
+    if rows * columns <= PROGRAMS // 4:
+        shares = row_shares(rows * columns, embedding_dim, _warp_size(out.device))
     key = (
         device_index,
         dtype,
@@ -925,6 +981,7 @@ def _launch_rows(
         None if cu_seqlens is None else cu_seqlens.dtype,
         numbering is None,
         noise_alpha is None,
+        shares,
     )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
@@ -938,6 +995,7 @@ def _launch_rows(
             aligned,
             embed_scale != 1,
             _warp_size(out.device),
+            shares,
         )
     else:
         num_warps, constexprs = found[0]
@@ -988,7 +1046,7 @@ def _launch_rows(
         key,
         found,
         device_index,
-        (columns, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535),
+        (columns * shares, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535),
         args,
         num_warps,
     )
@@ -1009,9 +1067,10 @@ def row_constants(
     aligned: bool,
     has_scale: bool,
     warp_size: int,
+    shares: int = 1,
 ) -> tuple[int, tuple[Any, ...]]:
-    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, KIND, SCALED,
-    DEBUG.
+    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, SHARES, KIND,
+    SCALED, DEBUG.
     """
     blocks, pieces, num_warps = row_shape(embedding_dim, warp_size)
     kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
@@ -1019,7 +1078,8 @@ def row_constants(
         embedding_dim,
         0 if kind == "columns" else row_stride,
         blocks,
-        pieces,
+        -(-pieces // shares),
+        shares,
         kind,
         has_scale,
         DEBUG,

@@ -17,7 +17,6 @@ import pathlib
 import subprocess
 import sys
 import warnings
-from unittest import mock
 
 import golden_vectors
 import pytest
@@ -182,11 +181,10 @@ def triton_layout(
 
 
 def numbered(what, per_token, *given):
-    number = getattr(kernels(), f"number_{what}", None)
-    if per_token or number is None:  # the CUDA kernels know arrays alone
+    if per_token:
         arrays = {"documents": "mask_layout", "padding": "padding_layout"}[what]
         return getattr(kernels(), arrays)(*given)
-    return layouts.Layout(numbering=number(*given))
+    return layouts.Layout(numbering=getattr(kernels(), f"number_{what}")(*given))
 
 
 class NotServed(AssertionError):
@@ -362,6 +360,29 @@ def test_drawn_calls(device):
     check()
 
 
+@pytest.mark.parametrize("tokens", (1, 31, 32, 128, 129, 512, 513, 10**6))
+def test_rows_are_shared_out_where_tokens_are_few(device, tokens):
+    """A program keeps one of a row's sixteen pieces, four, or all."""
+    shares = [kernels().row_shares(tokens, d, 32) for d in (256, 576, 1024, 4096, 8192, 9000)]
+    wide = 16 if tokens <= 128 else 4 if tokens <= 512 else 1
+    assert shares == [1, 1, min(wide, 4), wide, wide, min(wide, 4)]
+    for d, share in zip((1024, 4096, 9000), shares[2:4] + shares[5:], strict=True):
+        _, pieces, _ = kernels().row_shape(d, 32)
+        _, constexprs = kernels().row_constants(torch.bfloat16, d, d, 1, True, False, 32, share)
+        assert constexprs[3:5] == (-(-pieces // share), share)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_rows_that_are_not_shared(device, monkeypatch, dtype):
+    """The program of larger calls, which these tests' calls are too small for."""
+    monkeypatch.setattr(kernels(), "PROGRAMS", 0)
+    batch = make_batch("ragged", rows=2, columns=2)
+    for embedding_dim in (1024, 4104):
+        weight = make_weight(embedding_dim, dtype)
+        agree(device, batch.input_ids, weight)
+        agree(device, batch.input_ids, weight, lengths=batch.lengths, embed_scale=1.7)
+
+
 @pytest.mark.parametrize("embedding_dim", (1, 7, 8, 20, 64, 100, 576, 896, 4096, 4104))
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_every_dtype_and_width(device, dtype, embedding_dim):
@@ -447,23 +468,15 @@ def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
         cuda(attention_mask, device),
         None if position_ids is None else cuda(position_ids, device).expand(shape),
     )
-    number, tables = getattr(kernels(), "number_documents", None), []
-
-    def noted(*given):
-        tables.append(number(*given))
-        return tables[0]
-
-    with mock.patch.object(kernels(), "number_documents", noted, create=True):
-        arrays = kernels().mask_layout(*on_device)
-    document, position, lengths = (tensor.cpu() for tensor in arrays)
+    document, position, lengths = (tensor.cpu() for tensor in kernels().mask_layout(*on_device))
     real = expected[0] >= 0
     documents = expected[0][real].unique()
     assert torch.equal(document, expected[0])
     assert torch.equal(position[real], expected[1][real])
     assert torch.equal(lengths[documents], expected[2][documents])
-    for numbering in tables:  # none of the CUDA kernels
-        told = attention_mask, None if position_ids is None else position_ids.expand(shape)
-        assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
+    numbering = kernels().number_documents(*on_device)
+    told = attention_mask, None if position_ids is None else position_ids.expand(shape)
+    assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
 
 
 def assert_same_tables(numbering, expected, shape):
