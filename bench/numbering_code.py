@@ -177,22 +177,17 @@ ATOMIC = re.compile(r"^(ATOM|RED)\b|_atomic_")
 def missed(configuration: Numbering, target: GPUTarget) -> list[str]:
     """Of the limits, in words."""
     code = measure(configuration, target)
-    plain, any_row = code.microseconds
-    wrong = {
-        f"{code.stack_bytes} bytes of scratch": code.stack_bytes > 0,
-        f"{code.spills} spills": code.spills > 0,
-        f"{code.registers} registers": code.registers > triton_kernels.NUMBERING_REGISTERS,
-        "atomics": any(map(ATOMIC.match, code.opcodes)),
-        f"{plain:.2f} us of plain rows": plain > MOST_PLAIN,
-        f"{any_row:.2f} us of any row": any_row > MOST[configuration.shape],
-    }
-    return [what for what, is_wrong in wrong.items() if is_wrong]
+    return _missed(code, code.microseconds, configuration.shape)
 
 
 def cuda_missed(target: str, shape: tuple[int, int]) -> list[str]:
     """Of the limits, by the CUDA C++ kernels; of all kinds of values, which share an instance."""
     code = cuda_code.numbering(target, shape)
-    plain, any_row = microseconds(code.plain), microseconds(code.any_row)
+    return _missed(code, (microseconds(code.plain), microseconds(code.any_row)), shape)
+
+
+def _missed(code: Any, taken: tuple[float, float], shape: tuple[int, int]) -> list[str]:
+    plain, any_row = taken
     wrong = {
         f"{code.stack_bytes} bytes of scratch": code.stack_bytes > 0,
         f"{code.spills} spills": code.spills > 0,
