@@ -42,8 +42,8 @@ LAYOUT_POINTERS = {  # which of noisy_rows' layout pointers are given
     "numbering": ("numbering",),
 }
 LAYOUT_TENSORS = ("document", "position", "lengths", "cu_seqlens", "numbering")
-POINTERS = ("out", "source", "input_ids", "seed", *LAYOUT_TENSORS)
-CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "KIND", "SCALED", "DEBUG")
+POINTERS = ("out", "source", "input_ids", "seed", "noise_alpha", *LAYOUT_TENSORS)
+CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "SHARES", "KIND", "SCALED", "DEBUG")
 GRID = (
     "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; "
     "one program per token, all of its d columns"
@@ -57,12 +57,16 @@ class Configuration(NamedTuple):
     layout: str = "nothing"
     scaled: bool = False
     backend: str = "triton"
+    capturable: bool = False  # the kernel reads alpha
+    shares: int = 1  # programs of a token
 
     @property
     def name(self) -> str:
         prefix = "" if self.backend == "triton" else f"{self.backend}-"
         what = f"{self.dtype}-d{self.embedding_dim}-{self.layout}"
-        return f"{prefix}{self.target}-{what}{'-scaled' if self.scaled else ''}"
+        what += f"-{self.shares}_shares" if self.shares > 1 else ""
+        what += ("-scaled" if self.scaled else "") + ("-capturable" if self.capturable else "")
+        return f"{prefix}{self.target}-{what}"
 
 
 class Code(NamedTuple):
@@ -89,19 +93,28 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
     target = TARGETS[configuration.target]
     d = configuration.embedding_dim
     num_warps, values = triton_kernels.row_constants(
-        DTYPES[configuration.dtype], d, d, 1, True, configuration.scaled, target.warp_size
+        DTYPES[configuration.dtype],
+        d,
+        d,
+        1,
+        True,
+        configuration.scaled,
+        target.warp_size,
+        configuration.shares,
     )
     constants = dict(zip(CONSTEXPRS, values, strict=True))
+    given = ("out", "source", "input_ids", "seed", *LAYOUT_POINTERS[configuration.layout])
+    given += ("noise_alpha",) * configuration.capturable
     parameters = []
     for parameter in triton_kernels.noisy_rows.params:
         name = parameter.name
         if name in constants:
             parameters.append({"name": name, "type": "constexpr", "value": constants[name]})
-        elif name in LAYOUT_TENSORS and name not in LAYOUT_POINTERS[configuration.layout]:
+        elif name in POINTERS and name not in given:
             parameters.append({"name": name, "type": "constexpr", "value": None})
         elif name in POINTERS:
             kind = TRITON_TYPES[configuration.dtype] if name in ("out", "source") else "i64"
-            kind = "i32" if name == "numbering" else kind
+            kind = {"numbering": "i32", "noise_alpha": "fp64"}.get(name, kind)
             parameters.append({"name": name, "type": f"*{kind}"})
         else:
             parameters.append({"name": name, "type": parameter.annotation_type})
@@ -112,7 +125,7 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
         "layout": configuration.layout,
         "scaled": configuration.scaled,
         "num_warps": num_warps,
-        "elements_per_program": d,
+        "elements_per_program": d // configuration.shares,
         "grid": GRID,
         "parameters": parameters,
         "triton": triton.__version__,
@@ -192,7 +205,7 @@ def measure(configuration: Configuration) -> Code:
         instructions = len(lines)
     return Code(
         instructions,
-        configuration.embedding_dim / threads,
+        configuration.embedding_dim / (threads * configuration.shares),
         registers,
         opcodes,
         stack,
@@ -210,7 +223,9 @@ class Target(NamedTuple):
 
 def target_of(configuration: Configuration) -> Target:
     """The most instructions per element that this project allows itself."""
-    target, dtype, d, layout, scaled, backend = configuration
+    target, dtype, d, layout, scaled, backend, capturable, shares = configuration
+    if shares > 1:  # latency counts there
+        return Target(60.0, None)
     if backend == "cuda" and not scaled:
         if layout == "nothing":
             return Target(11.0, None) if dtype == "float32" else Target(12.0, 11.0)
@@ -221,6 +236,10 @@ def target_of(configuration: Configuration) -> Target:
         return Target(16.0, None)
     if target == "gfx950":
         return Target(11.0, None)
+    if d == 576:  # 2.25 pieces, of which each row has 3: bench/NOTES.md
+        return Target(21.1, 17.0)
+    if d == 768:
+        return Target(15.6, 14.0)
     if d < 2048:
         return Target(17.5, 14.0)
     if d != 4096:
@@ -229,7 +248,8 @@ def target_of(configuration: Configuration) -> Target:
         return Target(15.5, 14.0)
     if dtype == "float32":
         return Target(11.0, 10.0)
-    return Target(11.5, 10.5) if layout == "nothing" else Target(12.5, 11.0)
+    known = layout == "nothing" and not capturable  # the one step of all rows
+    return Target(11.5, 10.5) if known else Target(12.5, 11.0)
 
 
 REGISTER_TARGET = Target(64, 40)
@@ -307,9 +327,18 @@ CONFIGURATIONS = [
     *(Configuration(t, "float32", 4096) for t in NVIDIA),
     *(
         Configuration("sm_90", "bfloat16", d, "lengths")
-        for d in (768, 896, 1024, 1536, 2048, 3072, 5120, 8192)
+        for d in (576, 768, 896, 1024, 1536, 2048, 3072, 5120, 8192)
+    ),
+    *(
+        Configuration(t, "bfloat16", 4096, layout, shares=shares)
+        for t in NVIDIA
+        for layout in ("nothing", "lengths")
+        for shares in (4, 16)
     ),
     *(Configuration(t, "bfloat16", 4096) for t in ("gfx942", "gfx950")),
+    *(Configuration(t, "bfloat16", 4096, capturable=True) for t in (*NVIDIA, "gfx942", "gfx950")),
+    Configuration("sm_90", "bfloat16", 4096, "lengths", capturable=True),
+    Configuration("sm_90", "bfloat16", 768, capturable=True),
 ]
 CUDA_CONFIGURATIONS = [
     *(
@@ -352,10 +381,12 @@ def row(configuration: Configuration) -> dict[str, Any]:
     }
 
 
-def numbering_instructions(target: str, embedding_dim: int = 4096) -> int:
+def numbering_instructions(target: str, embedding_dim: int = 4096, backend: str = "triton") -> int:
     """How many more the row kernel has where documents are numbered than with lengths."""
     numbering, lengths = (
-        measure(Configuration(target, "bfloat16", embedding_dim, layout)).instructions
+        measure(
+            Configuration(target, "bfloat16", embedding_dim, layout, False, backend)
+        ).instructions
         for layout in ("numbering", "lengths")
     )
     return int(numbering - lengths)
@@ -414,9 +445,10 @@ def main() -> None:
             if stretch is not None and found["per_element"] <= stretch
             else "met"
         )
+        layout = "capturable" if configuration.capturable else configuration.layout
         print(
             f"{configuration.backend:7}{configuration.target:8}{configuration.dtype:10}"
-            f"{configuration.embedding_dim:6}  {configuration.layout:11}"
+            f"{configuration.embedding_dim:6}  {layout:11}"
             f"{'yes' if configuration.scaled else '':6}"
             f"{found['per_element']:9.2f}{found['target']:9}"
             f"{stretch if stretch is not None else '-':>9}"
@@ -436,7 +468,11 @@ def main() -> None:
         f"and reads and writes every row once\n"
     )
     numbering = numbering_code.report(TARGETS)
-    reading = {t: numbering_instructions(t) for t in NVIDIA}
+    backends: tuple[str, ...] = ("triton",)
+    if len(configurations) > len(CONFIGURATIONS):
+        numbering += numbering_code.cuda_report(NVIDIA)
+        backends = ("triton", "cuda")
+    reading = {f"{b} {t}": numbering_instructions(t, 4096, b) for b in backends for t in NVIDIA}
     print(
         f"The row kernel has so many instructions more than with lengths: {reading}, at most "
         f"{numbering_code.READING}\n"

@@ -131,13 +131,11 @@ def path_length(code: Function, embedding_dim: int) -> float:
     for loop in sorted(found, key=lambda loop: loop.first - loop.last):
         if any(loop.holds(other) for other in found):
             continue
-        rows = any(
-            opcode(line).startswith("STG") for line in code.lines[loop.first : loop.last + 1]
-        )
-        weights[loop.first : loop.last + 1] = [
-            trips if loop == main else 0.0 if rows else float(BISECTIONS)
-            for _ in range(loop.first, loop.last + 1)
-        ]
+        inside = [opcode(line) for line in code.lines[loop.first : loop.last + 1]]
+        rows = any(name.startswith("STG") for name in inside)
+        counts_documents = any(name.startswith("REDUX") for name in inside)  # of 32 rows a trip
+        weight = trips if loop == main else 0.0 if rows else 1.0 if counts_documents else BISECTIONS
+        weights[loop.first : loop.last + 1] = [float(weight)] * len(inside)
     length = [-math.inf] * (len(code.lines) + 1)
     length[0], ends = 0.0, []
     for i, line in enumerate(code.lines):
@@ -153,6 +151,67 @@ def path_length(code: Function, embedding_dim: int) -> float:
         if not unconditional:
             length[i + 1] = max(length[i + 1], after)
     return max(ends)
+
+
+class Numbering(NamedTuple):
+    """The kernels of one numbering: longest ways through them, loops gone through once, added up.
+
+    The instance does not depend on what is given, so these are the most of any kinds of values.
+    """
+
+    plain: int  # of rows that are one run
+    any_row: int
+    registers: int
+    stack_bytes: int
+    spills: int
+    launches: int
+    opcodes: Counter[str]
+
+
+NUMBERING_KERNELS = {
+    (8, 512): ["number_rowsILi4E"],
+    (8, 4096): ["number_rowsILi8E"],
+    (1, 65536): ["summarise_pieces", "number_pieces"],
+}
+# Which only rows of several documents come to: the scan of a warp, entries of the table; of the
+# first launch of two the last real token before.
+NOT_PLAIN = {"summarise_pieces": r"SHFL\.IDX"}
+OF_DOCUMENTS = r"SHFL\.UP|STG\.E\.64"
+
+
+def longest(code: Function, without: str | None = None) -> int:
+    """Instructions of the longest way to an EXIT that comes to no instruction `without`."""
+    length: list[int | None] = [0, *[None] * len(code.lines)]
+    ends = [0]
+    for i, line in enumerate(code.lines):
+        so_far = length[i]
+        if so_far is None or (without is not None and re.match(without, opcode(line))):
+            continue
+        target = jump(line, code.labels)
+        if opcode(line) == "EXIT":
+            ends.append(so_far + 1)
+        following = [target] if target is not None and target > i else []
+        if not re.match(r"(EXIT|BRA(\.\w+)? `)", line):
+            following.append(i + 1)
+        for then in following:
+            length[then] = max(length[then] or 0, so_far + 1)
+    return max(ends)
+
+
+@functools.cache
+def numbering(target: str, shape: tuple[int, int]) -> Numbering:
+    plain = any_row = registers = stack = spills = 0
+    opcodes: Counter[str] = Counter()
+    kernels = NUMBERING_KERNELS[shape]
+    for kernel in kernels:
+        (name,) = [name for name in sections(target) if kernel in name]
+        code, used = function(target, name), usage(target)[name]
+        plain += longest(code, NOT_PLAIN.get(kernel, OF_DOCUMENTS))
+        any_row += longest(code)
+        registers, stack = max(registers, used["REG"]), stack + used["STACK"] + used["LOCAL"]
+        spills += sum(opcode(line).startswith(("LDL", "STL")) for line in code.lines)
+        opcodes.update(map(opcode, code.lines))
+    return Numbering(plain, any_row, registers, stack, spills, len(kernels), opcodes)
 
 
 class Measured(NamedTuple):

@@ -212,7 +212,7 @@ def captured_graph(case: Case) -> torch.fx.GraphModule:
     return graphs[0]
 
 
-def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
+def on_gpu(graph: torch.fx.GraphModule, alpha_too: bool = False) -> list[torch.Tensor]:
     """Moves devices and fake values from CPU to GPU in place and returns the inputs. Running the
     operators on fake GPU tensors instead would ask for device guards that a CPU build lacks.
     """
@@ -223,7 +223,7 @@ def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
         if isinstance(value, torch.device) and value.type == "cpu":
             return gpu
         if isinstance(value, torch._subclasses.FakeTensor):
-            if value.dtype == torch.float64 and not value.dim():  # alpha
+            if value.dtype == torch.float64 and not value.dim() and not alpha_too:  # alpha
                 return value
             with value.fake_mode:
                 return torch.empty_strided(
@@ -242,7 +242,27 @@ def on_gpu(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
     return inputs
 
 
-def wrapper_code(case: Case) -> str:
+def partitions(case: Case) -> tuple[int, set[str]]:
+    """How many functions Inductor makes of a call for CUDA graphs, and why more than one."""
+    from torch._inductor import config
+    from torch._inductor.scheduler import Scheduler
+
+    reasons: set[str | None] = set()
+    asked = Scheduler.should_partition
+
+    def noted(self: Any, node: Any) -> str | None:
+        reasons.add(asked(self, node))
+        return asked(self, node)
+
+    with (
+        config.patch({"triton.cudagraphs": True, "graph_partition": True}),
+        mock.patch.object(Scheduler, "should_partition", noted),
+    ):
+        code = wrapper_code(case, alpha_on_gpu=True)
+    return code.count("def partition_"), {reason for reason in reasons if reason}
+
+
+def wrapper_code(case: Case, alpha_on_gpu: bool = False) -> str:
     from torch._inductor.compile_fx import record_original_output_strides
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
@@ -250,7 +270,7 @@ def wrapper_code(case: Case) -> str:
 
     graph = captured_graph(case)
     with stubbed_device():
-        inputs = on_gpu(graph)
+        inputs = on_gpu(graph, alpha_on_gpu)
         record_original_output_strides(graph)
         fake_mode = inputs[0].fake_mode  # type: ignore[attr-defined]
         lowering = GraphLowering(graph, example_inputs=inputs, shape_env=fake_mode.shape_env)

@@ -517,7 +517,11 @@ def around(
         if _held(model) != held:
             wrong.append("state_dict")
         looked_up: list[Tensor] = []
-        mine = _gradients_behind(subject, state, expected, lambda out: looked_up.append(out))
+
+        def keep(looked: Tensor) -> None:
+            looked_up.append(looked.detach().clone())  # some models change it in place
+
+        mine = _gradients_behind(subject, state, expected, keep)
         model.eval()
         if difference(run(subject, state).outputs, eval_clean):
             wrong.append("eval")

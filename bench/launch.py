@@ -38,13 +38,15 @@ namespace neftune_kernels {
 struct Device {
   explicit Device(const Tensor&) {}
   void check(const Tensor&, const char*) const {}
+  static bool is_on_host(const Tensor&) { return true; }
   void* stream() const { return nullptr; }
 };
 }  // namespace neftune_kernels
 #include "cuda/ops.cpp"
 namespace neftune_kernels {
 const char* launch_noisy_rows(const RowArguments&, ElementType, void*) { return nullptr; }
-const char* launch_number_documents(DocumentArguments, void*) { return nullptr; }
+const char* launch_number_documents(const DocumentArguments&, void*) { return nullptr; }
+const char* launch_number_tokens(const TokenArguments&, void*) { return nullptr; }
 }  // namespace neftune_kernels
 """
 

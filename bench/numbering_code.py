@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import cuda_code
 from bench.disassembly import Function, jump, loops, opcode, parsed, resources, sass
 from neftune_kernels import triton_kernels, triton_numbering
 
@@ -58,6 +59,10 @@ class Numbering(NamedTuple):
         return f"{self.target}-{self.given.replace(' ', '_')}-{rows}x{columns}"
 
 
+def microseconds(instructions: int) -> float:
+    return instructions * CYCLES / GIGAHERTZ / 1e3
+
+
 class Program(NamedTuple):
     """Counts of the kernels of one numbering, added up where there are two. Of an AMD one no ways
     are known.
@@ -74,7 +79,7 @@ class Program(NamedTuple):
 
     @property
     def microseconds(self) -> tuple[float, float]:
-        return tuple(n * CYCLES / GIGAHERTZ / 1e3 for n in (self.shortest, self.longest))  # type: ignore[return-value]
+        return microseconds(self.shortest), microseconds(self.longest)
 
 
 def kernels_of(configuration: Numbering) -> list[Any]:
@@ -172,14 +177,24 @@ ATOMIC = re.compile(r"^(ATOM|RED)\b|_atomic_")
 def missed(configuration: Numbering, target: GPUTarget) -> list[str]:
     """Of the limits, in words."""
     code = measure(configuration, target)
-    plain, any_row = code.microseconds
+    return _missed(code, code.microseconds, configuration.shape)
+
+
+def cuda_missed(target: str, shape: tuple[int, int]) -> list[str]:
+    """Of the limits, by the CUDA C++ kernels; of all kinds of values, which share an instance."""
+    code = cuda_code.numbering(target, shape)
+    return _missed(code, (microseconds(code.plain), microseconds(code.any_row)), shape)
+
+
+def _missed(code: Any, taken: tuple[float, float], shape: tuple[int, int]) -> list[str]:
+    plain, any_row = taken
     wrong = {
         f"{code.stack_bytes} bytes of scratch": code.stack_bytes > 0,
         f"{code.spills} spills": code.spills > 0,
         f"{code.registers} registers": code.registers > triton_kernels.NUMBERING_REGISTERS,
         "atomics": any(map(ATOMIC.match, code.opcodes)),
         f"{plain:.2f} us of plain rows": plain > MOST_PLAIN,
-        f"{any_row:.2f} us of any row": any_row > MOST[configuration.shape],
+        f"{any_row:.2f} us of any row": any_row > MOST[shape],
     }
     return [what for what, is_wrong in wrong.items() if is_wrong]
 
@@ -208,4 +223,25 @@ def report(targets: dict[str, GPUTarget]) -> list[dict[str, Any]]:
             f"{MOST[configuration.shape]:9.1f}{code.registers:9}{code.stack_bytes + code.spills:9}"
             f"{code.launches:9}  {'missed: ' + ', '.join(wrong) if wrong else 'met'}"
         )
+    return rows
+
+
+def cuda_report(targets: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The same of the CUDA C++ kernels, whose plain rows are the longest of any kinds of values."""
+    rows = []
+    for target in targets:
+        for shape in MOST:
+            code, wrong = cuda_code.numbering(target, shape), cuda_missed(target, shape)
+            rows.append(
+                {"target": target, "shape": shape, "given": "anything, CUDA C++"}
+                | code._asdict()
+                | {"missed": wrong}
+            )
+            print(
+                f"{target:8}{shape!s:>12}  {'any, CUDA C++':13}"
+                f"{code.plain:9}{microseconds(code.plain):9.2f}"
+                f"{code.any_row:9}{microseconds(code.any_row):9.2f}"
+                f"{MOST[shape]:9.1f}{code.registers:9}{code.stack_bytes + code.spills:9}"
+                f"{code.launches:9}  {'missed: ' + ', '.join(wrong) if wrong else 'met'}"
+            )
     return rows

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from bench import codegen, inductor_code
+from bench import codegen, inductor_code, numbering_code
 from bench.codegen import Configuration
-from bench.numbering_code import CYCLES
+from bench.numbering_code import CYCLES, Numbering
+from neftune_kernels import triton_kernels
 
 LAUNCH = 3.1e-6  # seconds from one kernel's end to the next one's first row: a launch and one load
 LATENCY = 0.6e-6  # of a load from the device's memory
@@ -61,6 +62,7 @@ class Work(NamedTuple):
     in_flight: int = 0  # loads of a thread
     registers: int = 0
     lanes: int = 32
+    earlier: float = 0.0  # instructions of the longest programs of the launches before the last
 
 
 class Predicted(NamedTuple):
@@ -95,15 +97,19 @@ def predict(work: Work, gpu: GPU) -> Predicted:
         flying = gpu.processors * programs * work.reading * work.in_flight * LOAD
         seconds["f"] = work.bytes / 2 * LATENCY / flying
     limit = max(seconds, key=lambda name: seconds[name])
-    return Predicted(work.launches * LAUNCH + seconds[limit], limit)
+    before = work.launches * LAUNCH + work.earlier * CYCLES / gpu.clock
+    return Predicted(before + seconds[limit], limit)
 
 
 def of_ours(gpu: GPU, tokens: int, d: int, layout: str, dtype: str = "bfloat16") -> Work:
-    configuration = Configuration(gpu.target, dtype, d, layout)
-    code = codegen.measure(configuration)
-    threads = round(d / code.elements_per_thread)
     lanes = codegen.TARGETS[gpu.target].warp_size
-    warps = tokens * threads / lanes
+    shares = triton_kernels.row_shares(tokens, d, lanes)
+    configuration = Configuration(gpu.target, dtype, d, layout, shares=shares)
+    if layout == "capturable":
+        configuration = configuration._replace(layout="nothing", capturable=True)
+    code = codegen.measure(configuration)
+    threads = round(d / shares / code.elements_per_thread)
+    warps = tokens * shares * threads / lanes
     doubles = sum(code.opcodes[name] for name in FLOAT64)
     size = codegen.DTYPES[dtype].itemsize
     return Work(
@@ -116,6 +122,22 @@ def of_ours(gpu: GPU, tokens: int, d: int, layout: str, dtype: str = "bfloat16")
         in_flight=codegen.loads_in_flight(configuration),
         registers=code.registers,
         lanes=lanes,
+    )
+
+
+def of_masked(gpu: GPU, batch: int, length: int, d: int, is_plain: bool) -> Work:
+    """With an int64 mask, whose rows are one run each (is_plain) or hold several documents: its
+    numbering's launches and the row kernel.
+    """
+    numbering = Numbering(gpu.target, "int64 mask", (batch, length))
+    code = numbering_code.measure(numbering, codegen.TARGETS[gpu.target])
+    every = sum(code.opcodes.values())  # where no ways are known: AMD's
+    longest = (code.shortest if is_plain else code.longest) or every
+    row = of_ours(gpu, batch * length, d, "numbering")
+    # The mask is read, and per token a word of the record written and read.
+    moved = (8 if is_plain else 16) * batch * length
+    return row._replace(
+        launches=row.launches + code.launches, bytes=row.bytes + moved, earlier=longest
     )
 
 
@@ -142,7 +164,7 @@ def of_eager(name: str, tokens: int, d: int) -> Work:
 
 
 SHAPES = [(1, 8, 4096), (1, 512, 4096), (8, 512, 4096), (8, 4096, 4096), (4, 2048, 576)]
-LAYOUTS = ("nothing", "lengths", "cu_seqlens")
+LAYOUTS = ("nothing", "capturable", "lengths", "cu_seqlens")
 
 
 def table(gpu: GPU, rivals: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -152,6 +174,10 @@ def table(gpu: GPU, rivals: list[dict[str, Any]]) -> list[tuple[str, list[str]]]
         works = {"copy, 1 launch": Work(1, 4.0 * tokens * d)}
         works |= {name: of_eager(name, tokens, d) for name in EAGER}
         works |= {f"ours, {layout}": of_ours(gpu, tokens, d, layout) for layout in LAYOUTS}
+        works |= {
+            f"ours, mask, {name}": of_masked(gpu, batch, length, d, is_plain)
+            for name, is_plain in (("padded", True), ("documents", False))
+        }
         works |= {rival["name"]: of_rival(rival, tokens, d) for rival in rivals}
         for name, work in works.items():
             columns.setdefault(name, []).append(str(predict(work, gpu)))
@@ -189,7 +215,8 @@ def report() -> str:
         + "; ".join(f"{letter} {what}" for letter, what in LIMITS.items())
         + ".",
         "ATen's kernels and copies count their bytes alone; caches count nothing, so small tensors",
-        "that stay in L2 are faster than said. compiled: torch.compile's code for sm_90.",
+        "that stay in L2 are faster than said. compiled: torch.compile's code for sm_90. mask: an",
+        "int64 one, numbered by one launch more, in rows that are one run or hold documents.",
     ]
     names = " | ".join(map(str, SHAPES))
     for gpu in GPUS:

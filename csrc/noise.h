@@ -78,7 +78,7 @@ NEFTUNE_INLINE float noise_odd(uint32_t word, float step) {
 NEFTUNE_INLINE float noise_step(double noise_alpha, int64_t length, double root) {
   if (length <= 0) return 0.0f;
   const float step = static_cast<float>(noise_alpha / root) * 0x1p-31f;
-  return step >= kSmallestStep || step <= -kSmallestStep ? step : 0.0f;
+  return fabsf(step) < kSmallestStep ? 0.0f : step;
 }
 
 }  // namespace neftune_kernels

@@ -123,8 +123,9 @@ def compared(
         expected = expected_rows(name, args) if kwargs else None
         served = serve(*args, **kwargs)
         if not kwargs:
-            mask, places = mask_of_padding(*args) if name == "padding_layout" else args
-            agrees = self_check.numbering_agrees("cuda", mask, places, served)
+            mask, places = mask_of_padding(*args) if "padding" in name else args
+            layout = layouts.Layout(numbering=served) if isinstance(served, Tensor) else served
+            agrees = self_check.numbering_agrees("cuda", mask, places, layout)
         elif expected is None:
             return served
         else:
@@ -155,7 +156,7 @@ def expected_rows(name: str, args: tuple[Any, ...]) -> self_check.Expected | Non
 
 
 def mask_of_padding(input_ids: Tensor, padding_idx: int) -> tuple[Tensor, None]:
-    """padding_layout's arguments as mask_layout's."""
+    """An operator's arguments on padding as those of its twin on masks."""
     return input_ids != padding_idx, None
 
 
@@ -169,6 +170,8 @@ def first_compared(name: str) -> Callable[..., Any]:
 
 CUDA_MASK_LAYOUT = first_compared("mask_layout")
 CUDA_PADDING_LAYOUT = first_compared("padding_layout")
+CUDA_NUMBER_DOCUMENTS = first_compared("number_documents")
+CUDA_NUMBER_PADDING = first_compared("number_padding")
 ops.OUT["cuda_noisy_embedding"] = first_compared("noisy_embedding")
 ops.OUT["cuda_add_noise"] = first_compared("add_noise")
 
@@ -237,7 +240,7 @@ def on_gpu(
 
 
 def register_on_gpus(
-    name: str, launcher: str, otherwise: Callable[..., Any], cuda: Callable[..., Any]
+    name: str, launcher: str, otherwise: Callable[..., Any], cuda: Callable[..., Any] | None
 ) -> None:
     on_cuda = on_gpu(launcher, otherwise, None if native_cuda.reason else cuda)
     ops.library.impl(name, on_cuda, "CUDA")
@@ -260,13 +263,16 @@ register_on_gpus(
     ops.padding_by_mask("reference_mask_layout"),
     CUDA_PADDING_LAYOUT,
 )
-for _name, _reference in (  # the CUDA library has none of these
-    ("number_documents", layouts.number_documents),
-    ("number_padding", ops.padding_by_mask("reference_number_documents")),
-    ("untailed", layouts.untailed),
-):
-    for _key in ("CUDA", "XPU"):
-        ops.library.impl(_name, on_gpu(_name, _reference, None), _key)
+register_on_gpus(
+    "number_documents", "number_documents", layouts.number_documents, CUDA_NUMBER_DOCUMENTS
+)
+register_on_gpus(
+    "number_padding",
+    "number_padding",
+    ops.padding_by_mask("reference_number_documents"),
+    CUDA_NUMBER_PADDING,
+)
+register_on_gpus("untailed", "untailed", layouts.untailed, None)  # the CUDA library has none
 
 
 @asked_outside_the_graph
@@ -330,7 +336,7 @@ class Backend(NamedTuple):
     add_variant_noise: Any
     mask_layout: Any  # a layout's three tensors per token
     padding_layout: Any
-    number_documents: Any  # a layout's numbering; None: its kernels write it per token alone
+    number_documents: Any  # a layout's numbering
     number_padding: Any
     noisy_embedding_out: Callable[..., None]
     add_noise_out: Callable[..., None]
@@ -373,12 +379,22 @@ CUDA = Backend(
     add_variant_noise=OPS.cuda_add_variant_noise,
     mask_layout=CUDA_MASK_LAYOUT,
     padding_layout=CUDA_PADDING_LAYOUT,
-    number_documents=None,
-    number_padding=None,
+    number_documents=CUDA_NUMBER_DOCUMENTS,
+    number_padding=CUDA_NUMBER_PADDING,
     noisy_embedding_out=ops.OUT["cuda_noisy_embedding"],
     add_noise_out=ops.OUT["cuda_add_noise"],
 )
 BACKENDS = {backend.name: backend for backend in (REFERENCE, CPP, TRITON, CUDA)}
+
+
+def capturable(backend: Backend) -> Backend:
+    """By the operators for an alpha on the device."""
+    named = ("noisy_embedding", "add_noise", "add_variant_noise")
+    twins = {one: f"capturable_{getattr(backend, one).__name__}" for one in named}
+    return backend._replace(**{one: getattr(OPS, twin) for one, twin in twins.items()})
+
+
+CAPTURABLE = {name: capturable(backend) for name, backend in BACKENDS.items()}
 
 
 def available_backends(device_type: str | None = None) -> dict[str, str]:

@@ -9,18 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import choose_backend
+from .capturable import check_alpha_tensor, check_capturable
 from .lookup import check_embeds, check_ids, embed_with_noise, embeds_with_noise
 from .noise import (
+    Noise,
+    Offsets,
+    Variant,
     check_alpha,
     check_integer,
     check_offsets,
     check_scale,
     check_variant,
     function_noise,
+    make_noise,
     refuse_unknown,
     seed_tensor,
 )
 from .samples import Samples, said
+
+Alpha = float | Tensor | None
 
 
 def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
@@ -53,10 +60,26 @@ def check_unused(
         seed_tensor(seed, generator, tensor.device)
 
 
+def noise_of(
+    noise_alpha: Any,
+    capturable: bool,
+    device: torch.device,  # of the embeddings
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    offsets: Offsets,
+    variant: Variant,
+    backend: str | None,
+) -> Noise:
+    if not capturable:
+        return function_noise(noise_alpha, seed, generator, offsets, variant, backend)
+    alpha = check_alpha_tensor(noise_alpha, device)
+    return make_noise(alpha, seed, generator, offsets, variant, backend, capturable)
+
+
 def noisy_embedding(
     input_ids: Tensor,
     weight: Tensor,
-    noise_alpha: float | None,
+    noise_alpha: Alpha,
     *,
     attention_mask: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -74,6 +97,7 @@ def noisy_embedding(
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
+    capturable: bool = False,
     **unknown: NoReturn,
 ) -> Tensor:
     """Embedding lookup with NEFTune noise in one pass.
@@ -119,6 +143,12 @@ def noisy_embedding(
         sample_offset, position_offset: added to the sample index and position, in [0, 2³²):
             micro-batches and shards of a batch then get the very noise of the whole.
         backend: None (best for the device), "reference", "cpp", "triton" or "cuda".
+        capturable: True: noise_alpha is a 0-dim float64 tensor on weight's device and the kernel
+            reads it, so that a CUDA graph replays with what `noise_alpha.fill_()` has put there,
+            and `torch.compile(mode="reduce-overhead")` has the noise inside its graphs. 0 is an
+            alpha like any other then: a seed is drawn. On an accelerator nobody looks at the value:
+            a negative one negates the noise, NaN makes rows of NaN. The default is the host's
+            alpha, which small calls are faster with.
 
     Returns:
         (..., T, d) in weight's dtype.
@@ -150,7 +180,9 @@ def noisy_embedding(
     """
     if unknown:
         refuse_unknown("noisy_embedding", unknown)
-    noise_alpha, embed_scale = check_alpha(noise_alpha), check_scale(embed_scale)
+    if not check_capturable(capturable):
+        noise_alpha = check_alpha(noise_alpha)
+    embed_scale = check_scale(embed_scale)
     if not isinstance(weight, Tensor):
         remedy = ": pass its .weight" if isinstance(weight, torch.nn.Embedding) else ""
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}{remedy}")
@@ -162,18 +194,19 @@ def noisy_embedding(
     padding = check_padding_idx(padding_idx, weight.shape[0])
     samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
-    if noise_alpha == 0:
+    if not capturable and noise_alpha == 0:
         check_ids(input_ids)
         check_unused(input_ids.shape, weight, samples, (seed, generator, backend))
         embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
-    noise = function_noise(noise_alpha, seed, generator, offsets, variant, backend)
+    device = weight.device
+    noise = noise_of(noise_alpha, capturable, device, seed, generator, offsets, variant, backend)
     return embed_with_noise(input_ids, weight, samples, noise, padding, embed_scale)
 
 
 def add_noise(
     inputs_embeds: Tensor,
-    noise_alpha: float | None,
+    noise_alpha: Alpha,
     *,
     attention_mask: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -189,6 +222,7 @@ def add_noise(
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
+    capturable: bool = False,
     **unknown: NoReturn,
 ) -> Tensor:
     """NEFTune noise on embeddings built elsewhere, out of place; the very noise of
@@ -220,23 +254,25 @@ def add_noise(
     """
     if unknown:
         refuse_unknown("add_noise", unknown)
-    noise_alpha = check_alpha(noise_alpha)
+    if not check_capturable(capturable):
+        noise_alpha = check_alpha(noise_alpha)
     offsets = check_offsets(replica, sample_offset, position_offset)
     samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
-    if noise_alpha == 0:
-        check_embeds(inputs_embeds)
+    check_embeds(inputs_embeds)
+    if not capturable and noise_alpha == 0:
         shape = inputs_embeds.shape[:-1]
         check_unused(shape, inputs_embeds, samples, (seed, generator, backend))
         return inputs_embeds
-    noise = function_noise(noise_alpha, seed, generator, offsets, variant, backend)
+    device = inputs_embeds.device
+    noise = noise_of(noise_alpha, capturable, device, seed, generator, offsets, variant, backend)
     return embeds_with_noise(inputs_embeds, samples, noise)
 
 
 def neftune_noise(
     input_shape: torch.Size | tuple[int, ...],
     embedding_dim: int,
-    noise_alpha: float | None,
+    noise_alpha: Alpha,
     *,
     attention_mask: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -252,6 +288,7 @@ def neftune_noise(
     sample_offset: int = 0,
     position_offset: int = 0,
     backend: str | None = None,
+    capturable: bool = False,
     device: torch.device | str | None = None,
     **unknown: NoReturn,
 ) -> Tensor:
@@ -289,18 +326,22 @@ def neftune_noise(
     if any(check_integer("input_shape", size) < 0 for size in input_shape):
         raise ValueError(f"input_shape must not be negative, got {tuple(input_shape)}")
     given: list[Any] = [attention_mask, lengths, cu_seqlens, position_ids, noise_mask, seed]
+    if check_capturable(capturable):
+        given.append(noise_alpha)
+    else:
+        noise_alpha = check_alpha(noise_alpha)
     tensors = [value for value in given if isinstance(value, Tensor)]
     if device is None and tensors:
         device = tensors[0].device
-    noise_alpha = check_alpha(noise_alpha)
     offsets = check_offsets(replica, sample_offset, position_offset)
     samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
     # No memory, no traffic.
     zeros = torch.zeros((), dtype=torch.float32, device=device)
     zeros = zeros.expand(*input_shape, embedding_dim)
-    if noise_alpha == 0:
+    if not capturable and noise_alpha == 0:
         check_unused(zeros.shape[:-1], zeros, samples, (seed, generator, backend))
         return zeros.clone(memory_format=torch.contiguous_format)
-    noise = function_noise(noise_alpha, seed, generator, offsets, variant, backend)
+    on = zeros.device
+    noise = noise_of(noise_alpha, capturable, on, seed, generator, offsets, variant, backend)
     return embeds_with_noise(zeros, samples, noise)

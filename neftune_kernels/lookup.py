@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from . import gradients, ops
-from .backends import CPP, CPP_SERVES, choose_backend, number_documents
+from .backends import CAPTURABLE, CPP, CPP_SERVES, choose_backend, number_documents
 from .distributed import dtensor_with_noise, is_dtensor
 from .layout import INTEGER_DTYPES, ROWS
 from .noise import Noise, alpha_tensor, draw_on_cpu, make_noise, seed_tensor
@@ -119,7 +119,7 @@ def embed_with_noise(
             input_ids, weight, UNSAID, _no_noise(weight, noise), padding_idx, embed_scale
         )
         return embeds_with_noise(embedded, real_tokens(input_ids, padding_idx, samples), noise)
-    alpha, seed, generator, offsets, _, backend, plain = noise
+    alpha, seed, generator, offsets, _, backend, plain, _ = noise
     unsaid = samples is UNSAID or samples.unsaid
     if (
         plain
@@ -140,6 +140,8 @@ def embed_with_noise(
             f"input_ids is on {input_ids.device}, weight on {device}: they must be on one device"
         )
     chosen = choose_backend(backend, device, weight.dtype)
+    if noise.capturable:
+        chosen = CAPTURABLE[chosen.name]
     layout = ROWS
     if not plain:
         samples = real_tokens(input_ids, padding_idx, samples)
@@ -184,7 +186,8 @@ def _refuse_forward_mode(tensor: Tensor) -> None:
 def _no_noise(weight: Tensor, noise: Noise) -> Noise:
     """Of the same backend: a lookup with the operators' checks, scale and gradient."""
     seed = torch.zeros((), dtype=torch.int64, device=weight.device)
-    return make_noise(alpha_tensor(0.0), seed, backend=noise.backend)
+    alpha = torch.zeros_like(noise.alpha) if noise.capturable else alpha_tensor(0.0)
+    return make_noise(alpha, seed, backend=noise.backend, capturable=noise.capturable)
 
 
 def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
@@ -205,6 +208,8 @@ def embeds_with_noise(inputs_embeds: Tensor, samples: Samples, noise: Noise) -> 
     check_embeds(inputs_embeds)
     device, offsets, variant = inputs_embeds.device, noise.offsets, noise.variant
     chosen = choose_backend(noise.backend, device, inputs_embeds.dtype)
+    if noise.capturable:
+        chosen = CAPTURABLE[chosen.name]
     shape = inputs_embeds.shape[:-1]
     layout = make_layout(shape, device, samples, chosen, offsets.position_offset)
     seed = seed_tensor(noise.seed, noise.generator, device)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import BACKENDS
+from .capturable import TO_BE_COMPILED, alpha_on, check_capturable, check_setting, set_alpha
 from .distributed import GROUPS, module_replica
 from .lookup import noisy_lookup
 from .noise import (
@@ -73,6 +74,11 @@ class NEFTuneEmbedding(nn.Embedding):
         batch_first: False: ids are (T, B) and columns are samples, nn.LSTM's and nn.Transformer's
             word. Masks and position ids are then (T, B) too, lengths (B,), cu_seqlens is refused.
             The noise is the transposed call's, bit for bit.
+        capturable: True: alpha is kept on the weight's device, where `module.noise_alpha = ...`
+            writes it and the kernel reads it: a captured CUDA graph replays with today's, and
+            `torch.compile(mode="reduce-overhead")` has the noise inside its graphs. Alpha 0 draws a
+            seed, too; training or eval mode is what it was at the capture. False is faster for
+            small calls, and its alpha the host's.
 
     Shape:
         input (..., T) int32 or int64 → (..., T, embedding_dim).
@@ -111,17 +117,20 @@ class NEFTuneEmbedding(nn.Embedding):
         replica: int | None = None,
         backend: str | None = None,
         batch_first: bool = True,
+        capturable: bool = False,
         **unknown: NoReturn,
     ) -> None:
         if unknown:
             refuse_unknown("NEFTuneEmbedding", unknown)
         check_batch_first(batch_first)
+        check_capturable(capturable)
         if padding_idx is not None and not hasattr(padding_idx, "__index__"):
             raise TypeError(
                 f"padding_idx must be an int or None, got {padding_idx!r}: noise_alpha goes by its "
                 f"name, NEFTuneEmbedding({num_embeddings}, {embedding_dim}, noise_alpha=...)"
             )
-        alpha = check_alpha(noise_alpha)  # refuse before anything is allocated
+        # refuse before anything is allocated
+        alpha = check_setting(check_alpha(noise_alpha), capturable)
         check_variant(distribution, equal_variance, 1)
         embed_scale = check_scale(embed_scale)
         if replica is not None:
@@ -143,7 +152,8 @@ class NEFTuneEmbedding(nn.Embedding):
             device=device,
             dtype=dtype,
         )
-        self.noise_alpha = alpha
+        self._noise_alpha = alpha
+        self.capturable = capturable
         self.embed_scale = embed_scale
         self.distribution = distribution
         self.equal_variance = equal_variance
@@ -152,6 +162,7 @@ class NEFTuneEmbedding(nn.Embedding):
         self.batch_first = batch_first
 
     batch_first = True  # of modules that were pickled before there was the word
+    _capturable = False  # likewise
 
     @property
     def noise_alpha(self) -> float:
@@ -159,11 +170,43 @@ class NEFTuneEmbedding(nn.Embedding):
 
     @noise_alpha.setter
     def noise_alpha(self, value: float | None) -> None:
-        self._noise_alpha = check_alpha(value)
-        self._has_noise = self._noise_alpha > 0
-        # A graph input: no recompilation per value.
-        self._alpha = torch.full((), self._noise_alpha, dtype=torch.float64, device="cpu")
+        alpha = check_setting(check_alpha(value), self._capturable)
+        if self._capturable:
+            set_alpha(alpha, self._alpha)  # a captured graph has the tensor
+            self._noise_alpha = alpha
+        else:
+            self._noise_alpha = alpha
+            self._place_alpha()
+
+    @property
+    def capturable(self) -> bool:
+        return self._capturable
+
+    @capturable.setter
+    def capturable(self, value: bool) -> None:
+        check_setting(self._noise_alpha, check_capturable(value))
+        self._capturable = value
+        self._place_alpha()
+
+    def _place_alpha(self) -> None:
+        """A new tensor of alpha: a graph input, so that nothing is compiled anew for its value."""
+        if self._capturable:
+            self._alpha = alpha_on(self.weight.device, self._noise_alpha)
+        else:
+            self._alpha = torch.full((), self._noise_alpha, dtype=torch.float64, device="cpu")
+        self._has_noise = self._noise_alpha > 0 or self._capturable
         self._noise = self._make_noise()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "NEFTuneEmbedding":
+        super()._apply(*args, **kwargs)
+        if self._capturable and self._alpha.device != self.weight.device:
+            self._place_alpha()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._capturable:
+            self._place_alpha()  # a copy of its own, a shallow one's too
 
     def __prepare_scriptable__(self) -> NoReturn:
         """torch.jit.script asks every module for what it is to compile."""
@@ -185,7 +228,11 @@ class NEFTuneEmbedding(nn.Embedding):
             variant = check_variant(settings["distribution"], settings["equal_variance"], 1)
             offsets = check_offsets(settings["replica"] or 0, 0, 0)
             return make_noise(
-                self._alpha, offsets=offsets, variant=variant, backend=settings["backend"]
+                self._alpha,
+                offsets=offsets,
+                variant=variant,
+                backend=settings["backend"],
+                capturable=self._capturable,
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -248,6 +295,11 @@ class NEFTuneEmbedding(nn.Embedding):
             raise RuntimeError(TWO_NOISES)
         if turn:
             samples = time_first(samples, input.shape)
+        if self._capturable and self._alpha.device != self.weight.device:
+            if torch.compiler.is_compiling():
+                there, wanted = self._alpha.device, self.weight.device
+                raise RuntimeError(TO_BE_COMPILED.format(there, wanted))
+            self._place_alpha()
         noise = self._noise
         if replica is None and self.replica is None and GROUPS.WORLD is not None:
             replica = module_replica(self) or None
@@ -258,7 +310,8 @@ class NEFTuneEmbedding(nn.Embedding):
                 replica = self.replica or 0
             offsets = check_offsets(replica, sample_offset, position_offset)
             variant = check_variant(self.distribution, self.equal_variance, sign)
-            noise = make_noise(self._alpha, seed, generator, offsets, variant, self.backend)
+            said = seed, generator, offsets, variant, self.backend, self._capturable
+            noise = make_noise(self._alpha, *said)
         return noisy_lookup(self, input, samples, noise, self.embed_scale)
 
     @classmethod
@@ -273,6 +326,7 @@ class NEFTuneEmbedding(nn.Embedding):
         replica: int | None = None,
         backend: str | None = None,
         batch_first: bool = True,
+        capturable: bool = False,
         **unknown: NoReturn,
     ) -> "NEFTuneEmbedding":
         """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training
@@ -320,6 +374,7 @@ class NEFTuneEmbedding(nn.Embedding):
             replica=replica,
             backend=backend,
             batch_first=batch_first,
+            capturable=capturable,
         )
         module.weight = embedding.weight
         return module.train(embedding.training)
@@ -360,7 +415,7 @@ class NEFTuneEmbedding(nn.Embedding):
         **noise: Any,
     ) -> "NEFTuneEmbedding":
         """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution,
-        equal_variance, replica, backend, batch_first.
+        equal_variance, replica, backend, batch_first, capturable.
 
         Example:
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
@@ -402,4 +457,6 @@ class NEFTuneEmbedding(nn.Embedding):
             parts.append(f"backend={self.backend!r}")
         if not self.batch_first:
             parts.append("batch_first=False")
+        if self.capturable:
+            parts.append("capturable=True")
         return ", ".join(parts)

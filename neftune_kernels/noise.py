@@ -40,13 +40,14 @@ UNIFORM = Variant()
 class Noise(NamedTuple):
     """All of a call but its tokens and samples; made by :func:`make_noise`."""
 
-    alpha: Tensor  # 0-dim float64 on the CPU; the variant's sign is in it
+    alpha: Tensor  # 0-dim float64 on the CPU, unless capturable; the variant's sign is in it
     seed: int | Tensor | None = None
     generator: torch.Generator | None = None
     offsets: Offsets = NO_OFFSETS
     variant: Variant = UNIFORM
     backend: str | None = None
     plain: bool = False  # all of these but alpha and seed are the operators' defaults
+    capturable: bool = False  # alpha is on the embeddings' device, where kernels read it
 
 
 def make_noise(
@@ -56,6 +57,7 @@ def make_noise(
     offsets: Offsets = NO_OFFSETS,
     variant: Variant = UNIFORM,
     backend: str | None = None,
+    capturable: bool = False,
 ) -> Noise:
     """The value; `plain` is decided here, once."""
     if variant.sign < 0:
@@ -66,10 +68,10 @@ def make_noise(
         and offsets == NO_OFFSETS
         and variant.distribution == "uniform"
     )
-    return Noise(alpha, seed, generator, offsets, variant, backend, plain)
+    return Noise(alpha, seed, generator, offsets, variant, backend, plain, capturable)
 
 
-def check_alpha(noise_alpha: float | None) -> float:
+def check_alpha(noise_alpha: float | Tensor | None) -> float:
     """None means 0; else a finite number >= 0."""
     if noise_alpha is None:
         return 0.0

@@ -24,8 +24,8 @@ from .torch_internals import entry
 
 NAMESPACE = "neftune_kernels"
 TAGS = (torch.Tag.pt2_compliant_tag,)
-# alpha is read on the host at the launch, so a CUDA graph would replay the first one: Inductor is
-# to launch these outside its graphs
+# alpha may be the host's, read at the launch, so a CUDA graph would replay the first one: Inductor
+# is to launch these outside its graphs; but for their capturable twins
 LAUNCH_TAGS = (
     (*TAGS, torch.Tag.cudagraph_unsafe) if hasattr(torch.Tag, "cudagraph_unsafe") else TAGS
 )
@@ -54,7 +54,7 @@ READ = ("seed", "noise_alpha", *layouts.Layout._fields)  # beside the first argu
 
 
 def check_devices(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
-    """One device for all tensors but noise_alpha, which is the host's.
+    """One device for all tensors, but that noise_alpha may be the host's.
 
     Where one is on the meta device torch asks this fake alone, and nothing would be computed.
     """
@@ -62,10 +62,9 @@ def check_devices(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
     for name, tensor in zip(names, tensors, strict=False):
         if not isinstance(tensor, Tensor):
             continue
-        if name == "noise_alpha":
-            if tensor.device.type != "cpu":
-                raise ValueError(f"noise_alpha must be on the CPU, got {tensor.device}")
-        elif device is None:
+        if name == "noise_alpha" and tensor.device.type == "cpu":
+            continue
+        if device is None:
             first, device = name, tensor.device
         elif tensor.device != device:
             raise ValueError(
@@ -331,7 +330,7 @@ def number_padding_operator(name: str, number_operator: str) -> Operator:
     return Operator(name, schema, padding_by_mask(number_operator), fake_number_padding)
 
 
-OPERATORS = (
+BY_DEVICE = (
     # the device's best kernel
     *embedding_operators("noisy_embedding"),
     *add_operators("add_noise"),
@@ -354,6 +353,8 @@ OPERATORS = (
     variant_operator("cuda_add_variant_noise", "cuda_add_noise"),
     mask_operator("cuda_mask_layout"),
     padding_operator("cuda_padding_layout", "cuda_mask_layout"),
+    number_operator("cuda_number_documents"),
+    number_padding_operator("cuda_number_padding", "cuda_number_documents"),
     # one for all
     Operator(
         "embedding_gradient.out",
@@ -386,6 +387,18 @@ OPERATORS = (
         DRAW_TAGS,
     ),
 )
+
+
+def capturable(twin: Operator) -> Operator:
+    """That operator for an alpha on the device, whose launches CUDA graphs may record."""
+
+    def call(*args: Any) -> Any:
+        return getattr(torch.ops.neftune_kernels, twin.name).default(*args)
+
+    return twin._replace(name=f"capturable_{twin.name}", implementation=call, tags=TAGS)
+
+
+OPERATORS = (*BY_DEVICE, *(capturable(one) for one in BY_DEVICE if one.autograd is not None))
 
 library = torch.library.Library(NAMESPACE, "DEF")
 for _operator in OPERATORS:

@@ -92,7 +92,8 @@ def noise_magnitude(
     magnitude = (
         alpha * factor / (length.clamp(min=1).double() * float(embedding_dim)).sqrt()
     ).float()
-    return torch.where((length > 0) & (magnitude.abs() >= SMALLEST_MAGNITUDE), magnitude, 0.0)
+    no_noise = (length <= 0) | (magnitude.abs() < SMALLEST_MAGNITUDE)
+    return torch.where(no_noise, 0.0, magnitude)
 
 
 def uniform_lattice(

@@ -190,7 +190,7 @@ def _layout_of_samples(
     """
     if samples.padded_ids is not None:
         padded = samples.padded_ids, samples.padding_idx
-        if per_token or backend.number_padding is None:
+        if per_token:
             return Layout(*backend.padding_layout(*padded))
         return Layout(numbering=backend.number_padding(*padded))
     if samples.cu_seqlens is not None:
@@ -203,6 +203,6 @@ def _layout_of_samples(
             position = None if position is None else position.long()
         return Layout(position=position, lengths=lengths.reshape(-1))
     mask = None if samples.attention_mask is None else samples.attention_mask.detach()
-    if per_token or backend.number_documents is None:
+    if per_token:
         return Layout(*backend.mask_layout(mask, position_ids))
     return Layout(numbering=backend.number_documents(mask, position_ids))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .capturable import in_capture
 from .layout import Layout, mask_layout, per_token, untailed
 from .torch_internals import dispatch_modes
 
@@ -41,11 +42,7 @@ def wanted(device: torch.device) -> bool:
     """Whether a call on that device may be compared now: not inside a capture, trace or mode."""
     if not ENABLED or torch.compiler.is_compiling() or dispatch_modes():
         return False
-    return not (
-        device.type == "cuda"
-        and torch.cuda.is_available()
-        and torch.cuda.is_current_stream_capturing()
-    )
+    return not in_capture(device)
 
 
 class Expected(NamedTuple):

@@ -85,7 +85,7 @@ def noise_step(length, alpha, D: tl.constexpr):
     """
     bound = alpha / tl.sqrt(length.to(tl.float64) * D)
     step = bound.to(tl.float32) * 4.656612873077393e-10
-    return tl.where(tl.abs(step) >= 3.76158192263132e-37, step, 0.0)
+    return tl.where(tl.abs(step) < 3.76158192263132e-37, 0.0, step)
 
 
 @triton.jit
@@ -263,6 +263,7 @@ def row_pieces(
     counter,
     step,
     scale,
+    first,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
     PIECES: tl.constexpr,
@@ -270,11 +271,21 @@ def row_pieces(
     NOISY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One row: load, scale, add noise, round, store."""
+    """Of one row PIECES pieces from the first on: load, scale, add noise, round, store."""
     if KIND == "columns":
         for piece in range(PIECES):
             columns_of(
-                piece, source, target, source_column, counter, step, scale, D, BLOCKS, NOISY, SCALED
+                first + piece,
+                source,
+                target,
+                source_column,
+                counter,
+                step,
+                scale,
+                D,
+                BLOCKS,
+                NOISY,
+                SCALED,
             )
     else:
         # pieces of a loop: padding, and rows that are too long for one straight line
@@ -282,11 +293,33 @@ def row_pieces(
         REST: tl.constexpr = PIECES - LOOPED
         for piece in range(0, LOOPED, 4):
             pieces_at(
-                piece, source, target, counter, step, scale, 4, D, BLOCKS, KIND, NOISY, SCALED
+                first + piece,
+                source,
+                target,
+                counter,
+                step,
+                scale,
+                4,
+                D,
+                BLOCKS,
+                KIND,
+                NOISY,
+                SCALED,
             )
         if REST > 0:
             pieces_at(
-                LOOPED, source, target, counter, step, scale, REST, D, BLOCKS, KIND, NOISY, SCALED
+                first + LOOPED,
+                source,
+                target,
+                counter,
+                step,
+                scale,
+                REST,
+                D,
+                BLOCKS,
+                KIND,
+                NOISY,
+                SCALED,
             )
 
 
@@ -328,6 +361,7 @@ NOISY_ROWS_INTEGERS = (
     do_not_specialize_on_alignment=[
         "input_ids",
         "seed",
+        "noise_alpha",
         "document",
         "position",
         "lengths",
@@ -340,6 +374,7 @@ def noisy_rows(
     source,  # [num_embeddings, D], without input_ids [rows · columns, D]; out's dtype
     input_ids,  # [rows, columns] int32 or int64, or None
     seed,  # [] int64
+    noise_alpha,  # [] float64, or None: alpha_bits and step say it
     document,  # [rows · columns] int32 or int64, or None
     position,  # [rows · columns] int32 or int64, or None
     lengths,  # [num_samples] int32 or int64, or None
@@ -354,7 +389,7 @@ def noisy_rows(
     source_row: tl.int64,  # strides of source, in elements
     source_column: tl.int64,
     lengths_stride: tl.int64,
-    step: tl.float32,  # noise_step of `columns` real tokens; read where alpha_bits is not
+    step: tl.float32,  # noise_step of `columns` real tokens; read where no alpha is
     scale: tl.float32,  # embed_scale; read where SCALED
     alpha_bits: tl.int64,  # the float64 noise_alpha's; read where the layout tells lengths
     replica: tl.int64,  # mod 2**32, as the two offsets
@@ -363,19 +398,24 @@ def noisy_rows(
     D: tl.constexpr,  # embedding_dim
     ROW_STRIDE: tl.constexpr,  # source_row where rows are read by vectors, else 0
     BLOCKS: tl.constexpr,  # of 8 columns, in a piece
-    PIECES: tl.constexpr,  # of a row
+    PIECES: tl.constexpr,  # of a program
+    SHARES: tl.constexpr,  # programs of a token
     KIND: tl.constexpr,  # "columns", or vectors: "pairs" of 16-bit values, "quads" of float32
     SCALED: tl.constexpr,  # scale is not 1
     DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
 ):
-    """One token: out[token] = source[input_ids[token]]·scale + noise. Grid (columns, rows up to
-    65535, the rest of the rows).
+    """One token, or one of SHARES shares of it: out[token] = source[input_ids[token]]·scale +
+    noise. Grid (columns · SHARES, rows up to 65535, the rest of the rows).
 
     input_ids None: source holds the embeddings themselves. The five layout pointers are those of
-    layout.Layout, None where not given; with none of them the launcher knows the one length and
-    gives `step`. ROW_STRIDE 0: it is source_row.
+    layout.Layout, None where not given; with none of them the launcher knows the one length and,
+    unless noise_alpha is on the device, gives `step`. ROW_STRIDE 0: it is source_row.
     """
     column = tl.program_id(0)
+    first_piece = 0
+    if SHARES > 1:
+        first_piece = column % SHARES * PIECES
+        column = column // SHARES
     row = tl.program_id(1) + tl.program_id(2) * 65535
     if row < rows:
         token = row.to(tl.int64) * columns + column
@@ -409,10 +449,18 @@ def noisy_rows(
                 real = place.to(tl.int64) < length
                 if DEBUG:
                     tl.device_assert(length >= 0, "lengths must not be negative")
-        if lengths is not None or cu_seqlens is not None or numbering is not None:
+            elif noise_alpha is not None:
+                length = columns
+                real = length > 0
+        TOLD: tl.constexpr = lengths is not None or cu_seqlens is not None or numbering is not None
+        if TOLD or noise_alpha is not None:
+            if noise_alpha is not None:
+                alpha = tl.load(noise_alpha)
+            else:
+                alpha = alpha_bits.to(tl.float64, bitcast=True)
             step = 0.0
             if real:
-                step = noise_step(length, alpha_bits.to(tl.float64, bitcast=True), D)
+                step = noise_step(length, alpha, D)
         index = token
         if input_ids is not None:
             index = tl.load(
@@ -441,6 +489,7 @@ def noisy_rows(
                 counter,
                 step,
                 scale,
+                first_piece,
                 D,
                 BLOCKS,
                 PIECES,
@@ -456,6 +505,7 @@ def noisy_rows(
                 (0, 0, 0, 0, 0),
                 step,
                 scale,
+                first_piece,
                 D,
                 BLOCKS,
                 PIECES,
@@ -724,6 +774,19 @@ def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
     return piece, (blocks + piece - 1) // piece, warps
 
 
+PROGRAMS = 2048  # of a call, at most, that shares its rows out among programs
+
+
+@lru_cache(maxsize=256)
+def row_shares(tokens: int, embedding_dim: int, warp_size: int) -> int:
+    """Programs of one token: 4 or 16 in calls so small that they leave most of the device idle."""
+    _, pieces, _ = row_shape(embedding_dim, warp_size)
+    shares = 1
+    while 4 * shares <= pieces and 4 * shares * tokens <= PROGRAMS and shares < 16:
+        shares *= 4
+    return shares
+
+
 def row_kind(
     dtype: torch.dtype, embedding_dim: int, row_stride: int, column_stride: int, aligned: bool
 ) -> str:
@@ -747,7 +810,12 @@ def host_step(noise_alpha: float, length: int, embedding_dim: int) -> float:
         ctypes.c_float(noise_alpha / math.sqrt(float(length) * float(embedding_dim))).value
         * 2.0**-31
     )
-    return step if abs(step) >= 2.0**-121 else 0.0
+    return 0.0 if abs(step) < 2.0**-121 else step
+
+
+def is_on_host(noise_alpha: Tensor) -> bool:
+    """Whether the launcher reads alpha; else the kernel does, and a graph records its address."""
+    return noise_alpha.get_device() < 0
 
 
 @lru_cache(maxsize=256)
@@ -785,10 +853,11 @@ def noisy_embedding_out(
     """The operator `noisy_embedding.out` on a GPU, for a contiguous `out`: one launch on the
     current stream, no synchronisation after the first of its kind.
 
-    NotImplemented where it cannot serve: alpha beyond float32, or a first launch with wrong bits.
+    NotImplemented where it cannot serve: an alpha of the host's beyond float32, or a first launch
+    with wrong bits.
     """
-    alpha_value = noise_alpha.item()
-    if abs(alpha_value) > FLOAT32_MAX:
+    alpha: float | Tensor = noise_alpha
+    if is_on_host(noise_alpha) and abs(alpha := noise_alpha.item()) > FLOAT32_MAX:
         return NotImplemented
     shape = input_ids.shape
     if len(shape) == 2:
@@ -810,7 +879,8 @@ def noisy_embedding_out(
         (document, position, lengths, cu_seqlens, numbering),
         seed,
         (replica, sample_offset, position_offset),
-        (alpha_value, embed_scale),
+        alpha,
+        embed_scale,
     )
 
 
@@ -832,8 +902,8 @@ def add_noise_out(
     """The operator `add_noise.out` on a GPU, for a contiguous `out`, which may be inputs_embeds
     itself. NotImplemented as noisy_embedding_out.
     """
-    alpha_value = noise_alpha.item()
-    if abs(alpha_value) > FLOAT32_MAX:
+    alpha: float | Tensor = noise_alpha
+    if is_on_host(noise_alpha) and abs(alpha := noise_alpha.item()) > FLOAT32_MAX:
         return NotImplemented
     rows, columns = rows_and_columns(inputs_embeds.shape[:-1])
     embeddings = inputs_embeds.reshape(rows * columns, inputs_embeds.shape[-1])
@@ -845,7 +915,8 @@ def add_noise_out(
         (document, position, lengths, cu_seqlens, numbering),
         seed,
         (replica, sample_offset, position_offset),
-        (alpha_value, 1.0),
+        alpha,
+        1.0,
     )
 
 
@@ -857,35 +928,44 @@ def _launch_rows(
     layout: tuple[Tensor | None, ...],
     seed: Tensor,
     offsets: tuple[int, int, int],
-    scalars: tuple[float, float],
+    alpha: float | Tensor,
+    embed_scale: float,
 ) -> Any:
-    """sizes: rows, columns, num_embeddings and the strides of input_ids; scalars: the alpha as
-    a number and embed_scale. Plain tuples, for host time.
+    """sizes: rows, columns, num_embeddings and the strides of input_ids; alpha: a tensor where the
+    kernel reads it. Plain tuples, for host time.
     """
     rows, columns, num_embeddings, ids_row, ids_column = sizes
     embedding_dim = out.shape[-1]
     if rows == 0 or columns == 0 or embedding_dim == 0:
         return None
     document, position, lengths, cu_seqlens, numbering = layout
-    alpha_value, embed_scale = scalars
     source_strides = source.stride()
     step, num_samples, lengths_stride, alpha_bits = 0.0, rows, 0, 0
     # Read one after the other, and so beside their memory where they are strided.
     document = None if document is None else document.contiguous()
     position = None if position is None else position.contiguous()
+    told = True
     if lengths is not None:
         num_samples, (lengths_stride,) = lengths.numel(), lengths.stride()
-        alpha_bits = float_bits(alpha_value)
     elif cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
-        num_samples, alpha_bits = cu_seqlens.numel() - 1, float_bits(alpha_value)
+        num_samples = cu_seqlens.numel() - 1
     elif numbering is not None:
         numbering = numbering.contiguous()
         check_numbering(numbering, rows, rows * columns)
-        alpha_bits = float_bits(alpha_value)
     else:
-        step = host_step(alpha_value, columns, embedding_dim)
+        told = False
+    noise_alpha = None
+    if isinstance(alpha, Tensor):
+        noise_alpha = alpha
+    elif told:
+        alpha_bits = float_bits(alpha)
+    else:
+        step = host_step(alpha, columns, embedding_dim)
     dtype, device_index = source.dtype, out.get_device()
+    shares = 1
+    if rows * columns <= PROGRAMS // 4:
+        shares = row_shares(rows * columns, embedding_dim, _warp_size(out.device))
     key = (
         device_index,
         dtype,
@@ -900,6 +980,8 @@ def _launch_rows(
         None if lengths is None else lengths.dtype,
         None if cu_seqlens is None else cu_seqlens.dtype,
         numbering is None,
+        noise_alpha is None,
+        shares,
     )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
@@ -913,6 +995,7 @@ def _launch_rows(
             aligned,
             embed_scale != 1,
             _warp_size(out.device),
+            shares,
         )
     else:
         num_warps, constexprs = found[0]
@@ -921,6 +1004,7 @@ def _launch_rows(
         source,
         input_ids,
         seed,
+        noise_alpha,
         document,
         position,
         lengths,
@@ -942,12 +1026,17 @@ def _launch_rows(
         *constexprs,
     )
     expected = None
-    if found is None and launch_rows.to_be_checked(key, out.device):
+    # A step beyond float32 makes infinities of the reference, of the kernel's fma NaN as well.
+    if (
+        found is None
+        and launch_rows.to_be_checked(key, out.device)
+        and not abs(float(alpha)) > FLOAT32_MAX
+    ):
         expected = self_check.expected_rows(
             source,
             torch.Size((rows, columns)),
             seed,
-            alpha_value,
+            alpha,
             Layout(*layout),
             offsets,
             input_ids,
@@ -957,7 +1046,7 @@ def _launch_rows(
         key,
         found,
         device_index,
-        (columns, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535),
+        (columns * shares, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535),
         args,
         num_warps,
     )
@@ -978,9 +1067,10 @@ def row_constants(
     aligned: bool,
     has_scale: bool,
     warp_size: int,
+    shares: int = 1,
 ) -> tuple[int, tuple[Any, ...]]:
-    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, KIND, SCALED,
-    DEBUG.
+    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, SHARES, KIND,
+    SCALED, DEBUG.
     """
     blocks, pieces, num_warps = row_shape(embedding_dim, warp_size)
     kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
@@ -988,7 +1078,8 @@ def row_constants(
         embedding_dim,
         0 if kind == "columns" else row_stride,
         blocks,
-        pieces,
+        -(-pieces // shares),
+        shares,
         kind,
         has_scale,
         DEBUG,

@@ -1,22 +1,43 @@
-// csrc/cuda on the CPU, for the sanitizers: force-included by tests/test_cuda.py before kernels.cu
-// and ops.cpp, both compiled as C++.
+// csrc/cuda on the CPU, for the sanitizers: force-included by tests/test_cuda_build.py before
+// kernels.cu and ops.cpp, both compiled as C++.
 //
-// The threads of a block run one after another, or at once where the kernel has barriers.
+// The threads of a block run one after another or, where they meet at barriers or in their warp, as
+// fibers of one thread: each runs until it has to wait, and the sanitizers are told of every switch.
 // neftune_shim_grid_limit makes grids smaller than the tokens, so that folds and strides over them
-// count.
+// count; neftune_shim_numbering does so for blocks that number documents.
 #pragma once
 
-#include <barrier>
+#include <ucontext.h>
+
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <thread>
+#include <functional>
+#include <memory>
 #include <vector>
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #define NEFTUNE_GRID_COLUMNS grid_limit
 #define NEFTUNE_GRID_ROWS grid_limit
-#define NEFTUNE_DOCUMENT_BLOCKS 3
-#define NEFTUNE_DOCUMENT_THREADS 4
+#define NEFTUNE_GRID_BLOCKS 0x7FFFFFFF
+#define NEFTUNE_ROW_TOKENS row_tokens
+#define NEFTUNE_PIECE_TOKENS piece_tokens
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -25,6 +46,15 @@
 
 struct dim3 {
   uint32_t x = 1, y = 1, z = 1;
+};
+struct uint2 {
+  uint32_t x, y;
+};
+struct int2 {
+  int32_t x, y;
+};
+struct int4 {
+  int32_t x, y, z, w;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -36,16 +66,224 @@ struct alignas(4) __half2 {
   _Float16 x, y;
 };
 
+inline bool alpha_on_device = false;  // noise_alpha is taken for the device's
+extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_alpha_on_device(
+    bool on_device) {
+  alpha_on_device = on_device;
+}
+
 inline int64_t grid_limit = 65535;
 extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_grid_limit(
     int64_t limit) {
   grid_limit = limit;
 }
+inline int64_t row_tokens = 4096, piece_tokens = 2048;
+extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_numbering(
+    int64_t row, int64_t piece) {
+  row_tokens = row;
+  piece_tokens = piece;
+}
 
-inline thread_local dim3 threadIdx, blockIdx;
-inline dim3 blockDim, gridDim;
-inline std::barrier<>* block_barrier;
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline dim3 blockIdx, blockDim, gridDim;
+
+// ---- threads of a block as fibers
+
+namespace shim {
+
+constexpr size_t kStack = 256 * 1024;
+#define NOT_OF_THE_KERNEL __attribute__((no_sanitize("thread"), noinline)) inline
+
+// Threads that wait for one another.
+struct Group {
+  uint32_t threads = 0, arrived = 0, generation = 0;
+  uint64_t slots[2][32];  // what the lanes of a warp exchange, for every other time
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  dim3 thread;
+  bool is_done = false;
+  void* sanitizer = nullptr;
+};
+
+inline std::vector<Fiber> fibers;
+inline Fiber scheduler, *running = &scheduler;
+inline Group block;
+inline std::vector<Group> warps;
+inline const std::function<void()>* body;
+inline const void* scheduler_stack;
+inline size_t scheduler_stack_bytes;
+
+NOT_OF_THE_KERNEL dim3 thread() { return running->thread; }
+
+NOT_OF_THE_KERNEL void enter(Fiber& from, Fiber& to, [[maybe_unused]] bool is_new = false) {
+#ifdef __SANITIZE_ADDRESS__
+  const bool back = &to == &scheduler;
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(from.is_done ? nullptr : &fake,
+                                 back ? scheduler_stack : to.stack.get(),
+                                 back ? scheduler_stack_bytes : kStack);
+#endif
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(to.sanitizer, is_new ? 0 : __tsan_switch_to_fiber_no_sync);
+#endif
+  swapcontext(&from.context, &to.context);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+NOT_OF_THE_KERNEL void first_entry() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+  (*body)();
+  running->is_done = true;
+#ifdef __SANITIZE_THREAD__
+  __tsan_release(&block);
+#endif
+  enter(*running, scheduler);
+}
+
+NOT_OF_THE_KERNEL void wait(Group& group) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_release(&group);
+#endif
+  const uint32_t generation = group.generation;
+  if (++group.arrived == group.threads) {
+    group.arrived = 0;
+    ++group.generation;
+  } else {
+    while (group.generation == generation) enter(*running, scheduler);
+  }
+#ifdef __SANITIZE_THREAD__
+  __tsan_acquire(&group);
+#endif
+}
+
+NOT_OF_THE_KERNEL uint32_t steps() {
+  uint32_t sum = block.generation;
+  for (const Group& warp : warps) sum += warp.generation;
+  return sum;
+}
+
+NOT_OF_THE_KERNEL uint64_t* slots_of(Group& warp) { return warp.slots[warp.generation % 2]; }
+inline uint32_t index() { return thread().x + thread().y * blockDim.x; }
+
+// Every lane's value.
+template <class T>
+const uint64_t* exchanged(uint32_t lanes, T value) {
+  Group& warp = warps[index() / 32];
+  uint64_t* slots = slots_of(warp);
+  if (lanes != 0xFFFFFFFFu) std::abort();
+  std::memcpy(&slots[index() % 32], &value, sizeof value);
+  wait(warp);
+  return slots;
+}
+
+template <class T>
+T value_of(const uint64_t* slots, uint32_t lane) {
+  T value;
+  std::memcpy(&value, &slots[lane % 32], sizeof value);
+  return value;
+}
+
+NOT_OF_THE_KERNEL void run_block(dim3 size, const std::function<void()>& kernel) {
+  const uint32_t threads = size.x * size.y;
+  if (fibers.size() < threads) fibers.resize(threads);
+  body = &kernel;
+  block.threads = threads;
+  warps.resize((threads + 31) / 32);
+  for (uint32_t i = 0; i < warps.size(); ++i)
+    warps[i].threads = threads - 32 * i < 32 ? threads - 32 * i : 32;
+  std::vector<bool> is_new(threads, true);
+#ifdef __SANITIZE_THREAD__
+  scheduler.sanitizer = __tsan_get_current_fiber();
+#endif
+  for (uint32_t i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.thread = {i % size.x, i / size.x, 0};
+    fiber.is_done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, first_entry, 0);
+#ifdef __SANITIZE_THREAD__
+    fiber.sanitizer = __tsan_create_fiber(0);
+#endif
+  }
+  for (uint32_t left = threads; left > 0;) {
+    const uint32_t before = left, steps_before = steps();
+    for (uint32_t i = 0; i < threads; ++i) {
+      if (fibers[i].is_done) continue;
+      running = &fibers[i];
+      enter(scheduler, *running, is_new[i]);
+      is_new[i] = false;
+      left -= running->is_done;
+    }
+    if (left == before && steps() == steps_before) {
+      std::fprintf(stderr, "threads wait for threads that never come\n");
+      std::abort();
+    }
+  }
+  running = &scheduler;
+#ifdef __SANITIZE_THREAD__
+  __tsan_acquire(&block);
+  for (uint32_t i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i].sanitizer);
+#endif
+}
+
+}  // namespace shim
+
+#define threadIdx shim::thread()
+inline void __syncthreads() { shim::wait(shim::block); }
+inline uint32_t __ballot_sync(uint32_t lanes, bool is_set) {
+  const uint64_t* slots = shim::exchanged(lanes, is_set);
+  uint32_t bits = 0;
+  for (uint32_t i = 0; i < 32; ++i) bits |= uint32_t{shim::value_of<bool>(slots, i)} << i;
+  return bits;
+}
+template <class T>
+T __shfl_sync(uint32_t lanes, T value, int lane) {
+  return shim::value_of<T>(shim::exchanged(lanes, value), static_cast<uint32_t>(lane));
+}
+template <class T>
+T __shfl_up_sync(uint32_t lanes, T value, uint32_t distance) {
+  const uint32_t lane = shim::index() % 32;
+  return shim::value_of<T>(shim::exchanged(lanes, value), lane < distance ? lane : lane - distance);
+}
+template <class T, class Join>
+T reduced(uint32_t lanes, T value, Join join) {
+  const uint64_t* slots = shim::exchanged(lanes, value);
+  T sum = shim::value_of<T>(slots, 0);
+  for (uint32_t i = 1; i < 32; ++i) sum = join(sum, shim::value_of<T>(slots, i));
+  return sum;
+}
+template <class T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+T __reduce_add_sync(uint32_t lanes, T value) {
+  return reduced(lanes, value, [](T a, T b) { return a + b; });
+}
+template <class T>
+T __reduce_min_sync(uint32_t lanes, T value) {
+  return reduced(lanes, value, min<T>);
+}
+template <class T>
+T __reduce_max_sync(uint32_t lanes, T value) {
+  return reduced(lanes, value, max<T>);
+}
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __clz(uint32_t bits) { return bits ? __builtin_clz(bits) : 32; }
+inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
@@ -76,36 +314,34 @@ inline float __high2float(__half2 pair) { return static_cast<float>(pair.y); }
 namespace neftune_kernels {
 
 struct DocumentArguments;
-struct RowArguments;
-inline bool has_barriers(const DocumentArguments&) { return true; }
-inline bool has_barriers(const RowArguments&) { return false; }
+struct TokenArguments;
+inline bool meets(const DocumentArguments&) { return true; }
+inline bool meets(const TokenArguments&) { return true; }
+template <class RowArguments>
+bool meets(const RowArguments& arguments) {
+  return arguments.numbering.words != nullptr;  // and a warp counts the documents before
+}
 
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void*,
                    const Arguments& arguments) {
   gridDim = grid;
   blockDim = block;
+  const std::function<void()> run = [&] { kernel(arguments); };
   for (dim3 b{0, 0, 0}; b.z < grid.z; ++b.z) {
     for (b.y = 0; b.y < grid.y; ++b.y) {
       for (b.x = 0; b.x < grid.x; ++b.x) {
-        std::barrier<> barrier(block.x * block.y);
-        block_barrier = &barrier;
-        std::vector<std::thread> threads;
+        blockIdx = b;
+        if (meets(arguments)) {
+          shim::run_block(block, run);
+          continue;
+        }
         for (uint32_t y = 0; y < block.y; ++y) {
           for (uint32_t x = 0; x < block.x; ++x) {
-            const auto run = [&, x, y, b] {
-              threadIdx = {x, y, 0};
-              blockIdx = b;
-              kernel(arguments);
-            };
-            if (has_barriers(arguments)) {
-              threads.emplace_back(run);
-            } else {
-              run();
-            }
+            shim::running->thread = {x, y, 0};
+            run();
           }
         }
-        for (std::thread& thread : threads) thread.join();
       }
     }
   }
@@ -125,6 +361,7 @@ struct Device {
   void check(const Tensor& tensor, const char* name) const {
     if (!tensor.is_cpu()) fail<std::runtime_error>(name, " must be on the device of this test");
   }
+  static bool is_on_host(const Tensor&) { return !alpha_on_device; }
   void* stream() const { return nullptr; }
 };
 

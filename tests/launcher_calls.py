@@ -88,6 +88,9 @@ def tensor_class(index):
         def get_device(self):
             return index
 
+        def item(self):
+            raise AssertionError("the host waits for a value of the device")
+
     return Placed
 
 
@@ -157,6 +160,7 @@ def embeds(
     weight=None,
     layout=None,
     scales=(1.0, 1.0),
+    capturable=False,
 ):
     """A lookup: (kernels, on, second) -> None, where on(tensor) lies on the device of the call."""
 
@@ -167,11 +171,12 @@ def embeds(
         given = {
             name: on(tensor) for name, tensor in (layout(shape, second) if layout else {}).items()
         }
+        alpha = torch.tensor(-0.25 if second else 5.0, dtype=torch.float64)
         kernels.noisy_embedding_out(
             on(input_ids),
             on(rows),
             on(filled((), torch.int64)),
-            torch.tensor(-0.25 if second else 5.0, dtype=torch.float64),
+            on(alpha) if capturable else alpha,
             **given,
             replica=2**32 - 1 if second else 0,
             sample_offset=2**40 if second else 1,
@@ -283,6 +288,11 @@ def calls():
         "positions int32 beside lengths": embeds(
             layout=lambda *given: positions_layout(*given, torch.int32)
         ),
+        "alpha on the device": embeds(capturable=True),
+        "alpha on the device, lengths, scaled": embeds(
+            layout=lengths_layout, scales=(2.0, 1.5), capturable=True
+        ),
+        "alpha on the device, numbering": embeds(layout=numbering_layout, capturable=True),
         "added": adds(bfloat16),
         "added, lengths": adds(bfloat16, lengths_layout),
         "mask bool": numbers(of(torch.bool)),
@@ -293,6 +303,44 @@ def calls():
         "mask uint8 and position_ids int32": numbers(of(torch.uint8), of(torch.int32)),
         "padding_idx": pads(torch.int64),
         "padding_idx, ids int32": pads(torch.int32),
+    }
+
+
+def launched_at(kernels, alphas, capturable, layout):
+    """What a captured lookup would hold: its launches at each alpha, all else in its place."""
+    shape, on = (2, 3), lambda tensor: tensor.as_subclass(PLACED[0])
+    ids, rows = filled(shape, torch.int64), filled((11, 64), torch.bfloat16)
+    seed, alpha, out = (
+        filled((), torch.int64),
+        filled((), torch.float64),
+        filled((2, 3, 64), rows.dtype),
+    )
+    given = {name: on(tensor) for name, tensor in layout(shape, False).items()}
+
+    def call():
+        first = len(launches())
+        taken = on(alpha) if capturable else alpha
+        kernels.noisy_embedding_out(on(ids), on(rows), on(seed), taken, **given, out=on(out))
+        return [one.described() for one in launches()[first:]]
+
+    call()  # compiles
+    found = []
+    for value in alphas:
+        alpha.fill_(value)
+        found.append(call())
+    return found
+
+
+def alphas_in_launches(kernels):
+    """By who reads alpha: whether launches at different alphas are the same, byte for byte."""
+    layouts = {"nothing": lambda *_: {}, "lengths": lengths_layout, "numbering": numbering_layout}
+    set_device(0)
+    return {
+        f"{'device' if capturable else 'host'}, {name}": all(
+            one == found[0] and len(one) == 1 for one in found
+        )
+        for capturable, (name, layout) in itertools.product((True, False), layouts.items())
+        if (found := launched_at(kernels, (5.0, 0.0, 7.0), capturable, layout))
     }
 
 
@@ -411,7 +459,8 @@ def main():
                 launcher.kernel[grid](*args, num_warps=num_warps, **options)
             wrong.extend(differences(launcher, own, launches()[-1], device, grid, args))
             found["launches"] += 1
-    print(json.dumps({"triton": triton.__version__, "calls": compared}))
+    same = {} if "--spoiled" in sys.argv else alphas_in_launches(triton_kernels)
+    print(json.dumps({"triton": triton.__version__, "calls": compared, "alphas": same}))
 
 
 if __name__ == "__main__":

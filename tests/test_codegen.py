@@ -37,7 +37,8 @@ QUICK = {
     *(Configuration("sm_90", "bfloat16", 4096, layout) for layout in ("mask", "cu_seqlens")),
     *(Configuration("sm_90", dtype, 4096) for dtype in ("float16", "float32")),
     Configuration("sm_80", "bfloat16", 4096, scaled=True),
-    *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (768, 896, 1536, 2048)),
+    *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (576, 768, 896, 1536, 2048)),
+    *(Configuration("sm_90", "bfloat16", 4096, "lengths", shares=shares) for shares in (4, 16)),
     Configuration("gfx942", "bfloat16", 4096),
 }
 
@@ -108,6 +109,29 @@ def test_numbering_targets(configuration):
     if missed and not triton.__version__.startswith(f"{codegen.FIGURES_OF}."):
         missed = [what for what in missed if " us of " not in what]
     assert not missed
+
+
+@pytest.mark.parametrize("shape", numbering_code.MOST, ids=str)
+@pytest.mark.parametrize("target", codegen.NVIDIA)
+def test_cuda_numbering_targets(target, shape):
+    """The same of the CUDA C++ kernels, of whose ways the longest alone is known."""
+    needs_nvcc(Configuration(target, "bfloat16", 4096, backend="cuda"))
+    assert not numbering_code.cuda_missed(target, shape)
+    assert cuda_code.numbering(target, shape).launches == (2 if shape == (1, 65536) else 1)
+
+
+def test_plain_rows_have_a_way_of_their_own():
+    needs_nvcc(Configuration("sm_90", "bfloat16", 4096, backend="cuda"))
+    for shape in numbering_code.MOST:
+        code = cuda_code.numbering("sm_90", shape)
+        assert 100 < code.plain < 0.6 * code.any_row
+
+
+@pytest.mark.parametrize("target", codegen.NVIDIA)
+def test_cuda_reading_a_numbering(target):
+    needs_nvcc(Configuration(target, "bfloat16", 4096, backend="cuda"))
+    found = codegen.numbering_instructions(target, 4096, "cuda")
+    assert 0 < found <= numbering_code.READING
 
 
 def test_reading_a_numbering():

@@ -22,26 +22,37 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     VECTORS,
     agree,
     assert_golden,
+    assert_same_layout,
     by_kernel,
     golden_cases,
     make_weight,
     test_add_noise,
+    test_alpha_on_the_device,
+    test_alpha_set_in_a_capture_is_refused,
     test_bad_bounds_and_lengths_reach_nothing,
+    test_captured_model_replays_with_todays_alpha,
+    test_captured_module_replays_with_todays_alpha,
     test_compiled_on_a_gpu,
     test_cuda_graph_replays_fresh_noise,
+    test_documents_of_many_rows_are_counted,
     test_drawn_calls,
     test_empty,
     test_every_dtype_and_width,
     test_every_mask,
     test_every_mask_dtype_and_strides,
     test_extremes_of_alpha,
+    test_extremes_of_alpha_on_the_device,
     test_ids_out_of_range_give_rows_of_nan,
+    test_jumps_are_not_counted_in_words,
     test_more_than_int32_elements,
     test_noise_masks_and_signs,
+    test_numbering_of_any_form,
+    test_numbering_of_every_kind_of_row,
     test_numbering_of_random_masks_and_positions,
     test_other_devices,
     test_padding_keeps_its_bits,
     test_positions_lengths_and_bounds,
+    test_reduce_overhead_replays_with_todays_alpha,
     test_rows_beyond_65535,
     test_shapes_strides_and_padding_idx,
     test_side_stream,
@@ -62,9 +73,8 @@ KERNELS = SimpleNamespace(
     add_noise_out=OPS.cuda_add_noise.out,
     mask_layout=OPS.cuda_mask_layout,
     padding_layout=OPS.cuda_padding_layout,
-    ROW_BLOCKS=None,  # of the Triton kernels alone
-    PIECE=None,
-    PIECES_AT_ONCE=None,
+    number_documents=OPS.cuda_number_documents,
+    number_padding=OPS.cuda_number_padding,
 )
 pytestmark = pytest.mark.gpu
 
@@ -73,6 +83,8 @@ pytestmark = pytest.mark.gpu
 def device(monkeypatch):
     """Where CUDA kernels run: a GPU, or the CPU under the shim."""
     monkeypatch.setattr(test_triton, "kernels", lambda: KERNELS)
+    # Rows of its tests are those of one warp, whatever a block is: test_numbering_of_long_rows.
+    monkeypatch.setattr(test_triton, "small_programs", lambda monkeypatch, block: None)
     if cuda_shim is not None:
         return torch.device("cpu")
     reason = available_backends("cuda")["cuda"]
@@ -87,6 +99,16 @@ def gpu(device, monkeypatch):
         pytest.skip("needs a real GPU: streams, graphs, devices, memory")
     monkeypatch.setattr(backends, "_triton_fails", lambda device_type: "left out by this test")
     return device
+
+
+@pytest.fixture
+def alpha_on_device(device):
+    """Alpha is taken for the device's, wherever that is."""
+    if cuda_shim is not None:
+        cuda_shim.neftune_shim_alpha_on_device(ctypes.c_bool(True))
+    yield
+    if cuda_shim is not None:
+        cuda_shim.neftune_shim_alpha_on_device(ctypes.c_bool(False))
 
 
 @pytest.fixture
@@ -140,6 +162,65 @@ def test_trips_of_the_loop_over_columns(device, dtype, embedding_dim):
         sample_offset=2**32 - 2,
     )
     agree(device, batch.input_ids.int(), weight, lengths=torch.tensor([3, 0]), embed_scale=1.7)
+
+
+@pytest.fixture(params=["rows", "pieces of one warp", "pieces of three"])
+def blocks(request, device):
+    """The most tokens of a block; a GPU has its own."""
+    if cuda_shim is None:
+        yield 4096, 2048
+        return
+    row, piece = {"rows": (4096, 2048), "pieces of one warp": (64, 128)}.get(
+        request.param, (256, 384)
+    )
+    cuda_shim.neftune_shim_numbering(ctypes.c_int64(row), ctypes.c_int64(piece))
+    yield row, piece
+    cuda_shim.neftune_shim_numbering(ctypes.c_int64(4096), ctypes.c_int64(2048))
+
+
+# What lies at the seams of threads, warps and pieces: (of every hundred tokens real, columns from
+# one document to the next), of a row each.
+LONG_ROWS = [(100, 10**6), (100, 7), (97, 200), (50, 31), (3, 500), (1, 10**6), (0, 1)]
+
+
+def long_rows(columns, generator):
+    """A mask that numbers documents, and position ids that count in them."""
+    column, masks, places = torch.arange(columns), [], []
+    for share, length in LONG_ROWS:
+        real = torch.randint(0, 100, (columns,), generator=generator) < share
+        masks.append((1 + column // length) * real)
+        places.append(column % length + 5)
+    padded = torch.stack([column < columns // 3, column >= columns - 130, column == columns // 2])
+    return (
+        torch.cat((torch.stack(masks), padded.long())),
+        torch.cat((torch.stack(places), column.expand(3, -1))),
+    )
+
+
+@pytest.mark.parametrize("columns", (128, 129, 513, 700))
+def test_numbering_of_long_rows(device, blocks, columns):
+    """Rows of several warps, in one block and in pieces: of them some without a real token."""
+    mask, place = long_rows(columns, torch.Generator().manual_seed(columns))
+    for told in ((mask, None), (mask != 0, None), (None, place), (mask, place), (mask > 0, place)):
+        assert_same_layout(mask.shape, device, *told)
+
+
+def test_numbering_of_more_pieces_than_a_warp_has_lanes(device, blocks):
+    row, piece = blocks
+    columns = 35 * piece + 3 if row < 4096 else 2100  # and more tokens of a thread
+    generator = torch.Generator().manual_seed(1)
+    mask, place = (tensor[[0, 2, 5, 8]] for tensor in long_rows(columns, generator))
+    assert_same_layout(mask.shape, device, mask)
+    assert_same_layout(mask.shape, device, (mask > 0).int(), place.int())
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.int16, torch.uint8), ids=str)
+def test_narrow_position_ids(device, dtype):
+    """Signs are extended, and what has none is not."""
+    place = torch.tensor([[126, 127, -128, -127, 0, 1, 2, -1, 0]]).to(dtype)
+    assert_same_layout(place.shape, device, position_ids=place)
+    strided = torch.stack((place, place), -1)[..., 0]
+    assert_same_layout(place.shape, device, attention_mask=place > 0, position_ids=strided)
 
 
 def test_seeds_replicas_and_offsets(device):
@@ -368,6 +449,13 @@ def standard_cases():
             attention_mask=torch.tensor([[1, 2, 0]]),
         )
         assert out[0, 2].isnan().all() and not out[0, :2].isnan().any()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # poisons fresh memory
+    mask, place = long_rows(650, torch.Generator().manual_seed(650))
+    for row, piece in ((4096, 2048), (64, 256)):
+        cuda_shim.neftune_shim_numbering(ctypes.c_int64(row), ctypes.c_int64(piece))
+        assert_same_layout(mask.shape, device, mask, place)
+        assert_same_layout(mask.shape, device, mask > 0)
+        assert_same_layout(mask.shape, device, position_ids=place)
 
 
 if __name__ == "__main__":

@@ -157,16 +157,30 @@ MUTATIONS = {
     "half a step": ("noise.h", "step, step * 32768.0f", "step, step * 0.0f"),
     "halves swapped": ("noise.h", "(word & 0xFFFF0000u)), step", "(word << 16)), step"),
     "lattice": ("noise.h", "(word & 0xFFFF0000u) | 0x8000u", "(word & 0xFFFF0000u)"),
-    "mask dropped": (
-        "cuda/kernels.cu",
-        "a.document[token + i] = real ? before.documents - 1 : -1",
-        "a.document[token + i] = before.documents - 1",
+    "mask dropped": ("cuda/documents.h", "real ? number : -1", "number"),
+    "documents of one row": ("cuda/documents.h", "opens &= unlike.opens(a)", "opens = 0"),
+    "documents of the warps before": ("cuda/documents.h", "lane < warp ? found : 0", "0u"),
+    "real token of the warps before": (
+        "cuda/documents.h",
+        "warps_below ? last_of[last_lane(warps_below)] : previous",
+        "previous",
     ),
-    "documents of one row": (
-        "cuda/kernels.cu",
-        "if (further || column == 0) {",
-        "if (column == 0) {",
+    "real token of the pieces before": (
+        "cuda/documents.h",
+        "openings(a, own, {previous, own.value[0], own.place[0]})",
+        "openings(a, own, {-1, 0, 0})",
     ),
+    "documents at the seams of pieces": (
+        "cuda/documents.h",
+        "span.opened += opens_after(a, row, span.first, before)",
+        "span.opened += 0",
+    ),
+    "a run that goes on from the piece before": (
+        "cuda/documents.h",
+        "run.breaks + run.goes_on > 1",
+        "run.breaks > 1",
+    ),
+    "distance of columns": ("cuda/documents.h", "(jump != 1) & (jump != distance)", "jump != 1"),
     "one token too many": (
         "cuda/kernels.cu",
         "+ a.position_offset >= length)",
@@ -207,12 +221,17 @@ OUTSIDE = {
         "block < blocks + 1; block += kLanes)",
     ),
     "tail of a mask": (
-        "cuda/kernels.cu",
-        "i < count; ++i) {\n      if (real_at",
-        "i <= count; ++i) {\n      if (real_at",
+        "cuda/documents.h",
+        "column[j + 1] = min(own.column + j, last)",
+        "column[j + 1] = own.column + j",
+    ),
+    "tail of a record": (
+        "cuda/documents.h",
+        "if (is_before(own.column + j, end)) tables.record",
+        "tables.record",
     ),
 }
-QUICK = ("multiplier", "mask dropped", "id at the end")
+QUICK = ("multiplier", "mask dropped", "real token of the pieces before", "id at the end")
 
 
 BY_GCC = pytest.mark.parametrize("compiler", ["g++"], indirect=True)
@@ -249,9 +268,7 @@ def test_stray_accesses_are_seen(in_shim, tmp_path, name):
 
 
 def races(sources, program):
-    """What ThreadSanitizer says of the documents' kernel: one thread of the machine to each of the
-    GPU's.
-    """
+    """What ThreadSanitizer says of the kernels that number documents: a fiber to each thread."""
     flags = (
         "-std=c++20",
         "-O1",
@@ -277,7 +294,7 @@ def test_threads_of_a_block_do_not_race(tmp_path):
     done = races(ROOT / "csrc", tmp_path / "races")
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc/cuda/kernels.cu"
+    path = tmp_path / "csrc/cuda/documents.h"
     path.write_text(path.read_text().replace("__syncthreads();", "", 1))
     done = races(tmp_path / "csrc", tmp_path / "races")
     assert done.returncode != 0 and "ThreadSanitizer: data race" in done.stderr
@@ -337,7 +354,7 @@ def test_library_registers_and_is_left_alone_by_a_torch_without_cuda(built):
         f"ctypes.CDLL({str(built)!r})\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "names = ['noisy_embedding', 'noisy_embedding.out', 'add_noise', 'add_noise.out', "
-        "'mask_layout', 'padding_layout']\n"
+        "'mask_layout', 'padding_layout', 'number_documents', 'number_padding']\n"
         "assert all(has(f'neftune_kernels::cuda_{name}', 'CUDA') for name in names)\n"
         "ids, weight = torch.zeros(1, 2).long(), torch.ones(3, 8)\n"
         "assert n.noisy_embedding(ids, weight, 5.0, seed=1).ne(1).all()"

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 accelerate_state = pytest.importorskip("accelerate.state")
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-NAMES = ("accelerate_loop", "compute_loss", "lightning_module", "trainer")
+NAMES = ("accelerate_loop", "compute_loss", "cuda_graph", "lightning_module", "trainer")
 NEEDS = {"lightning_module": "pytorch_lightning", "compute_loss": "peft"}
 HIDDEN = 48
 
@@ -203,6 +203,22 @@ def test_trainer(embedded, capsys):
         == "transformers.integrations.neftune"
     )
     assert "the same weights" in capsys.readouterr().out
+    assert not same_weights(result["model"], example.main(noise_alpha=0.0)["model"])
+
+
+def test_cuda_graph(embedded, capsys):
+    """Here without a graph: the step's lines are the same."""
+    example = load("cuda_graph")
+    result = example.main()
+    assert result["alphas"] == [10.0 + (0.0 - 10.0) * (step / 30) for step in range(30)]
+    assert len(embedded) == example.STEPS == 30
+    for step, (training, ids, noise) in enumerate(embedded):
+        expected, mask = example.batch(step)
+        assert training and torch.equal(ids, expected)
+        check_noise(noise, mask, result["alphas"][step])
+    assert result["losses"][-1] < 1 < result["losses"][0]
+    assert "on cpu" in capsys.readouterr().out
+    assert same_weights(result["model"], example.main()["model"])
     assert not same_weights(result["model"], example.main(noise_alpha=0.0)["model"])
 
 

@@ -107,6 +107,15 @@ def test_same_launch(compared, record_property, name):
     )
 
 
+def test_a_launch_with_the_devices_alpha_is_that_of_every_alpha(compared):
+    """A captured graph holds the launch: at another alpha it would be the same, byte for byte, and
+    the host has not asked for its value. With the host's alpha it would not.
+    """
+    assert len(compared["alphas"]) == 6
+    for name, is_same in compared["alphas"].items():
+        assert is_same == name.startswith("device"), name
+
+
 def test_swapped_arguments_are_seen(run_calls):
     """Two integers of each launch swapped: each launch differs, in just these two."""
     for name, found in run_calls("--spoiled")["calls"].items():

@@ -47,9 +47,28 @@ def test_loads_in_flight_are_those_of_resident_programs(registers, threads, prog
 def test_our_work_is_that_of_the_compiled_code():
     (h100,) = [gpu for gpu in predict.GPUS if gpu.name == "H100"]
     code = codegen.measure(codegen.Configuration("sm_90", "bfloat16", 4096, "lengths"))
-    work = predict.of_ours(h100, 100, 4096, "lengths")
-    warps = 100 * 4096 / code.elements_per_thread / 32
+    work = predict.of_ours(h100, 1000, 4096, "lengths")
+    warps = 1000 * 4096 / code.elements_per_thread / 32
     assert work.instructions == code.instructions * warps
     assert work.float64 == warps * sum(code.opcodes[name] for name in ("DFMA", "DMUL", "DADD"))
-    assert work.bytes == 100 * 4096 * 4
+    assert work.bytes == 1000 * 4096 * 4
     assert work.in_flight == 4
+
+
+def test_rows_of_small_calls_are_shared_out():
+    (h100,) = [gpu for gpu in predict.GPUS if gpu.name == "H100"]
+    shared = codegen.Configuration("sm_90", "bfloat16", 4096, "lengths", shares=16)
+    code, work = codegen.measure(shared), predict.of_ours(h100, 8, 4096, "lengths")
+    assert code.elements_per_thread == 8 and work.reading == 32
+    assert work.chain == code.instructions and work.instructions == 8 * 16 * code.instructions
+
+
+def test_a_mask_costs_the_launches_of_its_numbering():
+    (h100,) = [gpu for gpu in predict.GPUS if gpu.name == "H100"]
+    row = predict.of_ours(h100, 8 * 512, 4096, "numbering")
+    plain, documents = (predict.of_masked(h100, 8, 512, 4096, is_plain) for is_plain in (1, 0))
+    assert plain.launches == documents.launches == row.launches + 1
+    assert 50 < plain.earlier < documents.earlier
+    found = predict.predict(plain, h100).seconds - predict.predict(row, h100).seconds
+    more_bytes = (plain.bytes - row.bytes) / h100.bandwidth
+    assert found == pytest.approx(LAUNCH + plain.earlier * 4 / h100.clock + more_bytes, rel=1e-9)

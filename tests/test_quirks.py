@@ -393,6 +393,27 @@ def test_a_model_of_several_parts_that_names_no_samples(given):
     assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, **given, seed=seed))
 
 
+def dropping(self, input_ids=None, position_ids=None, **kwargs):
+    return self.fnet(input_ids, position_ids=position_ids)
+
+
+def placed(self, input_ids=None, position_ids=None):
+    return self.embed(input_ids)
+
+
+@pytest.mark.parametrize("given", [{}, {"attention_mask": KEEP}], ids=["untold", "told"])
+def test_a_mask_that_the_model_drops(given):
+    """FNet attends to all, and takes a mask among its other arguments as any trainer gives it."""
+    package = "transformers.models.fnet"
+    model = built(package, "FNetForMaskedLM", dropping)
+    model.fnet = built(package, "FNetModel", placed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, seed = called(model, IDS, "fnet.embed", **given)
+    weight = model.fnet.embed.weight
+    assert torch.equal(out, noisy_embedding(IDS, weight, 5.0, **given, seed=seed))
+
+
 def grounding(self, input_ids=None, pixel_values=None, attention_mask=None):
     phrases = torch.arange(input_ids.shape[1]).expand_as(input_ids) % 3
     attends = torch.eye(input_ids.shape[1], dtype=torch.bool)[None, None]

@@ -17,7 +17,6 @@ import pathlib
 import subprocess
 import sys
 import warnings
-from unittest import mock
 
 import golden_vectors
 import pytest
@@ -29,6 +28,7 @@ from numbering_forms import forms, table_and_record, words_of
 from neftune_kernels import (
     NEFTuneEmbedding,
     add_noise,
+    apply_neftune,
     available_backends,
     backends,
     lookup,
@@ -110,6 +110,12 @@ def gpu(device):
 
 
 @pytest.fixture
+def alpha_on_device(device, monkeypatch):
+    """Alpha is taken for the device's, wherever that is."""
+    monkeypatch.setattr(kernels(), "is_on_host", lambda noise_alpha: False)
+
+
+@pytest.fixture
 def public(device, monkeypatch):
     """Where the public functions choose Triton by themselves."""
     if INTERPRETED:
@@ -175,11 +181,10 @@ def triton_layout(
 
 
 def numbered(what, per_token, *given):
-    number = getattr(kernels(), f"number_{what}", None)
-    if per_token or number is None:  # the CUDA kernels know arrays alone
+    if per_token:
         arrays = {"documents": "mask_layout", "padding": "padding_layout"}[what]
         return getattr(kernels(), arrays)(*given)
-    return layouts.Layout(numbering=number(*given))
+    return layouts.Layout(numbering=getattr(kernels(), f"number_{what}")(*given))
 
 
 class NotServed(AssertionError):
@@ -197,14 +202,14 @@ def by_kernel(
     sample_offset=0,
     position_offset=0,
     embed_scale=1.0,
+    capturable=False,
     **samples,
 ):
-    """noisy_embedding through the launcher itself, so that the interpreter serves too."""
-    padding_idx, noise_mask, sign = (
-        samples.pop("padding_idx", None),
-        samples.pop("noise_mask", None),
-        samples.pop("sign", 1),
-    )
+    """noisy_embedding through the launcher itself, so that the interpreter serves too; capturable:
+    alpha is the device's, as the fixture alpha_on_device says.
+    """
+    alpha = torch.tensor(samples.pop("sign", 1) * noise_alpha, dtype=torch.float64)
+    padding_idx, noise_mask = samples.pop("padding_idx", None), samples.pop("noise_mask", None)
     if padding_idx is not None and not samples:
         samples = {"padded_ids": input_ids, "padding_idx": padding_idx}
     per_token = noise_mask is not None
@@ -221,7 +226,7 @@ def by_kernel(
         cuda(input_ids, device),
         cuda(weight, device),
         torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device),
-        torch.tensor(sign * noise_alpha, dtype=torch.float64),
+        cuda(alpha, device) if capturable else alpha,
         *layout,
         replica,
         sample_offset,
@@ -243,7 +248,8 @@ def agree(device, input_ids, weight, noise_alpha=5.0, **arguments):
             "bfloat16"
         )
     arguments = {"seed": 3, **arguments}
-    expected = noisy_embedding(input_ids, weight, noise_alpha, **arguments, backend="reference")
+    wanted = {name: value for name, value in arguments.items() if name != "capturable"}
+    expected = noisy_embedding(input_ids, weight, noise_alpha, **wanted, backend="reference")
     if not torch.equal(expected, F.embedding(input_ids, weight)):
         assert same_bits(by_kernel(device, input_ids, weight, noise_alpha, **arguments), expected)
         return
@@ -354,6 +360,29 @@ def test_drawn_calls(device):
     check()
 
 
+@pytest.mark.parametrize("tokens", (1, 31, 32, 128, 129, 512, 513, 10**6))
+def test_rows_are_shared_out_where_tokens_are_few(device, tokens):
+    """A program keeps one of a row's sixteen pieces, four, or all."""
+    shares = [kernels().row_shares(tokens, d, 32) for d in (256, 576, 1024, 4096, 8192, 9000)]
+    wide = 16 if tokens <= 128 else 4 if tokens <= 512 else 1
+    assert shares == [1, 1, min(wide, 4), wide, wide, min(wide, 4)]
+    for d, share in zip((1024, 4096, 9000), shares[2:4] + shares[5:], strict=True):
+        _, pieces, _ = kernels().row_shape(d, 32)
+        _, constexprs = kernels().row_constants(torch.bfloat16, d, d, 1, True, False, 32, share)
+        assert constexprs[3:5] == (-(-pieces // share), share)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_rows_that_are_not_shared(device, monkeypatch, dtype):
+    """The program of larger calls, which these tests' calls are too small for."""
+    monkeypatch.setattr(kernels(), "PROGRAMS", 0)
+    batch = make_batch("ragged", rows=2, columns=2)
+    for embedding_dim in (1024, 4104):
+        weight = make_weight(embedding_dim, dtype)
+        agree(device, batch.input_ids, weight)
+        agree(device, batch.input_ids, weight, lengths=batch.lengths, embed_scale=1.7)
+
+
 @pytest.mark.parametrize("embedding_dim", (1, 7, 8, 20, 64, 100, 576, 896, 4096, 4104))
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_every_dtype_and_width(device, dtype, embedding_dim):
@@ -439,23 +468,15 @@ def assert_same_layout(shape, device, attention_mask=None, position_ids=None):
         cuda(attention_mask, device),
         None if position_ids is None else cuda(position_ids, device).expand(shape),
     )
-    number, tables = getattr(kernels(), "number_documents", None), []
-
-    def noted(*given):
-        tables.append(number(*given))
-        return tables[0]
-
-    with mock.patch.object(kernels(), "number_documents", noted, create=True):
-        arrays = kernels().mask_layout(*on_device)
-    document, position, lengths = (tensor.cpu() for tensor in arrays)
+    document, position, lengths = (tensor.cpu() for tensor in kernels().mask_layout(*on_device))
     real = expected[0] >= 0
     documents = expected[0][real].unique()
     assert torch.equal(document, expected[0])
     assert torch.equal(position[real], expected[1][real])
     assert torch.equal(lengths[documents], expected[2][documents])
-    for numbering in tables:  # none of the CUDA kernels
-        told = attention_mask, None if position_ids is None else position_ids.expand(shape)
-        assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
+    numbering = kernels().number_documents(*on_device)
+    told = attention_mask, None if position_ids is None else position_ids.expand(shape)
+    assert_same_tables(numbering.cpu(), layouts.number_documents(*told), shape)
 
 
 def assert_same_tables(numbering, expected, shape):
@@ -782,6 +803,40 @@ def test_smallest_magnitude(device, samples, sign):
     smaller = 8 * float(torch.nextafter(torch.tensor(2.0**-90), torch.tensor(0.0)))
     quiet = by_kernel(device, ids, -torch.zeros(8, 16), smaller, seed=3, **arguments)
     assert same_bits(quiet, -torch.zeros(2, 4, 16))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("width", (16, 20))
+def test_alpha_on_the_device(device, alpha_on_device, width, dtype):
+    """Read by the kernel, in every layout, with the host's bits."""
+    batch, weight = make_batch("holes", rows=3, columns=5), make_weight(width, dtype)
+    place = torch.arange(15).reshape(3, 5) % 4
+    other = {"embed_scale": 1.7, "sign": -1, "replica": 2, "position_offset": 1}
+    for said in (
+        {},
+        other,
+        {"lengths": torch.tensor([5, 2, 1]), **other},
+        {"attention_mask": batch.attention_mask},
+        {"attention_mask": batch.attention_mask, "position_ids": place, **other},
+        {"cu_seqlens": torch.tensor([0, 4, 4, 15])},
+        {"attention_mask": batch.attention_mask, "noise_mask": torch.arange(15).view(3, 5) % 3},
+    ):
+        agree(device, batch.input_ids, weight, 7.3, capturable=True, **said)
+
+
+@pytest.mark.parametrize("samples", [{}, {"lengths": torch.tensor([4, 4])}], ids=["row", "lengths"])
+def test_extremes_of_alpha_on_the_device(device, alpha_on_device, samples):
+    """0 and what is below the threshold are no noise; NaN is loud, as nobody else looks at it."""
+    ids, quiet = torch.arange(8).reshape(2, 4), -torch.zeros(8, 16)
+    for alpha in (8 * 2.0**-90, 1e30):
+        agree(device, ids, torch.zeros(8, 16), alpha, capturable=True, **samples)
+    below = 8 * float(torch.nextafter(torch.tensor(2.0**-90), torch.tensor(0.0)))
+    for alpha in (0.0, -0.0, below, -below):
+        out = by_kernel(device, ids, quiet, alpha, seed=3, capturable=True, **samples)
+        assert same_bits(out, -torch.zeros(2, 4, 16))
+    nan = float("nan")
+    assert by_kernel(device, ids, quiet, nan, seed=3, capturable=True, **samples).isnan().all()
+    assert by_kernel(device, ids, quiet, math.inf, seed=3, capturable=True, **samples).isinf().any()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -1182,6 +1237,110 @@ def test_cuda_graph_replays_fresh_noise(gpu):
         for i, j in ((0, 1), (1, 2), (0, 2))
         for k in (0, 1)
     )
+
+
+def test_captured_module_replays_with_todays_alpha(gpu):
+    """A training step captured by hand: fresh noise, and the alpha that was set last."""
+    batch, weight = make_batch("ragged"), make_weight(64, torch.float32)
+    ids, mask = batch.input_ids.to(gpu), batch.attention_mask.to(gpu)
+    module = NEFTuneEmbedding(11, 64, capturable=True, noise_alpha=0).to(gpu)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+
+    def step():
+        seed = torch.empty((), dtype=torch.int64, device=gpu).random_(-(2**63), None)
+        known, drawn = module(ids, mask, seed=seed), module(ids, mask)
+        (known * drawn.detach()).sum().backward()
+        return seed, known, drawn
+
+    stream = torch.cuda.Stream(gpu)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            module.weight.grad = None
+            step()
+    torch.cuda.synchronize()
+    graph, seen = torch.cuda.CUDAGraph(), []
+    module.weight.grad = None
+    with torch.cuda.graph(graph):
+        seed, known, drawn = step()
+    for alpha in (5, 7, 0, 2.5):
+        module.noise_alpha = alpha
+        graph.replay()
+        wanted = {"attention_mask": batch.attention_mask, "seed": int(seed)}
+        expected = noisy_embedding(batch.input_ids, weight, float(alpha), **wanted)
+        assert same_bits(known.detach().cpu(), expected), alpha
+        seen.append(drawn.detach().clone())
+    assert same_bits(seen[2].cpu(), F.embedding(batch.input_ids, weight))
+    assert not torch.equal(seen[0], seen[1]) and module.weight.grad.isfinite().all()
+
+
+def test_alpha_set_in_a_capture_is_refused(gpu):
+    module = NEFTuneEmbedding(11, 64, capturable=True, device=gpu)
+    module(torch.arange(8, device=gpu))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError, match="set while a CUDA graph is captured"):
+            module.noise_alpha = 7
+        module(torch.arange(8, device=gpu))
+    assert module.noise_alpha == 5 and float(module._alpha) == 5
+
+
+class Looked(torch.nn.Module):
+    """A model that apply_neftune noises."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 256, device=device)
+
+    def forward(self, input_ids):
+        return self.embed(input_ids)
+
+
+def assert_loud(noisy, ids, weight, alpha):
+    """The largest of 2048 draws says what alpha was."""
+    noise = noisy.detach() - F.embedding(ids, weight.detach())
+    bound = alpha / (8 * 256) ** 0.5
+    assert 0.98 * bound - 1e-6 <= float(noise.abs().max()) <= bound + 1e-6, alpha
+    return noise.clone()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_captured_model_replays_with_todays_alpha(gpu, fused):
+    """Under apply_neftune; alpha is written by the handle."""
+    ids, model = torch.arange(8, device=gpu)[None], Looked(gpu)
+    options = {"embedding": "embed", "embedding_multiplier": 1.0, "fused": fused}
+    handle = apply_neftune(model, 5.0, capturable=True, **options)
+    stream = torch.cuda.Stream(gpu)
+    with torch.cuda.stream(stream):
+        model(ids)
+    torch.cuda.synchronize()
+    graph, seen = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        out = model(ids)
+    for alpha in (5, 5, 7, 0, 2):
+        handle.noise_alpha = alpha
+        graph.replay()
+        seen.append(assert_loud(out, ids, model.embed.weight, alpha))
+        stats = handle.stats()
+        assert stats["magnitude_max"] == pytest.approx(alpha / (8 * 256) ** 0.5)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_reduce_overhead_replays_with_todays_alpha(gpu):
+    """Nothing is skipped, nothing compiled anew."""
+    ids = torch.arange(8, device=gpu)[None]
+    module = NEFTuneEmbedding(11, 256, capturable=True, device=gpu)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, seen = torch.compile(module, mode="reduce-overhead", fullgraph=True), []
+    for alpha in (5, 5, 5, 7, 0, 2):
+        torch.compiler.cudagraph_mark_step_begin()
+        module.noise_alpha = alpha
+        with torch.no_grad():  # a backward that never comes would keep the graph from replaying
+            seen.append(assert_loud(compiled(ids), ids, module.weight, alpha))
+    assert not torch.equal(seen[1], seen[2])
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["inductor"]["cudagraph_skips"]
 
 
 def test_more_than_int32_elements(gpu):

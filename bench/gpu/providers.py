@@ -21,7 +21,11 @@ VOCABULARIES = {576: 49152, 1024: 32000, 2048: 128256, 4096: 32000, 8192: 32000}
 PACKED = (1, 65536, 1024)
 NUMBERING_WIDTHS = (4096, 1024)  # numbering does not depend on d: once per number of tokens
 DIFFERENT = "differs from the reference on the same device"
-OPERATORS = {"triton": "number_documents", "cuda": "cuda_mask_layout", "cpp": "number_documents"}
+OPERATORS = {
+    "triton": "number_documents",
+    "cuda": "cuda_number_documents",
+    "cpp": "number_documents",
+}
 
 Shape = tuple[int, int, int]  # (B, T, d)
 Told = dict[str, Tensor]  # arguments that tell the samples

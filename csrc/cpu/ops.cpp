@@ -268,14 +268,14 @@ void add_noise_to_rows(const Source& source,  // rows of embedding_dim elements
   const Kernels& kernels = current_kernels();
   const uint64_t seed =
       static_cast<uint64_t>(read_scalar<int64_t>(noise.seed, ScalarType::Long, "seed"));
-  const double noise_alpha =
-      read_scalar<double>(noise.noise_alpha, ScalarType::Double, "noise_alpha");
+  double noise_alpha = read_scalar<double>(noise.noise_alpha, ScalarType::Double, "noise_alpha");
+  if (std::isnan(noise_alpha)) noise_alpha = std::numeric_limits<double>::quiet_NaN();
   const Layout layout(rows, columns, noise);
   const int64_t tokens = rows * columns, embedding_dim = source.embedding_dim(),
                 row_bytes = source.bytes();
   if (tokens == 0) return;
   const bool scaled = embed_scale != 1;
-  // A NaN scale loses its payload, which rounding to bfloat16 could otherwise carry out of the
+  // A NaN loses its payload, which rounding to bfloat16 could otherwise carry out of the
   // NaNs.
   const float scale = std::isnan(embed_scale) ? std::numeric_limits<float>::quiet_NaN()
                                               : static_cast<float>(embed_scale);

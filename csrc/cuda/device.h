@@ -27,6 +27,9 @@ class Device {
     }
   }
 
+  // Else kernels read it, and a CUDA graph records its address.
+  static bool is_on_host(const Tensor& noise_alpha) { return noise_alpha.is_cpu(); }
+
   // Of all versions from 2.10 on, the function is in torch's CUDA library: looked up, as there is
   // none to link to beside a torch for CPUs.
   void* stream() const {

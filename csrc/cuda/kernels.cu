@@ -1,5 +1,5 @@
-// Lookup, scale and NEFTune noise in one launch, masks and position ids numbered in one more; see
-// noise.h for the formula.
+// Lookup, scale and NEFTune noise in one launch, masks and position ids numbered in one more
+// (documents.h); see noise.h for the formula.
 //
 //     out[token] = cast(e + x·step),  e = source[id] or cast(source[id]·scale)
 //
@@ -17,21 +17,19 @@
 
 #define NEFTUNE_GRID_COLUMNS 0x7FFFFFFF
 #define NEFTUNE_GRID_ROWS 65535
-#define NEFTUNE_DOCUMENT_BLOCKS 128
-#define NEFTUNE_DOCUMENT_THREADS 256
+#define NEFTUNE_GRID_BLOCKS 0x7FFFFFFF
 #endif
 
 #define NEFTUNE_DEVICE static __device__ __forceinline__
 
+#include "documents.h"
+
 namespace neftune_kernels {
 namespace {
 
-constexpr int kLanes = 32;  // threads of one token
 constexpr int kTokensPerBlock = 4;
 constexpr int kBlocksPerMultiprocessor = 12;  // 48 warps: at most 40 registers a thread
 constexpr int kVectorsAhead = 2;              // loads under way before the first is used
-constexpr int kDocumentThreads = NEFTUNE_DOCUMENT_THREADS;
-constexpr int kTokensPerThread = 8;
 
 // ---- element types: vectors of 16 bytes, or single values
 
@@ -120,8 +118,13 @@ NEFTUNE_DEVICE int64_t value_at(const Integers& values, int64_t index) {
                      : static_cast<const int32_t*>(values.data)[index];
 }
 
+// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; a
+// numbering; any of these; any of these, and alpha on the device.
+enum LayoutKind { kNoLayout, kPerToken, kBounds, kNumbered, kAnyLayout, kCapturable };
+
+template <LayoutKind kind>
 NEFTUNE_DEVICE float step_of(const RowArguments& a, int64_t length) {
-  return noise_step(a.noise_alpha, length,
+  return noise_step(kind == kCapturable ? *a.device_alpha : a.noise_alpha, length,
                     std::sqrt(static_cast<double>(length) * static_cast<double>(a.embedding_dim)));
 }
 
@@ -140,20 +143,6 @@ NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   return low - 1;
 }
 
-// The number of the row's document 0.
-NEFTUNE_DEVICE int64_t documents_before(const RowArguments& a, int64_t row) {
-  int64_t documents = a.numbering.words[row].before;
-  if (documents >= 0) return documents;
-  documents = 0;
-#pragma unroll 1
-  for (int64_t earlier = 0; earlier < row; ++earlier)
-    documents += documents_of(a.numbering.words[earlier]);
-  return documents;
-}
-
-// What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; a
-// numbering; any of these but that; any of these.
-enum LayoutKind { kNoLayout, kPerToken, kBounds, kNumbered, kAnyButNumbered, kAnyLayout };
 
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do
 // not hold are padding.
@@ -163,7 +152,7 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
   if (kind == kNoLayout) {
     return {static_cast<uint32_t>(row) + a.sample_offset,
             static_cast<uint32_t>(column) + a.position_offset, a.step};
-  } else if (kind == kBounds || (kind >= kAnyButNumbered && a.cu_seqlens.data)) {
+  } else if (kind == kBounds || (kind >= kAnyLayout && a.cu_seqlens.data)) {
     sample = document_of(a, token);
     if (sample >= 0 && sample < a.num_samples) {
       const uint64_t start =
@@ -172,9 +161,10 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
       position = static_cast<int64_t>(token - start);
       length = static_cast<int64_t>(value_at(a.cu_seqlens, sample + 1) - start);
     }
-  } else if (kind == kNumbered || (kind == kAnyLayout && a.numbering.words)) {
-    const NumberedToken found =
-        token_of(a.numbering, a.numbering.words[row], documents_before(a, row), token, column);
+  } else if (kind == kNumbered || (kind >= kAnyLayout && a.numbering.words)) {
+    const RowWords words = a.numbering.words[row];
+    const NumberedToken found = token_of(
+        a.numbering, words, documents_before(a.numbering, words, row), token, column);
     sample = found.document;
     position = found.position;
     length = found.length;
@@ -190,7 +180,7 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
     }
   }
   return {static_cast<uint32_t>(sample) + a.sample_offset,
-          static_cast<uint32_t>(position) + a.position_offset, step_of(a, length)};
+          static_cast<uint32_t>(position) + a.position_offset, step_of<kind>(a, length)};
 }
 
 // Where source holds the token's row, in elements; -1 for an id out of range.
@@ -361,7 +351,7 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiproces
 }
 
 // The grid may be smaller than the tokens.
-template <class Element>
+template <class Element, LayoutKind kind>
 __global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
   const int64_t first_row = blockIdx.y + int64_t{blockIdx.z} * gridDim.y;
@@ -373,179 +363,9 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowA
       const Storage* source = offset < 0 ? nullptr : static_cast<const Storage*>(a.source) + offset;
       const int64_t token = row * a.columns + column;
       Storage* out = static_cast<Storage*>(a.out) + token * a.embedding_dim;
-      any_row<Element>(a, noise_of_place(a, place_of<kAnyLayout>(a, token, row, column)), source,
-                       out);
+      any_row<Element>(a, noise_of_place(a, place_of<kind>(a, token, row, column)), source, out);
     }
   }
-}
-
-// ---- documents
-
-// A scan over the block's threads, in order: what stands before the thread's own value, and in
-// `carry` what stands before the next block of tokens. Associative `then`.
-template <class T>
-NEFTUNE_DEVICE T scan(T own, T& carry, T (*shared)[kDocumentThreads]) {
-  const int thread = threadIdx.x;
-  int now = 0;
-  shared[now][thread] = own;
-  __syncthreads();
-  for (int distance = 1; distance < kDocumentThreads; distance *= 2) {
-    own = shared[now][thread];
-    if (thread >= distance) own = then(shared[now][thread - distance], own);
-    now = 1 - now;
-    shared[now][thread] = own;
-    __syncthreads();
-  }
-  const T before = thread == 0 ? carry : then(carry, shared[now][thread - 1]);
-  carry = then(carry, shared[now][kDocumentThreads - 1]);
-  __syncthreads();
-  return before;
-}
-
-struct LastReal {
-  int64_t token;  // flat; -1: none
-};
-
-NEFTUNE_DEVICE LastReal then(LastReal a, LastReal b) { return b.token >= 0 ? b : a; }
-
-// Of a run of tokens.
-struct Run {
-  int64_t documents;  // that open in it
-  int64_t reals;
-  int64_t reals_before;  // of them before its last document opened; -1: none did
-  int64_t first;  // flat index of the first real token of that document, or of the one that was
-                  // open before; -1: none
-};
-
-NEFTUNE_DEVICE Run then(const Run& a, const Run& b) {
-  return {a.documents + b.documents, a.reals + b.reals,
-          b.reals_before >= 0 ? a.reals + b.reals_before : a.reals_before,
-          b.first >= 0 ? b.first : a.first};
-}
-
-NEFTUNE_DEVICE int64_t value_at(const Values& values, int64_t row, int64_t column) {
-  const int64_t index = row * values.row + column * values.column;
-  switch (values.bytes) {
-    case 1:
-      return values.is_signed ? int64_t{static_cast<const int8_t*>(values.data)[index]}
-                              : static_cast<const uint8_t*>(values.data)[index];
-    case 2:
-      return values.is_signed ? int64_t{static_cast<const int16_t*>(values.data)[index]}
-                              : static_cast<const uint16_t*>(values.data)[index];
-    case 4:
-      return values.is_signed ? int64_t{static_cast<const int32_t*>(values.data)[index]}
-                              : static_cast<const uint32_t*>(values.data)[index];
-    default:
-      return static_cast<const int64_t*>(values.data)[index];
-  }
-}
-
-// Both zeros of a floating type are zero.
-NEFTUNE_DEVICE int64_t mask_at(const Values& mask, int64_t row, int64_t column) {
-  const int64_t value = value_at(mask, row, column);
-  return mask.absolute && (value & mask.absolute) == 0 ? 0 : value;
-}
-
-NEFTUNE_DEVICE bool real_at(const DocumentArguments& a, int64_t row, int64_t column) {
-  if (!a.mask.data) return true;
-  return a.has_padding_value ? value_at(a.mask, row, column) != a.padding_value
-                             : mask_at(a.mask, row, column) != 0;
-}
-
-// Whether a real token opens a document after `previous`, the real token before it in its row.
-NEFTUNE_DEVICE bool opens_after(const DocumentArguments& a, int64_t row, int64_t column,
-                                int64_t previous) {
-  if (a.numbered) {
-    const int64_t value = mask_at(a.mask, row, column);
-    if (value != mask_at(a.mask, row, previous) || (value & a.mask.absolute) > a.mask.infinity)
-      return true;  // NaN is unlike itself
-  }
-  if (!a.position_ids.data) return false;
-  const uint64_t id = value_at(a.position_ids, row, column),
-                 previous_id = value_at(a.position_ids, row, previous);
-  return id - previous_id != 1 && id - previous_id != static_cast<uint64_t>(column - previous);
-}
-
-struct DocumentScratch {
-  LastReal last[2][kDocumentThreads];
-  Run runs[2][kDocumentThreads];
-};
-
-// Numbers the documents of flat tokens begin .. end - 1, whole rows, from number `documents` on;
-// returns the next number.
-NEFTUNE_DEVICE int64_t number_range(const DocumentArguments& a, int64_t begin, int64_t end,
-                                    int64_t documents, bool write, DocumentScratch& scratch) {
-  LastReal last{-1};
-  Run run{documents, 0, -1, -1};
-  for (int64_t start = begin; start < end; start += int64_t{kDocumentThreads} * kTokensPerThread) {
-    const int64_t token = start + int64_t{kTokensPerThread} * threadIdx.x;
-    const int count = static_cast<int>(token + kTokensPerThread <= end ? kTokensPerThread
-                                       : token < end                   ? end - token
-                                                                       : 0);
-    const int64_t first_row = token / a.columns, first_column = token - first_row * a.columns;
-
-    uint32_t reals = 0;
-    LastReal own{-1};
-    for (int64_t i = 0, row = first_row, column = first_column; i < count; ++i) {
-      if (real_at(a, row, column)) {
-        reals |= 1u << i;
-        own.token = token + i;
-      }
-      if (++column == a.columns) column = 0, ++row;
-    }
-    LastReal previous = scan(own, last, scratch.last);
-
-    uint32_t opens = 0;
-    Run mine{0, 0, -1, -1};
-    for (int64_t i = 0, row = first_row, column = first_column; i < count; ++i) {
-      const bool real = reals >> i & 1, follows = previous.token >= token + i - column;
-      const bool further =
-          real && follows && opens_after(a, row, column, previous.token - (token + i - column));
-      if (further || column == 0) {
-        opens |= 1u << i;
-        mine.documents += 1;
-        mine.reals_before = mine.reals;
-      }
-      if (further || (real && !follows)) mine.first = token + i;
-      if (real) {
-        mine.reals += 1;
-        previous.token = token + i;
-      }
-      if (++column == a.columns) column = 0, ++row;
-    }
-    Run before = scan(mine, run, scratch.runs);
-    if (!write) continue;
-
-    for (int64_t i = 0, column = first_column; i < count; ++i) {
-      const bool real = reals >> i & 1, open = opens >> i & 1;
-      if (open) {
-        if (before.reals_before >= 0)
-          a.lengths[before.documents - 1] = before.reals - before.reals_before;
-        before.documents += 1;
-        before.reals_before = before.reals;
-      }
-      if (real && (open || before.first < token + i - column)) before.first = token + i;
-      a.document[token + i] = real ? before.documents - 1 : -1;
-      a.position[token + i] = token + i - before.first;
-      before.reals += real;
-      if (++column == a.columns) column = 0;
-    }
-  }
-  if (write && threadIdx.x == 0 && begin < end)
-    a.lengths[run.documents - 1] = run.reals - run.reals_before;
-  return run.documents;
-}
-
-// layout.mask_layout. A block has `rows_each` whole rows; it first counts the documents of the rows
-// before, so none waits for another.
-__global__ void __launch_bounds__(kDocumentThreads) number_documents(const DocumentArguments a) {
-  __shared__ DocumentScratch scratch;
-  const int64_t first_row = blockIdx.x * a.rows_each,
-                last_row = first_row + a.rows_each < a.rows ? first_row + a.rows_each : a.rows;
-  const int64_t begin = first_row * a.columns;
-  const bool further = a.numbered || a.position_ids.data;
-  const int64_t documents = further ? number_range(a, 0, begin, 0, false, scratch) : first_row;
-  number_range(a, begin, last_row * a.columns, documents, true, scratch);
 }
 
 // ---- launches
@@ -571,11 +391,17 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   const dim3 grid(grid_columns, grid_rows, grid_folds), block(kLanes, tokens);
   const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX &&
                        a.rows <= UINT32_MAX;
-  // No instance for a scale and a numbering: no kernel here writes one yet.
-  if (!a.vectors || !covered || (a.scaled && a.numbering.words))
-    return launch(noisy_rows<Element>, grid, block, stream, a);
+  if (a.device_alpha) {
+    if (!a.vectors || !covered)
+      return launch(noisy_rows<Element, kCapturable>, grid, block, stream, a);
+    if (a.scaled)
+      return launch(noisy_vector_rows<Element, kCapturable, true>, grid, block, stream, a);
+    return launch(noisy_vector_rows<Element, kCapturable, false>, grid, block, stream, a);
+  }
+  if (!a.vectors || !covered)
+    return launch(noisy_rows<Element, kAnyLayout>, grid, block, stream, a);
   if (a.scaled)
-    return launch(noisy_vector_rows<Element, kAnyButNumbered, true>, grid, block, stream, a);
+    return launch(noisy_vector_rows<Element, kAnyLayout, true>, grid, block, stream, a);
   if (a.cu_seqlens.data)
     return launch(noisy_vector_rows<Element, kBounds, false>, grid, block, stream, a);
   if (a.numbering.words)
@@ -598,13 +424,29 @@ const char* launch_noisy_rows(const RowArguments& arguments, ElementType type, v
   }
 }
 
-const char* launch_number_documents(DocumentArguments arguments, void* stream) {
-  const int64_t blocks =
-      arguments.rows < NEFTUNE_DOCUMENT_BLOCKS ? arguments.rows : NEFTUNE_DOCUMENT_BLOCKS;
-  arguments.rows_each = (arguments.rows + blocks - 1) / blocks;
-  return launch(number_documents,
-                dim3((arguments.rows + arguments.rows_each - 1) / arguments.rows_each),
-                dim3(kDocumentThreads), stream, arguments);
+const char* launch_number_documents(const DocumentArguments& a, void* stream) {
+  const int64_t blocks = a.rows * a.pieces;
+  if (blocks > NEFTUNE_GRID_BLOCKS) return "there are more rows than a grid has blocks";
+  const dim3 grid(blocks);
+  const auto threads = [](int64_t tokens, int each) {
+    return dim3((tokens + each * kLanes - 1) / (each * kLanes) * kLanes);
+  };
+  if (a.pieces > 1) {
+    const dim3 block = threads(NEFTUNE_PIECE_TOKENS, kTokensOfThread);
+    const char* error = launch(summarise_pieces, grid, block, stream, a);
+    return error ? error : launch(number_pieces, grid, block, stream, a);
+  }
+  if (a.columns <= kLanes * kMostWarps * kTokensOfThread)
+    return launch(number_rows<kTokensOfThread>, grid, threads(a.columns, kTokensOfThread), stream,
+                  a);
+  return launch(number_rows<kMoreTokensOfThread>, grid, threads(a.columns, kMoreTokensOfThread),
+                stream, a);
+}
+
+const char* launch_number_tokens(const TokenArguments& a, void* stream) {
+  const int64_t blocks = a.rows * ((a.columns + kTokenThreads - 1) / kTokenThreads);
+  if (blocks > NEFTUNE_GRID_BLOCKS) return "there are more rows than a grid has blocks";
+  return launch(number_tokens, dim3(blocks), dim3(kTokenThreads), stream, a);
 }
 
 }  // namespace neftune_kernels

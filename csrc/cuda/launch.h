@@ -40,6 +40,7 @@ struct RowArguments {
   Integers lengths;        // (num_samples,)
   Integers cu_seqlens;     // (num_samples + 1,)
   Numbering numbering;     // words nullptr: not given
+  const double* device_alpha;  // () on the device; nullptr: noise_alpha and step say it
   double noise_alpha;
   float step;   // noise_step of `columns` real tokens, read where no layout is given
   float scale;  // embed_scale
@@ -51,32 +52,62 @@ struct RowArguments {
 // A mask's or position ids' values as 64-bit patterns: signed ones extended by sign, all others by
 // zeros.
 struct Values {
-  const void* data;  // (rows, columns) of `bytes` each; nullptr: not given
-  int64_t row;       // strides, in elements
-  int64_t column;
-  int8_t bytes;      // 1, 2, 4 or 8
+  const void* data;  // (rows, columns) of `bytes` each
+  int64_t row;       // stride, in elements; a row's values lie side by side
+  int32_t bytes;     // 1, 2, 4 or 8
   bool is_signed;    // signed integers
-  int64_t absolute;  // of floating ones all bits but the sign, of integers 0
-  int64_t infinity;  // of floating ones infinity's bits, of integers 0
+  int64_t absolute;  // of floating ones all bits but the sign, else all bits
+  int64_t infinity;  // of floating ones infinity's bits, else the largest number
+};
+
+// Consecutive tokens of a row.
+struct alignas(16) Span {
+  int32_t first;   // column of the first real one; kFar: there is none
+  int32_t last;    // of the last; -1: there is none
+  int32_t count;   // real ones
+  int32_t opened;  // documents that open in it, but for its first real token
+};
+
+struct DocumentArguments {
+  RowWords* words;       // (rows,) out, aligned to 16 bytes; these are numbering.h's tables
+  Entry* table;          // (rows · columns,) out, aligned to 8 bytes
+  int32_t* record;       // (rows · columns,) out
+  Span* summary;         // (rows · pieces,) scratch of rows in pieces; from bit 16 of `count` on
+                         // breaks, as of a Run
+  Values mask;           // (rows, columns) bool, integer or floating
+  Values position_ids;   // (rows, columns) integer
+  int64_t padding_value; // of the mask, padding where it equals that
+  uint32_t numbered;     // all bits or none: mask values that differ number documents
+  uint32_t all_real;     // likewise: the mask is not given, and is the position ids
+  uint32_t placed;       // likewise: the position ids are given, else they are the mask
+  int64_t rows;
+  int64_t columns;       // < 2³¹
+  int64_t pieces;        // of a row: pieces_of(columns)
 };
 
 // Not set: position of padding, and lengths beyond the documents.
-struct DocumentArguments {
-  int64_t* document;       // (rows · columns,) out
-  int64_t* position;       // (rows · columns,) out
-  int64_t* lengths;        // (rows · columns,) out
-  Values mask;             // (rows, columns) bool, integer or floating
-  Values position_ids;     // (rows, columns) integer
-  bool has_padding_value;  // the mask's values are ids, padding where they equal padding_value
-  bool numbered;           // values that differ number documents
-  int64_t padding_value;
+struct TokenArguments {
+  int64_t* document;  // (rows · columns,) out
+  int64_t* position;  // (rows · columns,) out
+  int64_t* lengths;   // (rows · columns,) out
+  Numbering numbering;
   int64_t rows;
   int64_t columns;
-  int64_t rows_each;  // whole rows of a block; the launch sets it
 };
+
+#ifndef NEFTUNE_ROW_TOKENS  // tests on the CPU have smaller ones
+#define NEFTUNE_ROW_TOKENS 4096    // of a block that has a whole row
+#define NEFTUNE_PIECE_TOKENS 2048  // of a block that has a piece of a longer row
+#endif
+
+inline int64_t pieces_of(int64_t columns) {
+  if (columns <= NEFTUNE_ROW_TOKENS) return 1;
+  return (columns + NEFTUNE_PIECE_TOKENS - 1) / NEFTUNE_PIECE_TOKENS;
+}
 
 // On the current device; a message where the launch failed, else nullptr. No synchronisation.
 const char* launch_noisy_rows(const RowArguments& arguments, ElementType type, void* stream);
-const char* launch_number_documents(DocumentArguments arguments, void* stream);
+const char* launch_number_documents(const DocumentArguments& arguments, void* stream);
+const char* launch_number_tokens(const TokenArguments& arguments, void* stream);
 
 }  // namespace neftune_kernels

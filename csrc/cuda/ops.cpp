@@ -97,9 +97,10 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   if (noise.seed.scalar_type() != ScalarType::Long || noise.seed.numel() != 1)
     fail<std::runtime_error>("seed must be a 0-dim int64 tensor");
   const Tensor& alpha = noise.noise_alpha;
-  if (!alpha.is_cpu() || alpha.scalar_type() != ScalarType::Double || alpha.numel() != 1) {
-    fail<std::runtime_error>("noise_alpha must be a 0-dim float64 tensor on the CPU");
-  }
+  if (alpha.scalar_type() != ScalarType::Double || alpha.numel() != 1)
+    fail<std::runtime_error>("noise_alpha must be a 0-dim float64 tensor");
+  const bool is_on_host = Device::is_on_host(alpha);
+  if (!is_on_host) device.check(alpha, "noise_alpha");
   const int64_t tokens = arguments.rows * arguments.columns;
   const Flat document(device, noise.document, "document", tokens),
       position(device, noise.position, "position", tokens);
@@ -125,10 +126,15 @@ void add_noise_to_rows(const Device& device, RowArguments arguments, ElementType
   arguments.lengths = lengths.values();
   arguments.cu_seqlens = bounds.values();
   arguments.num_samples = noise.cu_seqlens ? bounds.size() - 1 : noise.lengths ? lengths.size() : 0;
-  arguments.noise_alpha = *static_cast<const double*>(alpha.const_data_ptr());
-  const double elements =
-      static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
-  arguments.step = noise_step(arguments.noise_alpha, arguments.columns, std::sqrt(elements));
+  const double* alpha_data = static_cast<const double*>(alpha.const_data_ptr());
+  if (is_on_host) {
+    arguments.noise_alpha = *alpha_data;
+    const double elements =
+        static_cast<double>(arguments.columns) * static_cast<double>(arguments.embedding_dim);
+    arguments.step = noise_step(arguments.noise_alpha, arguments.columns, std::sqrt(elements));
+  } else {
+    arguments.device_alpha = alpha_data;
+  }
   arguments.scaled = embed_scale != 1;
   arguments.scale = static_cast<float>(embed_scale);
   arguments.replica = static_cast<uint32_t>(noise.replica);
@@ -220,15 +226,23 @@ void add_noise_out(Tensor inputs_embeds, Noise noise, Tensor out) {
 
 // ---- documents
 
+// Rows of values side by side: others are copied, by a launch more.
+Rows dense_rows(const Tensor& tensor) {
+  const Rows rows(tensor, tensor.dim());
+  return rows.column <= 1 && rows.column >= 0 && (rows.column == 1 || rows.columns == 1)
+             ? rows
+             : Rows(torch::stable::contiguous(tensor), tensor.dim());
+}
+
 Values values_of(const Rows& rows, const char* name) {
   const Tensor& tensor = rows.tensor;
+  const int64_t bytes = tensor.element_size();
   Values values{tensor.const_data_ptr(),
                 rows.row,
-                rows.column,
-                static_cast<int8_t>(tensor.element_size()),
+                static_cast<int32_t>(bytes),
                 false,
-                0,
-                0};
+                -1,
+                INT64_MAX};
   switch (tensor.scalar_type()) {
     case ScalarType::Bool:
     case ScalarType::Byte:
@@ -265,51 +279,91 @@ Values values_of(const Rows& rows, const char* name) {
   return values;
 }
 
-std::tuple<Tensor, Tensor, Tensor> number(const Tensor* mask, const Tensor* position_ids,
-                                          std::optional<int64_t> padding_value) {
+// The mask's rows, or the position ids'.
+Tensor number(const Device& device, const Tensor* mask, const Tensor* position_ids,
+              std::optional<int64_t> padding_value) {
   const Tensor& given = mask ? *mask : *position_ids;
-  const Device device(given);
-  const int64_t tokens[] = {given.numel()};
-  Tensor document = torch::stable::new_empty(given, {tokens, 1}, ScalarType::Long);
-  Tensor position = torch::stable::new_empty(given, {tokens, 1}, ScalarType::Long);
-  Tensor lengths = torch::stable::new_empty(given, {tokens, 1}, ScalarType::Long);
-  if (tokens[0] == 0) return {document, position, lengths};
-  const Rows rows(given, given.dim());
+  const Rows rows = dense_rows(given);
+  const int64_t tokens = rows.rows * rows.columns;
+  if (rows.columns > INT32_MAX)
+    fail<std::invalid_argument>("rows must have fewer than 2**31 tokens, got ", rows.columns);
+  const int64_t size[] = {kRowWords * rows.rows + 3 * tokens};
+  Tensor numbering = torch::stable::new_empty(given, {size, 1}, ScalarType::Int);
+  if (tokens == 0) return torch::stable::zero_(numbering);
   const std::optional<Rows> id_rows =
-      position_ids ? std::optional<Rows>(Rows(*position_ids, position_ids->dim())) : std::nullopt;
+      position_ids ? std::optional<Rows>(dense_rows(*position_ids)) : std::nullopt;
   DocumentArguments arguments{};
-  arguments.document = static_cast<int64_t*>(document.mutable_data_ptr());
-  arguments.position = static_cast<int64_t*>(position.mutable_data_ptr());
-  arguments.lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
-  if (mask) arguments.mask = values_of(rows, "attention_mask");
+  arguments.words = static_cast<RowWords*>(numbering.mutable_data_ptr());
+  arguments.table = reinterpret_cast<Entry*>(arguments.words + rows.rows);
+  arguments.record = reinterpret_cast<int32_t*>(arguments.table + tokens);
+  arguments.mask = arguments.position_ids = values_of(rows, mask ? "mask" : "position_ids");
   if (position_ids) {
     device.check(*position_ids, "position_ids");
     arguments.position_ids = values_of(*id_rows, "position_ids");
-    if (arguments.position_ids.absolute)
+    if (arguments.position_ids.absolute != -1)
       fail<std::runtime_error>("position_ids must be an integer tensor");
   }
-  arguments.has_padding_value = padding_value.has_value();
   arguments.padding_value = padding_value.value_or(0);
-  arguments.numbered = mask && !padding_value && mask->scalar_type() != ScalarType::Bool;
+  const bool numbered = mask && !padding_value && mask->scalar_type() != ScalarType::Bool;
+  arguments.numbered = numbered ? UINT32_MAX : 0;
+  arguments.all_real = mask ? 0 : UINT32_MAX;
+  arguments.placed = position_ids ? UINT32_MAX : 0;
   arguments.rows = rows.rows;
   arguments.columns = rows.columns;
+  arguments.pieces = pieces_of(rows.columns);
+  const int64_t words[] = {4 * rows.rows * arguments.pieces};
+  std::optional<Tensor> summary;
+  if (arguments.pieces > 1) {
+    summary = torch::stable::new_empty(given, {words, 1}, ScalarType::Int);
+    arguments.summary = static_cast<Span*>(summary->mutable_data_ptr());
+  }
   check_launch(launch_number_documents(arguments, device.stream()));
+  return numbering;
+}
+
+Tensor number_documents(std::optional<Tensor> attention_mask, std::optional<Tensor> position_ids) {
+  if (!attention_mask && !position_ids)
+    fail<std::invalid_argument>("attention_mask or position_ids must be given");
+  if (attention_mask && position_ids && shape_of(*attention_mask) != shape_of(*position_ids)) {
+    fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
+  }
+  const Device device(attention_mask ? *attention_mask : *position_ids);
+  return number(device, attention_mask ? &*attention_mask : nullptr,
+                position_ids ? &*position_ids : nullptr, std::nullopt);
+}
+
+Tensor number_padding(Tensor input_ids, int64_t padding_idx) {
+  return number(Device(input_ids), &input_ids, nullptr, padding_idx);
+}
+
+// The same documents token by token.
+std::tuple<Tensor, Tensor, Tensor> per_token(const Tensor& given, const Tensor& numbering) {
+  const Device device(given);
+  const int64_t tokens = given.numel();
+  const auto array = [&] {
+    return torch::stable::new_empty(given, {&tokens, 1}, ScalarType::Long);
+  };
+  Tensor document = array(), position = array(), lengths = array();
+  if (tokens == 0) return {document, position, lengths};
+  TokenArguments arguments{};
+  arguments.document = static_cast<int64_t*>(document.mutable_data_ptr());
+  arguments.position = static_cast<int64_t*>(position.mutable_data_ptr());
+  arguments.lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
+  arguments.columns = given.dim() == 0 ? 1 : given.size(given.dim() - 1);
+  arguments.rows = tokens / arguments.columns;
+  arguments.numbering = numbering_at(numbering.const_data_ptr(), arguments.rows, tokens);
+  check_launch(launch_number_tokens(arguments, device.stream()));
   return {document, position, lengths};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mask_layout(std::optional<Tensor> attention_mask,
                                                std::optional<Tensor> position_ids) {
-  if (!attention_mask && !position_ids)
-    fail<std::invalid_argument>("mask_layout needs attention_mask or position_ids");
-  if (attention_mask && position_ids && shape_of(*attention_mask) != shape_of(*position_ids)) {
-    fail<std::invalid_argument>("position_ids must have the attention_mask's shape");
-  }
-  return number(attention_mask ? &*attention_mask : nullptr,
-                position_ids ? &*position_ids : nullptr, std::nullopt);
+  const Tensor numbering = number_documents(attention_mask, position_ids);
+  return per_token(attention_mask ? *attention_mask : *position_ids, numbering);
 }
 
 std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padding_idx) {
-  return number(&input_ids, nullptr, padding_idx);
+  return per_token(input_ids, number_padding(input_ids, padding_idx));
 }
 
 }  // namespace
@@ -321,6 +375,8 @@ STABLE_TORCH_LIBRARY_IMPL(neftune_kernels, NEFTUNE_CUDA_DISPATCH_KEY, m) {
   m.impl("cuda_noisy_embedding.out", TORCH_BOX(kEmbeddingOperator<&noisy_embedding_out>));
   m.impl("cuda_add_noise", TORCH_BOX(kEmbedsOperator<&add_noise>));
   m.impl("cuda_add_noise.out", TORCH_BOX(kEmbedsOperator<&add_noise_out>));
+  m.impl("cuda_number_documents", TORCH_BOX(&number_documents));
+  m.impl("cuda_number_padding", TORCH_BOX(&number_padding));
   m.impl("cuda_mask_layout", TORCH_BOX(&mask_layout));
   m.impl("cuda_padding_layout", TORCH_BOX(&padding_layout));
 }

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from ..capturable import check_capturable, check_setting
 from ..modules import check_batch_first
 from ..noise import check_alpha, check_variant, check_word, refuse_unknown
 from .find import Found, chains, find_embeddings, path_of
@@ -33,6 +34,7 @@ def apply_neftune(
     fused: bool | None = None,
     batch_first: bool = True,
     embedding_multiplier: Said | None = None,
+    capturable: bool = False,
     **unknown: NoReturn,
 ) -> NEFTuneHandle:
     """Add NEFTune noise to a model's input embeddings while it trains, with the sample lengths its
@@ -85,6 +87,11 @@ def apply_neftune(
             for each row (or token), or a number. None: known for transformers' models,
             else measured by values in a look at the model before its first noisy forward; what
             cannot be told is 1, and warns with the line to paste.
+        capturable: True: alpha is kept on the embeddings' device, where `handle.noise_alpha = ...`
+            and a callback's schedule write it, and kernels read it there: a captured CUDA graph
+            replays with today's alpha, and `torch.compile(mode="reduce-overhead")` has the noise
+            inside its graphs. Alpha 0 draws a seed, too. Set alpha between steps: compiled code in
+            a checkpoint takes the alpha of when it runs. False is faster for small calls.
 
     Returns:
         A handle with the settings, stats() and remove(); also a context manager, which takes the
@@ -115,7 +122,7 @@ def apply_neftune(
     if unknown:
         refuse_unknown("apply_neftune", unknown)
     settings = Settings(
-        noise_alpha=check_alpha(noise_alpha),
+        noise_alpha=check_setting(check_alpha(noise_alpha), check_capturable(capturable)),
         replica=None if replica is None else check_word("replica", replica),
         noise_without_grad=noise_without_grad,
         backend=backend,
@@ -124,6 +131,7 @@ def apply_neftune(
         fused=check_fused(fused),
         batch_first=check_batch_first(batch_first),
         embedding_multiplier=check_multiplier(embedding_multiplier),
+        capturable=capturable,
     )
     check_model(model, embedding)
     path = path_of(model, embedding)

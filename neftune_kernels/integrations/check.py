@@ -168,6 +168,8 @@ def _row(
     if call is None:
         return row | {"why": state.skipped_last}
     last, noisy = call
+    if last.noise_alpha == 0:  # capturable=True runs the kernel all the same
+        return row | {"why": "noise_alpha is 0"}
     row |= {
         "backend": last.backend.name,
         "replica": int(last.noise.offsets.replica),

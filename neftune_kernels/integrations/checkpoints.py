@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..capturable import in_capture
 from ..noise import Noise, seed_tensor
 from ..samples import Samples
 from ..torch_internals import NO_BACKWARD, backward_task, saved_tensors_hooks, transformed
@@ -58,6 +59,7 @@ class Given(NamedTuple):
     follows: bool  # it looks up something besides its forward's tokens: LED's padding of its window
     key: Key = ()  # of a first pass, where its seed was drawn
     factors: Tensor | None = None  # that divide the noise of each row, or token, where no one does
+    lasting: Noise | None = None  # of an alpha that may be written to: the same with the host's
 
 
 class FirstPass:
@@ -153,11 +155,13 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def may_be_recomputed() -> bool:
+def may_be_recomputed(device: torch.device) -> bool:
     """Whether this lookup may be a checkpoint's first pass: non-reentrant ones hook saved tensors,
-    reentrant ones run without grad.
+    reentrant ones run without grad. In a capture nobody may ask where the generator stands, so a
+    second pass there finds no first and raises.
     """
-    return not torch.is_grad_enabled() or saved_tensors_hooks() is not None
+    hooked = not torch.is_grad_enabled() or saved_tensors_hooks() is not None
+    return hooked and not in_capture(device)
 
 
 def _place(device: torch.device) -> Key:
@@ -182,7 +186,7 @@ def drawn_in_compiled_code(passes: FirstPasses, settings: Any, seed: Tensor) -> 
     """
     hooks = saved_tensors_hooks()
     recomputing = backward_task() != NO_BACKWARD
-    if not recomputing and hooks is None:
+    if (not recomputing and hooks is None) or in_capture(seed.device):
         return
     key = _place(seed.device) or (int(seed),)
     if recomputing:
@@ -222,7 +226,7 @@ def draw_again(passes: FirstPasses, device: torch.device) -> FirstPass | None:
 
 def keep_without_noise(passes: FirstPasses, device: torch.device) -> None:
     """A first pass that has no noise, so that its second has none."""
-    if torch.is_grad_enabled() and saved_tensors_hooks() is not None:
+    if torch.is_grad_enabled() and may_be_recomputed(device):
         key, put_back = at_place(device)
         put_back()
         passes.keep(key, None)

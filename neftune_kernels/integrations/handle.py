@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS, choose_backend
+from ..capturable import check_capturable
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..modules import TWO_NOISES, check_batch_first, has_other_noise
 from ..noise import check_alpha, check_variant, check_word
@@ -90,9 +91,9 @@ class NEFTuneHandle:
     """What apply_neftune returns: change one setting, read statistics, undo.
 
     Settings: noise_alpha, sign, replica, noise_without_grad, distribution, equal_variance, backend,
-    samples, fused, batch_first and embedding_multiplier, as apply_neftune takes them. Any other
-    attribute is refused. Also a context manager: on exit the noise is gone, or is again what it was
-    before this apply_neftune.
+    samples, fused, batch_first, embedding_multiplier and capturable, as apply_neftune takes them.
+    Any other attribute is refused. Also a context manager: on exit the noise is gone, or is again
+    what it was before this apply_neftune.
     """
 
     __slots__ = (
@@ -526,6 +527,14 @@ class NEFTuneHandle:
     def embedding_multiplier(self, value: Said | None) -> None:
         self._set(embedding_multiplier=check_multiplier(value))
 
+    @property
+    def capturable(self) -> bool:
+        return self._live_state().capturable
+
+    @capturable.setter
+    def capturable(self, value: bool) -> None:
+        self._set(capturable=check_capturable(value))
+
     # ---- samples
 
     @contextlib.contextmanager
@@ -803,7 +812,10 @@ def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float,
     real = length > 0
     # One for each sample with a real token.
     lengths = torch.stack((sample[real], length[real])).unique(dim=1)[1].double()
-    magnitudes = last.noise_alpha / (lengths * last.embedding_dim).sqrt()
+    # A graph that was captured replays with today's.
+    state: State = module.__dict__["_neftune"].state
+    alpha = state.noise_alpha if last.noise.capturable else last.noise_alpha
+    magnitudes = alpha / (lengths * last.embedding_dim).sqrt()
     zeros = torch.zeros((), dtype=torch.float32, device=sample.device)
     zeros = zeros.expand(*last.shape, last.embedding_dim)
     noise = embeds_with_noise(zeros, last.samples, last.noise._replace(backend=last.backend.name))
@@ -815,5 +827,5 @@ def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float,
     if clean is not None:
         ratio = ratio_of_rms(noise, clean.reshape(-1, last.embedding_dim)[real])
     bound = float(last.noise.alpha) / (length[real].double() * last.embedding_dim).sqrt()
-    largest = float((noise.abs().amax(-1) / bound).max())
+    largest = float((noise.abs().amax(-1) / bound).max()) if alpha else 0.0
     return lengths.cpu(), magnitudes.cpu(), largest, ratio

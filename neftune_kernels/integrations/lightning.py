@@ -34,7 +34,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
         log_stats: False: only neftune/noise_alpha is logged; the rest costs one more noise kernel
             and a sync per log.
         embedding, samples, replica, noise_without_grad, distribution, equal_variance, backend,
-            fused, batch_first, embedding_multiplier: as in :func:`apply_neftune`.
+            fused, batch_first, embedding_multiplier, capturable: as in :func:`apply_neftune`.
 
     Raises:
         ValueError, TypeError: as apply_neftune, a bad alpha at construction; no model, or several,
@@ -63,6 +63,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
         fused: bool | None = None,
         batch_first: bool = True,
         embedding_multiplier: float | None = None,
+        capturable: bool = False,
         **unknown: NoReturn,
     ) -> None:
         super().__init__(
@@ -78,6 +79,7 @@ class NEFTuneCallback(TrainingNoise, Callback):  # type: ignore[misc]
             fused=fused,
             batch_first=batch_first,
             embedding_multiplier=embedding_multiplier,
+            capturable=capturable,
             **unknown,
         )
         self.model = model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import Padding, parameter_names, tells_samples
+from .arguments import Padding, parameter_names, takes_any, tells_samples
 from .multiples import Measured
 from .multipliers import DTYPES
 from .noisy import drop_hooks
@@ -327,7 +327,10 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     masked = [
         model for model in telling if model in free or "attention_mask" in parameter_names(model)
     ]
-    telling = (
-        masked or telling
-    )  # BertEmbeddings is told of positions alone, the model around it of masks
-    return [model for model in telling if model is telling[-1] or looks_up_inside(model)]
+    if masked:  # BertEmbeddings is told of positions alone, the model around it of masks
+        telling = masked
+    found = {model for model in telling if model is telling[-1] or looks_up_inside(model)}
+    if not masked:  # who is given one takes it under any name, and drops it (FNet)
+        ours = [model for model in ancestors if package_of(model) == "transformers"]
+        found |= {model for model in ours if takes_any(model)}
+    return [model for model in ancestors if model in found]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import choose_backend
+from ..capturable import in_capture
 from ..distributed import (
     class_without_noise,
     dtensor_with_noise,
@@ -109,7 +110,7 @@ def _given(
         weight = getattr(base, "weight", None)
     shared: Any = weight if output is None or is_dtensor(weight) else output
     plain = type(weight) in PLAIN_WEIGHTS and (shared is weight or type(shared) is Tensor)
-    if compiling or may_be_recomputed():
+    if compiling or may_be_recomputed(device):
         seed, key = draw(device, not compiling, state.handle_key)
     else:
         seed, key = draw_seed(device), ()
@@ -119,17 +120,25 @@ def _given(
     dtype = weight.dtype if output is None else output.dtype
     divisor = site.divisor(forwards, dtype, compiling)
     factors = _of_tokens(divisor, input, samples, device) if isinstance(divisor, Tensor) else None
-    alpha = state.alpha if factors is not None or divisor == 1 else state.alpha / divisor
+    whole = factors is not None or divisor == 1
     if not plain and (is_dtensor(shared) or type(weight) not in (*PLAIN_WEIGHTS, type(None))):
         samples = replicated(samples)
     if samples is not UNSAID:
         samples = _on(device, samples)
     replica = state.resolve_replica(base)
     offsets = Offsets(replica) if replica else NO_OFFSETS
-    noise = make_noise(alpha, seed, None, offsets, state.variant, state.backend)
+    own = seed, None, offsets, state.variant, state.backend
+    lasting = None
+    if not state.capturable:
+        noise = make_noise(state.alpha if whole else state.alpha / divisor, *own)
+    else:
+        alpha = state.alpha_on(device, compiling)
+        noise = make_noise(alpha if whole else alpha / divisor, *own, capturable=True)
+        if not compiling and not in_capture(device):
+            lasting = make_noise(state.alpha if whole else state.alpha / divisor, *own)
     # Dynamo would compile anew for each value that it reads
     noise_alpha = 0.0 if compiling else state.noise_alpha
-    return Given(samples, noise, noise_alpha, follows, key, factors)
+    return Given(samples, noise, noise_alpha, follows, key, factors, lasting)
 
 
 def _of_tokens(factors: Tensor, input: Tensor, samples: Samples, device: torch.device) -> Tensor:
@@ -178,6 +187,8 @@ def _on(device: torch.device, samples: Samples) -> Samples:
 
 def _note(site: Site, input: Tensor, given: Given, noisy: Tensor) -> None:
     """What the call was, for stats() and for a checkpoint that recomputes it."""
+    if given.lasting is not None:
+        given = given._replace(noise=given.lasting, lasting=None)
     if given.key:
         if backward_task() == NO_BACKWARD:
             site.firsts.keep(given.key, given, noisy)
@@ -189,7 +200,7 @@ def _note(site: Site, input: Tensor, given: Given, noisy: Tensor) -> None:
     state.embedded = shape = noisy.shape
     site.outside = not RUNNING.forwards
     state.skipped_last = None
-    samples, noise, noise_alpha, _, _, factors = given
+    samples, noise, noise_alpha, _, _, factors, _ = given
     made = shape, noisy.device, noisy.dtype
     site.last = NoisyCall(input, noise_alpha, samples, noise, *made, factors)
 

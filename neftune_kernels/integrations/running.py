@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Backend, choose_backend
+from ..capturable import alpha_on, check_setting, set_alpha
 from ..distributed import GROUPS, data_parallel_index
 from ..layout import per_token
 from ..modules import has_other_noise
@@ -79,6 +80,7 @@ class Settings(NamedTuple):
     fused: bool | None = None
     batch_first: bool = True
     embedding_multiplier: Said | None = None  # None: known or measured
+    capturable: bool = False
 
 
 class State:
@@ -99,16 +101,22 @@ class State:
         self.compiled_firsts = FirstPasses()  # of compiled code in checkpoints
         self.handle: Any = None  # the NEFTuneHandle, which stands above this room
         self.handle_key = ""  # a text: Dynamo makes a number that changes a symbol
+        self.alphas: dict[torch.device, Tensor] = {}  # of sites on each, while capturable
+        self.noise_alpha = 0.0
         self.assign(Settings())
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is not steered by our handle
-        return {**self.__dict__, "handle": None, "handle_key": ""}
+        return {**self.__dict__, "handle": None, "handle_key": "", "alphas": {}}
 
     def assign(self, settings: Settings) -> None:
         """Each setting becomes an attribute of its own: Dynamo guards on what a forward reads."""
-        self.noise_alpha = check_alpha(settings.noise_alpha)
-        self.has_noise = self.noise_alpha > 0
+        noise_alpha = check_setting(check_alpha(settings.noise_alpha), settings.capturable)
+        if noise_alpha != self.noise_alpha:
+            set_alpha(noise_alpha, *self.alphas.values())  # a captured graph has them
+        self.noise_alpha = noise_alpha
+        self.capturable = settings.capturable
+        self.has_noise = noise_alpha > 0 or self.capturable
         self.alpha = torch.full((), self.noise_alpha, dtype=torch.float64, device="cpu")
         self.replica = settings.replica
         self.noise_without_grad = settings.noise_without_grad
@@ -130,7 +138,23 @@ class State:
             self.fused,
             self.batch_first,
             self.embedding_multiplier,
+            self.capturable,
         )
+
+    def alpha_on(self, device: torch.device, compiling: bool) -> Tensor:
+        """What a capturable call reads, the same tensor for as long as this State lives."""
+        if compiling:
+            place_alpha(self.handle_key, device)
+        else:
+            self.place_alpha(device)
+        alpha = self.alphas.get(device)
+        return alpha_on(device, self.noise_alpha) if alpha is None else alpha
+
+    def place_alpha(self, device: torch.device) -> None:
+        if device not in self.alphas:
+            alpha = alpha_on(device, self.noise_alpha)
+            if type(alpha) is Tensor:  # no fake of a trace
+                self.alphas[device] = alpha
 
     def warn_once(self, message: str, advice: Callable[[], str] | None = None) -> None:
         """advice: what comes behind it, made of the call where it is said."""
@@ -397,6 +421,10 @@ NOT_LOOKED_AT = (
 COMPILED = (
     "it is not known whether the model multiplies its embeddings, since its first noisy forward is "
     "compiled: NEFTune takes 1. Say it: apply_neftune(..., embedding_multiplier=1.0)"
+)
+UNSTEERED = (
+    "capturable=True: a copy that no handle steers cannot be compiled. Take it over with handle = "
+    "apply_neftune(copy, capturable=True)"
 )
 UNTOLD = (
     "no forward around the embedding takes an attention_mask, so every token but padding_idx "
@@ -704,6 +732,15 @@ def count_compilation(handle_key: str) -> None:
     state = _state_of(handle_key)
     if state is not None:
         state.compilations += 1
+
+
+@asked_outside_the_graph
+def place_alpha(handle_key: str, device: torch.device) -> None:
+    """A graph cannot make the tensor that it is to read."""
+    state = _state_of(handle_key)
+    if state is None:
+        raise RuntimeError(UNSTEERED)
+    state.place_alpha(device)
 
 
 class _Told:

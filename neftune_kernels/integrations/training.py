@@ -36,6 +36,7 @@ class TrainingNoise:
         fused: bool | None = None,
         batch_first: bool = True,
         embedding_multiplier: float | None = None,
+        capturable: bool = False,
         **unknown: NoReturn,
     ) -> None:
         if unknown:
@@ -51,6 +52,7 @@ class TrainingNoise:
             "fused": fused,
             "batch_first": batch_first,
             "embedding_multiplier": embedding_multiplier,
+            "capturable": capturable,
         }
         self.schedule = noise_alpha if callable(noise_alpha) else None
         self.noise_alpha = check_alpha(noise_alpha(0) if callable(noise_alpha) else noise_alpha)

@@ -34,7 +34,7 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
         log_stats: False: only neftune/noise_alpha is logged; the rest costs one more noise kernel
             and a sync per log.
         embedding, samples, replica, noise_without_grad, distribution, equal_variance, backend,
-            fused, batch_first, embedding_multiplier: as in :func:`apply_neftune`.
+            fused, batch_first, embedding_multiplier, capturable: as in :func:`apply_neftune`.
 
     Raises:
         ValueError, TypeError: as apply_neftune, a bad alpha at construction.
