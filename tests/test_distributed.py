@@ -156,11 +156,15 @@ STYLES = {
 }
 
 
+def whole_numbers(like):
+    """A gradient whose sums are exact in any order, in bfloat16 too: ours or torch's own."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(-2, 3, like.shape, generator=generator).to(like.dtype)
+
+
 def assert_equals_one_process(out, model, expected, expected_weight, shard_dim, mesh, what):
     """Output and weight gradient of this rank's part against the whole."""
-    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).to(
-        expected.dtype
-    )
+    gradient = whole_numbers(expected)
     expected.backward(gradient)
     expected = expected.detach()
     out = out.full_tensor() if isinstance(out, DTensor) else out
@@ -196,7 +200,7 @@ def check_tensor_parallel(rank, folder):
 
     # padding by padding_idx alone, the scale, offsets, cumulative lengths
     for name, (style, layouts, shard_dim) in STYLES.items():
-        model = Embedder(torch.bfloat16, NEFTuneEmbedding, embed_scale=1.7)
+        model = Embedder(torch.bfloat16, NEFTuneEmbedding, embed_scale=1.5)
         parallelize_module(model, mesh, {"embed": style(**layouts)})
         for samples in (
             {"attention_mask": None},
@@ -210,7 +214,7 @@ def check_tensor_parallel(rank, folder):
         ):
             model.zero_grad()
             out = run(model.embed, ids, **samples)
-            expected = one_process(torch.bfloat16, scale=1.7, **{"replica": 0, **samples})
+            expected = one_process(torch.bfloat16, scale=1.5, **{"replica": 0, **samples})
             assert_equals_one_process(
                 out, model, *expected, shard_dim, mesh, f"{name} with {samples}"
             )
@@ -743,7 +747,7 @@ def check_transformers_plan(rank, folder):
     )
     assert torch.equal(out, expected)
     assert torch.equal(*gathered(logits)), "noise differs inside the tensor-parallel group"
-    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
+    gradient = whole_numbers(expected)
     (grad,) = torch.autograd.grad(out, embedding.weight, gradient, retain_graph=True)
     assert torch.equal(grad.full_tensor(), torch.autograd.grad(expected, weight, gradient)[0])
     assert handle.stats()["samples"] == 3
