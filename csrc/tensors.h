@@ -50,7 +50,7 @@ std::vector<int64_t> shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-std::vector<int64_t> embedded_shape(const Tensor& input_ids, const Tensor& weight) {
+inline std::vector<int64_t> embedded_shape(const Tensor& input_ids, const Tensor& weight) {
   if (weight.dim() != 2)
     fail<std::runtime_error>("weight must have shape (num_embeddings, embedding_dim), got ",
                              weight.dim(), " axes");
@@ -80,8 +80,8 @@ void check_apart(const Tensor& out, const Tensor& read, const char* name) {
   if (overlap(out, read)) fail<std::runtime_error>("out must not overlap ", name);
 }
 
-void check_out(const Tensor& out, const Tensor& source, const char* source_name, bool may_be_source,
-               const std::vector<int64_t>& shape) {
+inline void check_out(const Tensor& out, const Tensor& source, const char* source_name,
+                      bool may_be_source, const std::vector<int64_t>& shape) {
   if (out.scalar_type() != source.scalar_type()) {
     fail<std::runtime_error>("out must have the dtype of ", source_name, ", ",
                              torch::headeronly::toString(source.scalar_type()), ", got ",
