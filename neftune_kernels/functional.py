@@ -63,7 +63,7 @@ def check_unused(
 def noise_of(
     noise_alpha: Any,
     capturable: bool,
-    device: torch.device,  # of the embeddings
+    embeddings: Tensor,  # or their table: of their device alpha is where capturable
     seed: int | Tensor | None,
     generator: torch.Generator | None,
     offsets: Offsets,
@@ -72,7 +72,7 @@ def noise_of(
 ) -> Noise:
     if not capturable:
         return function_noise(noise_alpha, seed, generator, offsets, variant, backend)
-    alpha = check_alpha_tensor(noise_alpha, device)
+    alpha = check_alpha_tensor(noise_alpha, embeddings.device)
     return make_noise(alpha, seed, generator, offsets, variant, backend, capturable)
 
 
@@ -199,8 +199,7 @@ def noisy_embedding(
         check_unused(input_ids.shape, weight, samples, (seed, generator, backend))
         embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
-    device = weight.device
-    noise = noise_of(noise_alpha, capturable, device, seed, generator, offsets, variant, backend)
+    noise = noise_of(noise_alpha, capturable, weight, seed, generator, offsets, variant, backend)
     return embed_with_noise(input_ids, weight, samples, noise, padding, embed_scale)
 
 
@@ -259,13 +258,15 @@ def add_noise(
     offsets = check_offsets(replica, sample_offset, position_offset)
     samples = said(attention_mask, lengths, cu_seqlens, position_ids, noise_mask)
     variant = check_variant(distribution, equal_variance, sign)
-    check_embeds(inputs_embeds)
-    if not capturable and noise_alpha == 0:
+    if capturable:
+        check_embeds(inputs_embeds)  # its device is asked before embeds_with_noise does so
+    elif noise_alpha == 0:
+        check_embeds(inputs_embeds)
         shape = inputs_embeds.shape[:-1]
         check_unused(shape, inputs_embeds, samples, (seed, generator, backend))
         return inputs_embeds
-    device = inputs_embeds.device
-    noise = noise_of(noise_alpha, capturable, device, seed, generator, offsets, variant, backend)
+    own = seed, generator, offsets, variant, backend
+    noise = noise_of(noise_alpha, capturable, inputs_embeds, *own)
     return embeds_with_noise(inputs_embeds, samples, noise)
 
 
@@ -342,6 +343,5 @@ def neftune_noise(
     if not capturable and noise_alpha == 0:
         check_unused(zeros.shape[:-1], zeros, samples, (seed, generator, backend))
         return zeros.clone(memory_format=torch.contiguous_format)
-    on = zeros.device
-    noise = noise_of(noise_alpha, capturable, on, seed, generator, offsets, variant, backend)
+    noise = noise_of(noise_alpha, capturable, zeros, seed, generator, offsets, variant, backend)
     return embeds_with_noise(zeros, samples, noise)

@@ -20,8 +20,8 @@ PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 QUICK_MASKS = frozenset((torch.bool, *INTEGER_DTYPES))  # which have no gradient
 IN_PLACE_LIMIT = (
     1 << 16
-    # elements: below it F.embedding and noise in its cache-warm output cost less than an
-    # autograd.Function
+    # elements: below it a lookup and noise in its cache-warm output cost less than the fused
+    # Function and its many arguments
 )
 
 

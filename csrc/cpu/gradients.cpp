@@ -2,7 +2,6 @@
 // the order of their tokens. No atomics: a thread owns what it writes, so threads change no bit.
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <utility>
 #include <vector>
 

@@ -143,7 +143,6 @@ NEFTUNE_DEVICE int64_t document_of(const RowArguments& a, int64_t token) {
   return low - 1;
 }
 
-
 // layout.per_token of one token. Bad values reach nothing: documents that lengths or cu_seqlens do
 // not hold are padding.
 template <LayoutKind kind, class Index>
