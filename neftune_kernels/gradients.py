@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference_ops
-from .torch_internals import dispatch_modes, entry, transformed
+from .torch_internals import applied_quickly, dispatch_modes, entry, transformed
 
 LAZY_BYTES = 1 << 20  # from here on pages that nobody writes are not worth a page of zeros
 HAS_PAGES = hasattr(mmap, "MAP_ANONYMOUS")  # not on Windows
@@ -97,9 +97,7 @@ def sparse(
 
 
 class Lookup(torch.autograd.Function):
-    """torch.embedding with this gradient: apply(input_ids, weight, padding_idx, scale_grad_by_freq,
-    sparse), padding_idx -1 for none.
-    """
+    """torch.embedding with this gradient; see :data:`apply_lookup`."""
 
     @staticmethod
     def forward(ctx: Any, input_ids: Tensor, weight: Tensor, *how: Any) -> Tensor:  # type: ignore[override]
@@ -117,3 +115,8 @@ class Lookup(torch.autograd.Function):
             grad, input_ids, ctx.num_embeddings, padding_idx, scale_grad_by_freq=by_freq
         )
         return None, weight_grad, None, None, None
+
+
+# (input_ids, weight, padding_idx, scale_grad_by_freq, sparse), padding_idx -1 for none; its callers
+# are outside torch.func's transforms
+apply_lookup = applied_quickly(Lookup)

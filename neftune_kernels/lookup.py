@@ -191,9 +191,9 @@ def _no_noise(weight: Tensor, noise: Noise) -> Noise:
 
 
 def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
-    """gradients.Lookup, its IndexError with the value and the rule."""
+    """gradients.apply_lookup, its IndexError with the value and the rule."""
     try:
-        return gradients.Lookup.apply(input_ids, weight, padding_idx, False, False)
+        return gradients.apply_lookup(input_ids, weight, padding_idx, False, False)
     except (IndexError, RuntimeError):  # a table without rows is a RuntimeError to torch
         bad = input_ids[(input_ids < 0) | (input_ids >= weight.shape[0])]
         if bad.numel() == 0:
@@ -281,7 +281,7 @@ def plain_lookup(embedding: Any, input_ids: Tensor) -> Tensor:
             torch.embedding_renorm_(rows, input_ids.contiguous(), max_norm, embedding.norm_type)
         padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
         how = padding_idx, embedding.scale_grad_by_freq, embedding.sparse
-        return gradients.Lookup.apply(input_ids, weight, *how)
+        return gradients.apply_lookup(input_ids, weight, *how)
     return F.embedding(
         input_ids,
         weight,

@@ -123,3 +123,20 @@ def test_fsdp_tells_its_parameters_and_classes(one_process):
     assert shared.mesh_info.mesh == mesh
     classes = torch_internals.fsdp_classes()
     assert classes[torch.nn.Sequential] is type(model) is not torch.nn.Sequential
+
+
+def test_functions_are_applied_as_by_torch():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return factor * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.factor * grad, None
+
+    x = torch.ones(3, requires_grad=True)
+    quick, usual = (one(x, 2.0) for one in (torch_internals.applied_quickly(Twice), Twice.apply))
+    assert torch.equal(quick, usual) and type(quick.grad_fn) is type(usual.grad_fn)
+    assert torch.equal(torch.autograd.grad(quick.sum(), x)[0], torch.full((3,), 2.0))
