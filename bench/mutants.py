@@ -4,9 +4,10 @@
     python -m bench.mutants overlap     only those whose name holds the word, anew
 
 A mutant is one text of one file replaced, in a copy of the working tree. It is killed where its
-tests fail, after they passed unchanged. What was decided is kept in build/mutants for as long as
-neither the file, nor the mutant, nor its tests change, so a run that was stopped goes on. The exit
-status is 1 where a mutant survives that is not explained as equivalent, or an explained one dies.
+tests fail, after they passed unchanged. What was decided stands in bench/results/mutants.json for
+as long as neither the file, nor the mutant, nor its tests change: a run that was stopped goes on,
+in another clone too. The exit status is 1 where a mutant survives that is not explained as
+equivalent, or an explained one dies.
 """
 
 import argparse
@@ -35,7 +36,8 @@ LIST = pathlib.Path(__file__).with_name("mutants.toml")
 RESULT = pathlib.Path(__file__).parent / "results" / "mutants.md"
 WORK = ROOT / "build" / "mutants"
 TREE = WORK / "tree"
-OUTCOMES = WORK / "outcomes.json"
+OUTCOMES = RESULT.with_suffix(".json")
+OBJECTS = WORK / "objects.txt"  # of which sources
 LIBRARY = pathlib.Path("neftune_kernels", "_C.abi3.so")
 SHARED_BY_TESTS = ("tests/conftest.py", "tests/oracle.py")
 SECONDS = 900  # the longest one pytest may take: a mutant that does not end is killed
@@ -96,7 +98,7 @@ def read_list(tree: pathlib.Path = ROOT) -> list[Mutant]:
 
 
 def digest(*values: str) -> str:
-    return hashlib.sha256("\0".join(values).encode()).hexdigest()
+    return hashlib.sha256("\0".join(values).encode()).hexdigest()[:16]
 
 
 def texts(names: list[str]) -> list[str]:
@@ -256,7 +258,8 @@ def main() -> int:
 
     def decided(key: str, outcome: Outcome) -> Outcome:
         outcomes[key] = outcome
-        OUTCOMES.write_text(json.dumps(outcomes, indent=1))
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in outcomes.items())
+        OUTCOMES.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return outcome
 
     def known(key: str) -> Outcome | None:
@@ -265,10 +268,10 @@ def main() -> int:
     if any(is_compiled(mutant.file) for mutant in mutants):
         sources = sorted((TREE / "csrc").rglob("*.[hc]*"))
         stamp = digest(*(path.read_text() for path in sources))
-        if not (WORK / "unchanged.so").exists() or outcomes.get("objects") != stamp:
+        if not OBJECTS.exists() or OBJECTS.read_text() != stamp:
             compile_library(None)
             shutil.copy2(TREE / LIBRARY, WORK / "unchanged.so")
-            outcomes["objects"] = stamp
+            OBJECTS.write_text(stamp)
         shutil.copy2(WORK / "unchanged.so", TREE / LIBRARY)
     wrong = []
     start = time.monotonic()
