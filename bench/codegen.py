@@ -43,7 +43,7 @@ LAYOUT_POINTERS = {  # which of noisy_rows' layout pointers are given
 }
 LAYOUT_TENSORS = ("document", "position", "lengths", "cu_seqlens", "numbering")
 POINTERS = ("out", "source", "input_ids", "seed", "noise_alpha", *LAYOUT_TENSORS)
-CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "SHARES", "KIND", "SCALED", "DEBUG")
+CONSTEXPRS = ("D", "ROW_STRIDE", "BLOCKS", "PIECES", "SHARES", "TOKENS", "KIND", "SCALED", "DEBUG")
 GRID = (
     "(columns, min(rows, 65535), ceil(rows / 65535)) for rows·columns = tokens; "
     "one program per token, all of its d columns"
@@ -59,12 +59,14 @@ class Configuration(NamedTuple):
     backend: str = "triton"
     capturable: bool = False  # the kernel reads alpha
     shares: int = 1  # programs of a token
+    is_tiled: bool = False  # a program has several tokens
 
     @property
     def name(self) -> str:
         prefix = "" if self.backend == "triton" else f"{self.backend}-"
         what = f"{self.dtype}-d{self.embedding_dim}-{self.layout}"
         what += f"-{self.shares}_shares" if self.shares > 1 else ""
+        what += "-tiled" if self.is_tiled else ""
         what += ("-scaled" if self.scaled else "") + ("-capturable" if self.capturable else "")
         return f"{prefix}{self.target}-{what}"
 
@@ -101,6 +103,7 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
         configuration.scaled,
         target.warp_size,
         configuration.shares,
+        configuration.is_tiled,
     )
     constants = dict(zip(CONSTEXPRS, values, strict=True))
     given = ("out", "source", "input_ids", "seed", *LAYOUT_POINTERS[configuration.layout])
@@ -125,7 +128,7 @@ def launch_description(configuration: Configuration) -> dict[str, Any]:
         "layout": configuration.layout,
         "scaled": configuration.scaled,
         "num_warps": num_warps,
-        "elements_per_program": d // configuration.shares,
+        "elements_per_program": d * constants["TOKENS"] // configuration.shares,
         "grid": GRID,
         "parameters": parameters,
         "triton": triton.__version__,
@@ -205,7 +208,7 @@ def measure(configuration: Configuration) -> Code:
         instructions = len(lines)
     return Code(
         instructions,
-        configuration.embedding_dim / (threads * configuration.shares),
+        launch_description(configuration)["elements_per_program"] / threads,
         registers,
         opcodes,
         stack,
@@ -223,9 +226,11 @@ class Target(NamedTuple):
 
 def target_of(configuration: Configuration) -> Target:
     """The most instructions per element that this project allows itself."""
-    target, dtype, d, layout, scaled, backend, capturable, shares = configuration
+    target, dtype, d, layout, scaled, backend, capturable, shares, is_tiled = configuration
     if shares > 1:  # latency counts there
         return Target(60.0, None)
+    if is_tiled and target in NVIDIA:
+        return Target(12.5 if layout in ("nothing", "lengths", "cu_seqlens") else 16.0, 11.0)
     if backend == "cuda" and not scaled:
         if layout == "nothing":
             return Target(11.0, None) if dtype == "float32" else Target(12.0, 11.0)
@@ -236,7 +241,7 @@ def target_of(configuration: Configuration) -> Target:
         return Target(16.0, None)
     if target == "gfx950":
         return Target(11.0, None)
-    if d == 576:  # 2.25 pieces, of which each row has 3: bench/NOTES.md
+    if d == 576:  # 2.25 pieces, of which each row has 3; long calls are tiled
         return Target(21.1, 17.0)
     if d == 768:
         return Target(15.6, 14.0)
@@ -256,6 +261,8 @@ REGISTER_TARGET = Target(64, 40)
 FORBIDDEN = re.compile(
     r"^(LDS|STS|LDL|STL|SHFL|BAR|ATOM|RED)\b|^(ds_|scratch_|buffer_.*lds|s_barrier)"
 )
+
+LANES = re.compile(r"^(SHFL|ds_bpermute)")
 
 
 def row_accesses(configuration: Configuration) -> tuple[int, int]:
@@ -304,11 +311,13 @@ def loads_in_flight(configuration: Configuration) -> int:
 
 
 def forbidden(configuration: Configuration) -> dict[str, int]:
-    """Spills, local and shared memory, shuffles and barriers."""
+    """Spills, local and shared memory, shuffles and barriers; a tile may vote, and hand its tokens'
+    bounds round.
+    """
     return {
         name: count
         for name, count in measure(configuration).opcodes.items()
-        if FORBIDDEN.match(name)
+        if FORBIDDEN.match(name) and not (configuration.is_tiled and LANES.match(name))
     }
 
 
@@ -329,6 +338,21 @@ CONFIGURATIONS = [
         Configuration("sm_90", "bfloat16", d, "lengths")
         for d in (576, 768, 896, 1024, 1536, 2048, 3072, 5120, 8192)
     ),
+    *(
+        Configuration("sm_90", "bfloat16", d, "lengths", is_tiled=True)
+        for d in (576, 768, 896, 1024, 1536, 2048)
+    ),
+    *(
+        Configuration(t, dtype, 576, layout, is_tiled=True)
+        for t in NVIDIA
+        for dtype in ("bfloat16", "float32")
+        for layout in LAYOUT_POINTERS
+        if (t, dtype, layout) != ("sm_90", "bfloat16", "lengths")
+    ),
+    Configuration("sm_90", "float16", 576, "lengths", is_tiled=True),
+    Configuration("sm_90", "bfloat16", 576, "lengths", scaled=True, is_tiled=True),
+    Configuration("sm_90", "bfloat16", 768, capturable=True, is_tiled=True),
+    *(Configuration(t, "bfloat16", 576, "lengths", is_tiled=True) for t in ("gfx942", "gfx950")),
     *(
         Configuration(t, "bfloat16", 4096, layout, shares=shares)
         for t in NVIDIA
@@ -429,7 +453,7 @@ def main() -> None:
     )
     titles = ("/element", "at most", "stretch", "regs", "128-bit", "  in flight")
     print(
-        f"{'':7}{'target':8}{'dtype':10}{'d':>6}  {'layout':11}{'scale':6}"
+        f"{'':7}{'target':8}{'dtype':10}{'d':>6}  {'layout':18}{'scale':6}"
         + "".join(f"{title:>9}" for title in titles)
         + "  verdict"
     )
@@ -446,9 +470,10 @@ def main() -> None:
             else "met"
         )
         layout = "capturable" if configuration.capturable else configuration.layout
+        layout += ", tiled" if configuration.is_tiled else ""
         print(
             f"{configuration.backend:7}{configuration.target:8}{configuration.dtype:10}"
-            f"{configuration.embedding_dim:6}  {layout:11}"
+            f"{configuration.embedding_dim:6}  {layout:18}"
             f"{'yes' if configuration.scaled else '':6}"
             f"{found['per_element']:9.2f}{found['target']:9}"
             f"{stretch if stretch is not None else '-':>9}"

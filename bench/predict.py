@@ -104,12 +104,14 @@ def predict(work: Work, gpu: GPU) -> Predicted:
 def of_ours(gpu: GPU, tokens: int, d: int, layout: str, dtype: str = "bfloat16") -> Work:
     lanes = codegen.TARGETS[gpu.target].warp_size
     shares = triton_kernels.row_shares(tokens, d, lanes)
-    configuration = Configuration(gpu.target, dtype, d, layout, shares=shares)
+    is_tiled = shares == 1 and triton_kernels.has_tiles(1, tokens, d)
+    configuration = Configuration(gpu.target, dtype, d, layout, shares=shares, is_tiled=is_tiled)
     if layout == "capturable":
         configuration = configuration._replace(layout="nothing", capturable=True)
     code = codegen.measure(configuration)
-    threads = round(d / shares / code.elements_per_thread)
-    warps = tokens * shares * threads / lanes
+    elements = codegen.launch_description(configuration)["elements_per_program"]
+    threads = round(elements / code.elements_per_thread)
+    warps = tokens * d / elements * threads / lanes
     doubles = sum(code.opcodes[name] for name in FLOAT64)
     size = codegen.DTYPES[dtype].itemsize
     return Work(

@@ -97,11 +97,27 @@ def scaled(value, scale, DTYPE: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
-def interleaved(v0, v1, v2, v3, SIZE: tl.constexpr):
+def lanes(SIZE: tl.constexpr, TOKENS: tl.constexpr):
+    """0 to SIZE - 1, in a tile of several tokens along its columns."""
+    lane = tl.arange(0, SIZE)
+    if TOKENS > 1:
+        lane = lane[None, :]
+    return lane
+
+
+@triton.jit
+def joined(even, odd, SIZE: tl.constexpr, TOKENS: tl.constexpr):
+    """even[0], odd[0], even[1], ..., of each token."""
+    both = tl.join(even, odd)
+    return both.reshape(TOKENS, SIZE) if TOKENS > 1 else both.reshape(SIZE)
+
+
+@triton.jit
+def interleaved(v0, v1, v2, v3, SIZE: tl.constexpr, TOKENS: tl.constexpr):
     """v0[0], v1[0], v2[0], v3[0], v0[1], ...: in registers alone, as each thread holds whole
     blocks.
     """
-    return tl.join(tl.join(v0, v2), tl.join(v1, v3)).reshape(SIZE)
+    return joined(tl.join(v0, v2), tl.join(v1, v3), SIZE, TOKENS)
 
 
 @triton.jit
@@ -117,16 +133,18 @@ def unpacked(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def loaded(piece, source, D: tl.constexpr, BLOCKS: tl.constexpr, KIND: tl.constexpr):
+def loaded(
+    piece, source, D: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, KIND: tl.constexpr
+):
     """A piece of a row as vectors hold it: 32-bit words twice, or the two halves of its blocks."""
+    lane = lanes(4 * BLOCKS, TOKENS)
     if KIND == "pairs":  # 16-bit rows, 16-byte aligned: a thread's block is one 128-bit access
-        pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
+        pair = piece * (4 * BLOCKS) + lane
         first = tl.load(source.to(tl.pointer_type(tl.uint32)) + pair, mask=pair < D // 2, other=0)
         last = first
     else:
         # float32 rows, 16-byte aligned: a thread's block is two 128-bit accesses, so that no layout
         # is converted
-        lane = tl.arange(0, 4 * BLOCKS)
         column = piece * (8 * BLOCKS) + lane // 4 * 8 + lane % 4
         first = tl.load(source + column, mask=column < D, other=0)
         last = tl.load(source + column + 4, mask=column + 4 < D, other=0)
@@ -138,48 +156,52 @@ def stored(
     piece,
     values,  # of `loaded`
     target,
+    served,  # the tokens of a tile whose values these are
     counter,
     step,
     scale,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr,
     KIND: tl.constexpr,
     NOISY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """Scale a piece, add its noise, round, store."""
-    DTYPE: tl.constexpr = target.dtype.element_ty
+    DTYPE: tl.constexpr = target.dtype.scalar.element_ty
+    SIZE: tl.constexpr = 4 * BLOCKS
     first, last = values
     if NOISY:
         position, sample, replica, k0, k1 = counter
-        block = piece * BLOCKS + tl.arange(0, BLOCKS)
+        block = piece * BLOCKS + lanes(BLOCKS, TOKENS)
         n0, n1, n2, n3, n4, n5, n6, n7 = uniform_noise(
             block, position, sample, replica, k0, k1, step
         )
+    lane = lanes(SIZE, TOKENS)
     if KIND == "pairs":
         if NOISY or SCALED:
             even, odd = unpacked(first, DTYPE)
             even = scaled(even, scale, DTYPE, SCALED)
             odd = scaled(odd, scale, DTYPE, SCALED)
             if NOISY:
-                even += interleaved(n0, n2, n4, n6, 4 * BLOCKS)
-                odd += interleaved(n1, n3, n5, n7, 4 * BLOCKS)
-            column = piece * (8 * BLOCKS) + tl.arange(0, 8 * BLOCKS)
-            both = tl.join(even, odd).reshape(8 * BLOCKS)
-            tl.store(target + column, both.to(DTYPE), mask=column < D)
+                even += interleaved(n0, n2, n4, n6, SIZE, TOKENS)
+                odd += interleaved(n1, n3, n5, n7, SIZE, TOKENS)
+            column = piece * (8 * BLOCKS) + lanes(8 * BLOCKS, TOKENS)
+            both = joined(even, odd, 8 * BLOCKS, TOKENS)
+            tl.store(target + column, both.to(DTYPE), mask=(column < D) & served)
         else:
-            pair = piece * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS)
-            tl.store(target.to(tl.pointer_type(tl.uint32)) + pair, first, mask=pair < D // 2)
+            pair = piece * SIZE + lane
+            words = target.to(tl.pointer_type(tl.uint32))
+            tl.store(words + pair, first, mask=(pair < D // 2) & served)
     else:
-        lane = tl.arange(0, 4 * BLOCKS)
         column = piece * (8 * BLOCKS) + lane // 4 * 8 + lane % 4
         first = scaled(first, scale, DTYPE, SCALED)
         last = scaled(last, scale, DTYPE, SCALED)
         if NOISY:
-            first += interleaved(n0, n1, n2, n3, 4 * BLOCKS)
-            last += interleaved(n4, n5, n6, n7, 4 * BLOCKS)
-        tl.store(target + column, first, mask=column < D)
-        tl.store(target + column + 4, last, mask=column + 4 < D)
+            first += interleaved(n0, n1, n2, n3, SIZE, TOKENS)
+            last += interleaved(n4, n5, n6, n7, SIZE, TOKENS)
+        tl.store(target + column, first, mask=(column < D) & served)
+        tl.store(target + column + 4, last, mask=(column + 4 < D) & served)
 
 
 @triton.jit
@@ -187,12 +209,14 @@ def pieces_at(
     piece,
     source,
     target,
+    noisy,  # the tokens of a tile that get noise
     counter,
     step,
     scale,
     COUNT: tl.constexpr,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr,
     KIND: tl.constexpr,
     NOISY: tl.constexpr,
     SCALED: tl.constexpr,
@@ -200,21 +224,29 @@ def pieces_at(
     """COUNT pieces, four 16-byte loads on their way all the time: the next is asked for only once
     the last has been stored, since for all that the compiler knows it might lie there.
     """
-    v0 = loaded(piece, source, D, BLOCKS, KIND)
+    v0 = loaded(piece, source, D, BLOCKS, TOKENS, KIND)
     v1, v2, v3 = v0, v0, v0
     AHEAD: tl.constexpr = 4 if KIND == "pairs" else 2
     if COUNT > 1:
-        v1 = loaded(piece + 1, source, D, BLOCKS, KIND)
+        v1 = loaded(piece + 1, source, D, BLOCKS, TOKENS, KIND)
     if AHEAD == 4:
         if COUNT > 2:
-            v2 = loaded(piece + 2, source, D, BLOCKS, KIND)
+            v2 = loaded(piece + 2, source, D, BLOCKS, TOKENS, KIND)
         if COUNT > 3:
-            v3 = loaded(piece + 3, source, D, BLOCKS, KIND)
+            v3 = loaded(piece + 3, source, D, BLOCKS, TOKENS, KIND)
     for k in tl.static_range(COUNT):
-        stored(piece + k, v0, target, counter, step, scale, D, BLOCKS, KIND, NOISY, SCALED)
+        stored(
+            *(piece + k, v0, target, noisy, counter, step, scale),
+            *(D, BLOCKS, TOKENS, KIND, NOISY, SCALED),
+        )
+        if TOKENS > 1 and NOISY:  # the others keep their bits
+            stored(
+                *(piece + k, v0, target, noisy == 0, counter, step, scale),
+                *(D, BLOCKS, TOKENS, KIND, False, SCALED),
+            )
         following = v0
         if k + AHEAD < COUNT:
-            following = loaded(piece + k + AHEAD, source, D, BLOCKS, KIND)
+            following = loaded(piece + k + AHEAD, source, D, BLOCKS, TOKENS, KIND)
         if AHEAD == 4:
             v0, v1, v2, v3 = v1, v2, v3, following
         else:
@@ -260,18 +292,22 @@ def row_pieces(
     source,
     target,
     source_column,
+    noisy,
     counter,
     step,
     scale,
     first,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr,
     PIECES: tl.constexpr,
     KIND: tl.constexpr,
     NOISY: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Of one row PIECES pieces from the first on: load, scale, add noise, round, store."""
+    """PIECES pieces of one row, or of each of a tile, from the first on: load, scale, add noise,
+    round, store.
+    """
     if KIND == "columns":
         for piece in range(PIECES):
             columns_of(
@@ -296,12 +332,14 @@ def row_pieces(
                 first + piece,
                 source,
                 target,
+                noisy,
                 counter,
                 step,
                 scale,
                 4,
                 D,
                 BLOCKS,
+                TOKENS,
                 KIND,
                 NOISY,
                 SCALED,
@@ -311,12 +349,14 @@ def row_pieces(
                 first + LOOPED,
                 source,
                 target,
+                noisy,
                 counter,
                 step,
                 scale,
                 REST,
                 D,
                 BLOCKS,
+                TOKENS,
                 KIND,
                 NOISY,
                 SCALED,
@@ -325,16 +365,18 @@ def row_pieces(
 
 @triton.jit
 def document_of(token, cu_seqlens, num_samples):
-    """The document whose bounds hold the token, by bisection; outside of all -1 or num_samples."""
-    high = (num_samples + 1).to(tl.int32)
-    low = high * 0
-    while low < high:
-        middle = (low + high) >> 1
-        if tl.load(cu_seqlens + middle).to(tl.int64) <= token:
-            low = middle + 1
-        else:
-            high = middle
-    return (low - 1).to(tl.int64)
+    """The document whose bounds hold a token, or each of a tile's, by bisection; outside of all -1
+    or num_samples.
+    """
+    bounds = (num_samples + 1).to(tl.int32)
+    begin = (token * 0).to(tl.int32)  # the first bound behind the token is in begin .. + bounds
+    while bounds > 1:
+        half = bounds >> 1
+        is_before = tl.load(cu_seqlens + begin + half - 1).to(tl.int64) <= token
+        begin = tl.where(is_before, begin + half, begin)
+        bounds -= half
+    is_before = tl.load(cu_seqlens + begin).to(tl.int64) <= token
+    return begin.to(tl.int64) + is_before.to(tl.int64) - 1
 
 
 # ---- kernels
@@ -400,12 +442,14 @@ def noisy_rows(
     BLOCKS: tl.constexpr,  # of 8 columns, in a piece
     PIECES: tl.constexpr,  # of a program
     SHARES: tl.constexpr,  # programs of a token
+    TOKENS: tl.constexpr,  # of a program, neighbours of one row
     KIND: tl.constexpr,  # "columns", or vectors: "pairs" of 16-bit values, "quads" of float32
     SCALED: tl.constexpr,  # scale is not 1
     DEBUG: tl.constexpr,  # NEFTUNE_DEBUG=1
 ):
-    """One token, or one of SHARES shares of it: out[token] = source[input_ids[token]]·scale +
-    noise. Grid (columns · SHARES, rows up to 65535, the rest of the rows).
+    """One token, one of SHARES shares of it, or a tile of TOKENS tokens: out[token] =
+    source[input_ids[token]]·scale + noise. Grid (columns · SHARES / TOKENS, rows up to 65535, the
+    rest of the rows).
 
     input_ids None: source holds the embeddings themselves. The five layout pointers are those of
     layout.Layout, None where not given; with none of them the launcher knows the one length and,
@@ -416,6 +460,9 @@ def noisy_rows(
     if SHARES > 1:
         first_piece = column % SHARES * PIECES
         column = column // SHARES
+    if TOKENS > 1:  # a row's last token more than once, rather than a mask
+        column = column * TOKENS + tl.arange(0, TOKENS)[:, None]
+        column = tl.minimum(column, columns - 1).to(tl.int32)
     row = tl.program_id(1) + tl.program_id(2) * 65535
     if row < rows:
         token = row.to(tl.int64) * columns + column
@@ -453,14 +500,18 @@ def noisy_rows(
                 length = columns
                 real = length > 0
         TOLD: tl.constexpr = lengths is not None or cu_seqlens is not None or numbering is not None
+        token_step = step
         if TOLD or noise_alpha is not None:
             if noise_alpha is not None:
                 alpha = tl.load(noise_alpha)
             else:
                 alpha = alpha_bits.to(tl.float64, bitcast=True)
-            step = 0.0
-            if real:
-                step = noise_step(length, alpha, D)
+            if TOKENS > 1:
+                token_step = tl.where(real, noise_step(tl.maximum(length, 1), alpha, D), 0.0)
+            else:
+                token_step = 0.0
+                if real:
+                    token_step = noise_step(length, alpha, D)
         index = token
         if input_ids is not None:
             index = tl.load(
@@ -470,28 +521,35 @@ def noisy_rows(
             if DEBUG:
                 tl.device_assert(inside, "input_ids must lie in [0, num_embeddings)")
             index = tl.where(inside, index, 0)
-            step = tl.where(
-                inside, step, float("nan")
+            token_step = tl.where(
+                inside, token_step, float("nan")
             )  # the noise of such a row is NaN, and so is the row
         if ROW_STRIDE == 0:
-            source += index * source_row
+            token_source = source + index * source_row
         else:
-            source += index * ROW_STRIDE
+            token_source = source + index * ROW_STRIDE
         target = out + token * D
-        if step != 0:
+        noisy = token_step != 0
+        is_noisy = noisy
+        if TOKENS > 1:
+            noisy = noisy & (column >= 0)
+            is_noisy = tl.max(noisy.to(tl.int32)) != 0
+        if is_noisy:
             key = tl.load(seed).to(tl.uint64)
             k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
             counter = (place, (sample + sample_offset).to(tl.uint32), replica.to(tl.uint32), k0, k1)
             row_pieces(
-                source,
+                token_source,
                 target,
                 source_column,
+                noisy,
                 counter,
-                step,
+                token_step,
                 scale,
                 first_piece,
                 D,
                 BLOCKS,
+                TOKENS,
                 PIECES,
                 KIND,
                 True,
@@ -499,15 +557,17 @@ def noisy_rows(
             )
         else:
             row_pieces(
-                source,
+                token_source,
                 target,
                 source_column,
+                True,
                 (0, 0, 0, 0, 0),
-                step,
+                token_step,
                 scale,
                 first_piece,
                 D,
                 BLOCKS,
+                TOKENS,
                 PIECES,
                 KIND,
                 False,
@@ -762,11 +822,13 @@ launch_pieces = Launcher(number_pieces, NUMBERING_REGISTERS)
 launch_tokens = Launcher(number_tokens)
 
 
-def row_shape(embedding_dim: int, warp_size: int) -> tuple[int, int, int]:
-    """(blocks of a piece, pieces, warps) of one program, which serves one row: a thread takes one
-    block of 8 columns of every piece.
+def row_shape(embedding_dim: int, warp_size: int, tokens: int = 1) -> tuple[int, int, int]:
+    """(blocks of a piece, pieces, warps) of one program: a thread takes one block of 8 columns of
+    every piece, in which a tile's tokens have one part each.
     """
     blocks = max(1, (embedding_dim + 7) // 8)
+    if tokens > 1:
+        return warp_size // tokens, -(-blocks // (warp_size // tokens)), 1
     warps = 1
     while warps < 8 and blocks > 16 * warp_size * warps:
         warps *= 2
@@ -785,6 +847,22 @@ def row_shares(tokens: int, embedding_dim: int, warp_size: int) -> int:
     while 4 * shares <= pieces and 4 * shares * tokens <= PROGRAMS and shares < 16:
         shares *= 4
     return shares
+
+
+TILED_FROM = 4097  # tokens; fewer fill the device better one by one
+TILED_COLUMNS = 64  # at least, as a tile ends with its row
+
+
+def has_tiles(rows: int, columns: int, embedding_dim: int) -> bool:
+    """Whether a program may serve several tokens: it finds their rows at once, and narrow rows
+    leave none of its lanes idle.
+    """
+    return rows * columns >= TILED_FROM and columns >= TILED_COLUMNS and embedding_dim <= 2048
+
+
+def tile_of(embedding_dim: int, warp_size: int) -> int:
+    """Tokens of a tile: on NVIDIA 4, each with 64 columns at a time, then 2 with 128."""
+    return warp_size // (8 if embedding_dim <= 1024 else 16)
 
 
 def row_kind(
@@ -966,6 +1044,7 @@ def _launch_rows(
     shares = 1
     if rows * columns <= PROGRAMS // 4:
         shares = row_shares(rows * columns, embedding_dim, _warp_size(out.device))
+    is_tiled = shares == 1 and has_tiles(rows, columns, embedding_dim)
     key = (
         device_index,
         dtype,
@@ -982,6 +1061,7 @@ def _launch_rows(
         numbering is None,
         noise_alpha is None,
         shares,
+        is_tiled,
     )
     found = launch_rows.compiled.get(key)
     source_row, source_column = source_strides
@@ -996,6 +1076,7 @@ def _launch_rows(
             embed_scale != 1,
             _warp_size(out.device),
             shares,
+            is_tiled,
         )
     else:
         num_warps, constexprs = found[0]
@@ -1042,11 +1123,14 @@ def _launch_rows(
             input_ids,
             embed_scale,
         )
+    programs = columns * shares
+    if is_tiled:
+        programs = -(-columns // constexprs[TOKENS_AT])
     launch_rows(
         key,
         found,
         device_index,
-        (columns * shares, rows, 1) if rows <= 65535 else (columns, 65535, (rows + 65534) // 65535),
+        (programs, rows, 1) if rows <= 65535 else (programs, 65535, (rows + 65534) // 65535),
         args,
         num_warps,
     )
@@ -1068,22 +1152,28 @@ def row_constants(
     has_scale: bool,
     warp_size: int,
     shares: int = 1,
+    is_tiled: bool = False,
 ) -> tuple[int, tuple[Any, ...]]:
-    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, SHARES, KIND,
-    SCALED, DEBUG.
+    """(num_warps, noisy_rows' constexprs in order): D, ROW_STRIDE, BLOCKS, PIECES, SHARES, TOKENS,
+    KIND, SCALED, DEBUG.
     """
-    blocks, pieces, num_warps = row_shape(embedding_dim, warp_size)
     kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
+    tokens = tile_of(embedding_dim, warp_size) if is_tiled and kind != "columns" else 1
+    blocks, pieces, num_warps = row_shape(embedding_dim, warp_size, tokens)
     return num_warps, (
         embedding_dim,
         0 if kind == "columns" else row_stride,
         blocks,
         -(-pieces // shares),
         shares,
+        tokens,
         kind,
         has_scale,
         DEBUG,
     )
+
+
+TOKENS_AT = 5  # in the above
 
 
 @lru_cache(maxsize=16)

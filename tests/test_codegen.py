@@ -39,6 +39,8 @@ QUICK = {
     Configuration("sm_80", "bfloat16", 4096, scaled=True),
     *(Configuration("sm_90", "bfloat16", d, "lengths") for d in (576, 768, 896, 1536, 2048)),
     *(Configuration("sm_90", "bfloat16", 4096, "lengths", shares=shares) for shares in (4, 16)),
+    *(Configuration("sm_90", "bfloat16", d, "lengths", is_tiled=True) for d in (576, 2048)),
+    Configuration("sm_90", "bfloat16", 576, "numbering", is_tiled=True),
     Configuration("gfx942", "bfloat16", 4096),
 }
 

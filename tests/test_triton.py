@@ -73,6 +73,13 @@ def small_programs(monkeypatch, block):
         monkeypatch.setattr(kernels(), name, value)
 
 
+def serve_tiles(monkeypatch, is_tiled=True):
+    """Several tokens a program in these small calls, or one."""
+    monkeypatch.setattr(kernels(), "PROGRAMS", 0 if is_tiled else 2048)
+    monkeypatch.setattr(kernels(), "TILED_FROM", 0 if is_tiled else 10**6)
+    monkeypatch.setattr(kernels(), "TILED_COLUMNS", 1)
+
+
 def mend_interpreter(monkeypatch):
     """What the interpreters of older Tritons get wrong."""
     import triton
@@ -329,7 +336,7 @@ def test_golden_vectors_by_the_public_function(public, case):
     assert_golden(public, case, "triton")
 
 
-def test_drawn_calls(device):
+def test_drawn_calls(device, monkeypatch):
     """What hypothesis draws, against the oracle; tests/test_properties.py for the CPU's kernels."""
     hypothesis = pytest.importorskip("hypothesis")
     import oracle
@@ -342,8 +349,9 @@ def test_drawn_calls(device):
         alphas = ALPHAS.filter(lambda alpha: alpha > 1e-300)
 
     @hypothesis.settings(QUICK, max_examples=15 if EXECUTED else 60)  # as IR a second each
-    @hypothesis.given(cases(dtypes, ("uniform",), alphas))
-    def check(case):
+    @hypothesis.given(cases(dtypes, ("uniform",), alphas), hypothesis.strategies.booleans())
+    def check(case, is_tiled):
+        serve_tiles(monkeypatch, is_tiled)
         said = {**case.layout, **case.offsets, "noise_mask": case.noise_mask}
         said |= {"padding_idx": case.padding_idx, "sign": case.variant["sign"], "seed": case.seed}
         said |= {"embed_scale": case.embed_scale}
@@ -381,6 +389,74 @@ def test_rows_that_are_not_shared(device, monkeypatch, dtype):
         weight = make_weight(embedding_dim, dtype)
         agree(device, batch.input_ids, weight)
         agree(device, batch.input_ids, weight, lengths=batch.lengths, embed_scale=1.7)
+
+
+@pytest.mark.parametrize("tokens", (4096, 4097))
+def test_tiles_serve_where_tokens_are_many(device, tokens):
+    """In rows of 64 tokens at least, at 2048 columns at most."""
+    sizes = ((1, tokens, 2048), (1, tokens, 2056), (tokens, 63, 8), (tokens // 64, 64, 8))
+    many = tokens == 4097
+    assert [kernels().has_tiles(*size) for size in sizes] == [many, False, False, False]
+    assert kernels().has_tiles(tokens, 64, 8)
+    for d, tile, blocks, pieces in (
+        (8, 4, 8, 1),
+        (576, 4, 8, 9),
+        (1024, 4, 8, 16),
+        (1032, 2, 16, 9),
+    ):
+        warps, found = kernels().row_constants(
+            torch.bfloat16, d, d, 1, True, False, 32, is_tiled=True
+        )
+        assert (warps, *found[2:6]) == (1, blocks, pieces, 1, tile)
+        _, found = kernels().row_constants(torch.bfloat16, d, d, 1, False, False, 32, is_tiled=True)
+        assert found[5] == 1, "rows that no vector reads"
+    assert kernels().tile_of(576, 64) == 8 and kernels().tile_of(1032, 64) == 4
+
+
+TILED_LAYOUTS = {
+    "nothing": {},
+    "lengths": {"lengths": torch.tensor([5, 0, 3])},
+    "mask": {"attention_mask": torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 1, 0]])},
+    "numbered": {"attention_mask": torch.tensor([[1, 1, 2, 2, 2, 0], [0] * 6, [3, 3, 3, 3, 4, 5]])},
+    "position_ids": {
+        "position_ids": torch.tensor([[0, 1, 0, 1, 2, 0], [0] * 6, [4, 5, 6, 7, 0, 1]])
+    },
+    "cu_seqlens": {"cu_seqlens": torch.tensor([0, 4, 4, 7, 13, 18])},
+    "noise_mask": {"noise_mask": torch.tensor([[0, 1, 1, 0, 1, 1], [0] * 6, [1] * 6]).bool()},
+    "padding_idx": {"padding_idx": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", TILED_LAYOUTS)
+def test_tiles(device, monkeypatch, layout, dtype):
+    """Four tokens a program, or two, the last of a row's six perhaps twice."""
+    serve_tiles(monkeypatch)
+    given = TILED_LAYOUTS[layout]
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [2, 6, 7, 8, 2, 2], [9, 10, 2, 1, 3, 4]])
+    weight = make_weight(24, dtype)
+    weight[2:6] = -0.0  # which noise of zero would turn into zeros
+    agree(device, ids, weight, **given, replica=3, sample_offset=1, position_offset=1)
+    agree(device, ids.int(), weight, **given, embed_scale=1.7)
+    if layout == "lengths":
+        agree(device, ids[:, :3], make_weight(1032, dtype), lengths=torch.tensor([2, 0, 3]))
+
+
+@pytest.mark.parametrize("capturable", (False, True))
+def test_tiles_of_ids_out_of_range(device, monkeypatch, capturable, alpha_on_device):
+    """Their rows alone are NaN, in training and where no noise is."""
+    monkeypatch.setattr(kernels(), "is_on_host", lambda noise_alpha: not capturable)
+    serve_tiles(monkeypatch)
+    ids = torch.tensor([[1, 11, 3, 4, 5, 0], [-1, 6, 7, 8, 2, 2]])
+    weight = make_weight(24, torch.float32)
+    is_bad = (ids < 0) | (ids > 10)
+    for lengths in ((6, 2), (0, 0)):
+        given = {"seed": 3, "lengths": torch.tensor(lengths)}
+        out = by_kernel(device, ids, weight, 5.0, **given, capturable=capturable)
+        good = noisy_embedding(
+            ids.masked_fill(is_bad, 0), weight, 5.0, **given, backend="reference"
+        )
+        assert out[is_bad].isnan().all() and same_bits(out[~is_bad], good[~is_bad])
 
 
 @pytest.mark.parametrize("embedding_dim", (1, 7, 8, 20, 64, 100, 576, 896, 4096, 4104))
