@@ -236,13 +236,35 @@ def pieces_at(
             v3 = loaded(piece + 3, source, D, BLOCKS, TOKENS, KIND)
     for k in tl.static_range(COUNT):
         stored(
-            *(piece + k, v0, target, noisy, counter, step, scale),
-            *(D, BLOCKS, TOKENS, KIND, NOISY, SCALED),
+            piece + k,
+            v0,
+            target,
+            noisy,
+            counter,
+            step,
+            scale,
+            D,
+            BLOCKS,
+            TOKENS,
+            KIND,
+            NOISY,
+            SCALED,
         )
         if TOKENS > 1 and NOISY:  # the others keep their bits
             stored(
-                *(piece + k, v0, target, noisy == 0, counter, step, scale),
-                *(D, BLOCKS, TOKENS, KIND, False, SCALED),
+                piece + k,
+                v0,
+                target,
+                noisy == 0,
+                counter,
+                step,
+                scale,
+                D,
+                BLOCKS,
+                TOKENS,
+                KIND,
+                False,
+                SCALED,
             )
         following = v0
         if k + AHEAD < COUNT:
