@@ -64,6 +64,7 @@ def noisy(ids, weight, seed, mask=None, **told):
 
 
 ORDER = torch.tensor([2, 0, 1])
+MIXED = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
 PLACES = {
     "the same": (lambda ids: ids, KEEP),
     "a copy": (lambda ids: ids.clone(), KEEP),
@@ -81,6 +82,12 @@ PLACES = {
         torch.cat((KEEP[:, :1], KEEP[:, :-1]), 1),
     ),
     "shifted left": (lambda ids: ids.roll(-1, 1), torch.cat((KEEP[:, 1:], KEEP[:, -1:]), 1)),
+    "reversed": (lambda ids: ids.flip(1), KEEP.flip(1)),
+    "padding on the other side": (
+        lambda ids: torch.stack([row.roll(place + 2) for place, row in enumerate(ids)]),
+        torch.stack([row.roll(place + 2) for place, row in enumerate(KEEP)]),
+    ),
+    "in another order": (lambda ids: ids[:, MIXED], KEEP[:, MIXED]),
     "images' places changed": (lambda ids: torch.where(ids % 3 == 0, 1, ids), KEEP),
 }
 
