@@ -57,11 +57,13 @@ class Samples(NamedTuple):
             and not self.before
         )
 
-    def at(self, place: Callable[[Tensor], Tensor], shape: torch.Size) -> "Samples":
-        """What is said of ids of this shape, said of a lookup of some of them: `place` takes values
-        of the ids to those of the lookup.
+    def at(self, place: Callable[[Tensor], Tensor], shape: torch.Size, to: torch.Size) -> "Samples":
+        """What is said of ids of this shape, said of a lookup of some of them, of shape `to`:
+        `place` takes values of the ids to those of the lookup. Rows that are one there stay
+        samples of their own.
         """
         said = self
+        joined = joins_rows(shape, to) and self.cu_seqlens is None  # which count flattened tokens
         if self.lengths is not None:
             token = torch.arange(shape[-1], device=self.lengths.device)
             said = self._replace(attention_mask=token < self.lengths[..., None], lengths=None)
@@ -71,6 +73,8 @@ class Samples(NamedTuple):
             said = self._replace(attention_mask=number, cu_seqlens=None)
         if self.before and self.attention_mask is not None:
             said = self._replace(attention_mask=self.attention_mask[..., self.before :], before=0)
+        if joined and said.attention_mask is not None:
+            said = said._replace(attention_mask=_numbered_rows(said.attention_mask.expand(shape)))
         fields: dict[str, Any] = {
             name: place(value.expand(shape))
             for name in ("attention_mask", "position_ids", "noise_mask")
@@ -86,6 +90,21 @@ class Samples(NamedTuple):
 
 
 UNSAID = Samples()
+
+
+def joins_rows(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether ids of this shape, looked up in that one, have several of their rows in one."""
+    if not len(shape) or not len(to):
+        return False
+    return to.numel() == shape.numel() and to[-1] > shape[-1]
+
+
+def _numbered_rows(mask: Tensor) -> Tensor:
+    """The mask with other numbers in every row: its rows are joined, and stay documents apart."""
+    rows = mask.numel() // max(mask.shape[-1], 1)
+    number = torch.arange(rows, device=mask.device).view(*mask.shape[:-1], 1)
+    wide = mask.double() if mask.is_floating_point() else mask.long()
+    return torch.where(wide != 0, wide * rows + number, 0)
 
 
 def time_first(samples: Samples, shape: torch.Size) -> Samples:

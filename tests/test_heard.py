@@ -16,6 +16,7 @@ GENERATOR = torch.Generator().manual_seed(2)
 IDS = torch.randint(10, VOCAB, (3, 8), generator=GENERATOR)
 OTHER = torch.randint(10, VOCAB, (3, 8), generator=GENERATOR)
 KEEP = torch.tensor([[1] * 5 + [0] * 3, [1] * 2 + [0] * 6, [1] * 8])
+ROWS = KEEP * torch.tensor([[1], [2], [3]])  # samples of their own where rows are joined
 
 
 class Config:
@@ -64,11 +65,16 @@ def noisy(ids, weight, seed, mask=None, **told):
 
 
 ORDER = torch.tensor([2, 0, 1])
+MIXED = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
 PLACES = {
     "the same": (lambda ids: ids, KEEP),
     "a copy": (lambda ids: ids.clone(), KEEP),
-    "flattened": (lambda ids: ids.view(-1), KEEP.view(-1)),
-    "a flattened copy": (lambda ids: ids.clone().view(-1), KEEP.view(-1)),
+    "flattened": (lambda ids: ids.view(-1), ROWS.view(-1)),
+    "a flattened copy": (lambda ids: ids.clone().view(-1), ROWS.view(-1)),
+    "flattened, images' places changed": (
+        lambda ids: torch.where(ids % 3 == 0, 1, ids).view(-1),
+        ROWS.view(-1),
+    ),
     "reordered": (lambda ids: ids[ORDER], KEEP[ORDER]),
     "rows": (lambda ids: ids[1:], KEEP[1:]),
     "copied rows": (lambda ids: ids[1:].clone(), KEEP[1:]),
@@ -81,6 +87,12 @@ PLACES = {
         torch.cat((KEEP[:, :1], KEEP[:, :-1]), 1),
     ),
     "shifted left": (lambda ids: ids.roll(-1, 1), torch.cat((KEEP[:, 1:], KEEP[:, -1:]), 1)),
+    "reversed": (lambda ids: ids.flip(1), KEEP.flip(1)),
+    "padding on the other side": (
+        lambda ids: torch.stack([row.roll(place + 2) for place, row in enumerate(ids)]),
+        torch.stack([row.roll(place + 2) for place, row in enumerate(KEEP)]),
+    ),
+    "in another order": (lambda ids: ids[:, MIXED], KEEP[:, MIXED]),
     "images' places changed": (lambda ids: torch.where(ids % 3 == 0, 1, ids), KEEP),
 }
 
@@ -91,6 +103,20 @@ def test_the_place_of_the_ids_is_their_masks(name, fused):
     of, mask = PLACES[name]
     (out,), (seed,), weight, _ = heard(lambda ids, _: [of(ids)], fused=fused)
     assert torch.equal(out, noisy(of(IDS), weight, seed, mask))
+
+
+@pytest.mark.parametrize("token", [None, 0])
+def test_flattened_ids_are_samples_of_their_own_without_a_mask(token):
+    ids = IDS if token is None else IDS.masked_fill(KEEP == 0, token)
+    for of in (torch.Tensor.flatten, lambda ids: ids.clone().view(-1)):
+        (out,), (seed,), weight, _ = heard(
+            lambda ids, _, of=of: [of(ids)],
+            config=Config(token),
+            input_ids=ids,
+            attention_mask=None,
+        )
+        told = noisy(ids, weight, seed, None if token is None else KEEP)
+        assert torch.equal(out, told.flatten(0, 1))
 
 
 def test_the_padding_of_a_window_is_compared_without_a_look():

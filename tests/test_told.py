@@ -269,11 +269,16 @@ def test_a_mapping_reaches_the_ids_that_it_names():
     assert torch.equal(model.target, expected(model, OTHER, other)), "not by its shape"
 
 
+def rows_joined(mask):
+    """Rows are samples of their own there, too."""
+    return (mask * torch.arange(1, len(mask) + 1)[:, None]).view(-1)
+
+
 PLACES = {
     "the ids": lambda ids: (ids, lambda mask: mask),
     "a copy": lambda ids: (ids.clone(), lambda mask: mask),
-    "flattened": lambda ids: (ids.view(-1), lambda mask: mask.view(-1)),
-    "flattened copy": lambda ids: (ids.clone().view(-1), lambda mask: mask.view(-1)),
+    "flattened": lambda ids: (ids.view(-1), rows_joined),
+    "flattened copy": lambda ids: (ids.clone().view(-1), rows_joined),
     "a prefix": lambda ids: (ids[:, :-1], lambda mask: mask[:, :-1]),
     "a prefix, copied": lambda ids: (ids[:, :-1].clone(), lambda mask: mask[:, :-1]),
     "shifted, copied": lambda ids: (ids[:, 1:].clone(), lambda mask: mask[:, 1:]),

@@ -36,8 +36,8 @@ def values_cost_nothing(input: Tensor) -> bool:
 
 def place(input: Tensor, ids: Tensor) -> Place | None:
     """By storage where the lookup's ids are the sequence or a view of it, else by value on the CPU:
-    the same, flattened, transposed, some rows in any order, a chunk, shifted by one, or padded to a
-    window.
+    the same, flattened, transposed, some rows in any order, a chunk, shifted by one, its rows
+    reversed, rotated or otherwise rearranged, or padded to a window.
 
     None: they are none of these, or it cannot be known without a synchronisation.
     """
@@ -108,7 +108,9 @@ def _by_value(input: Tensor, ids: Tensor) -> Place | None:
             return transposed
         if input.shape != ids.shape:
             return None
-        return _rows(input, ids) or (_shifted(input, ids) if input.shape[-1] > 1 else None)
+        if (where := _rows(input, ids)) is not None or input.shape[-1] == 1:
+            return where
+        return _shifted(input, ids) or _rearranged(input, ids)
     if input.dim() != ids.dim():
         return None
     if input.shape[-1] == ids.shape[-1]:
@@ -148,6 +150,28 @@ def _shifted(input: Tensor, ids: Tensor) -> Place | None:
     if torch.equal(input[..., :-1], ids[..., 1:]):
         return lambda values: torch.cat((values[..., 1:], values[..., -1:]), -1)
     return None
+
+
+def _rearranged(input: Tensor, ids: Tensor) -> Place | None:
+    """Each row's own tokens in another order: reversed, as models that read backwards do, rotated
+    by a number of each row's own, as padding that changes sides is, or any other. There equal
+    tokens keep their order.
+    """
+    wanted, order = input.sort(dim=-1, stable=True)
+    there, origin = ids.sort(dim=-1, stable=True)
+    if not torch.equal(wanted, there):
+        return None
+    if torch.equal(input, ids.flip(-1)):
+        return lambda values: values.flip(-1)
+    columns = torch.arange(ids.shape[-1], device=ids.device)
+    if input.numel() * ids.shape[-1] <= COMPARISONS:
+        turned = (columns[:, None] + columns) % ids.shape[-1]
+        alike = (ids[..., turned] == input.unsqueeze(-2)).all(-1)
+        if bool(alike.any(-1).all()):
+            taken = turned[alike.int().argmax(-1)]
+            return lambda values: values.gather(-1, taken)
+    taken = torch.empty_like(order).scatter_(-1, order, origin)
+    return lambda values: values.gather(-1, taken)
 
 
 def _rows(input: Tensor, ids: Tensor) -> Place | None:

@@ -23,7 +23,14 @@ from ..layout import per_token
 from ..modules import has_other_noise
 from ..noise import UNIFORM, Noise, Variant, check_alpha
 from ..ops import when_drawn
-from ..samples import UNSAID, Samples, check_time_first, make_layout, real_tokens
+from ..samples import (
+    UNSAID,
+    Samples,
+    check_time_first,
+    joins_rows,
+    make_layout,
+    real_tokens,
+)
 from ..torch_internals import asked_outside_the_graph
 from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
@@ -534,6 +541,7 @@ class Site:
             return real_tokens(input, padding_idx, UNSAID), False
         known: Forward | None = None
         untold, decoder = UNSAID, False
+        joined: tuple[Samples, Place, Tensor] | None = None
         for forward in reversed(forwards):
             found = forward.reads(input)
             if found is None:
@@ -547,8 +555,10 @@ class Site:
                 prompts = forward.listener.quirks.prompts
                 if prompts is not None and told.padding_unsaid:
                     told = told._replace(attention_mask=ids != prompts)
+                if told.padding_unsaid and joins_rows(ids.shape, input.shape):
+                    joined = told, where, ids
             if where is not same and (not told.unsaid or where is transposed):
-                told = _at(told, where, ids)
+                told = _at(told, where, ids, input)
             if told is not UNSAID and not told.padding_unsaid:
                 return self._fitting(told, input, forward), False
             known = known or forward
@@ -557,6 +567,10 @@ class Site:
         if known is not None:
             if not (decoder or forwards[0].listener.tells):
                 self._nothing_told(forwards, input)
+            if joined is not None:
+                untold, where, ids = joined
+                told = _explicit(_untold(untold, ids, padding_idx, known.padding, decoder), ids)
+                return _at(told, where, ids, input), False
             return _untold(untold, input, padding_idx, known.padding, decoder), False
         return self._of_no_argument(forwards, input, padding_idx)
 
@@ -581,7 +595,7 @@ class Site:
                 return _untold(told, input, padding_idx, forward.padding, forward.decoder), False
             ids = forward.own.ids
             if ids is not None and ids.shape != input.shape:
-                told = told.at(lambda values: values.reshape(input.shape), ids.shape)
+                told = told.at(lambda values: values.reshape(input.shape), ids.shape, input.shape)
             return self._fitting(told, input, forward), False
         if len(claiming) < len(forwards):
             given = forwards[-1].given
@@ -621,7 +635,7 @@ class Site:
             ids = ids if rows_first or ids.dim() != 2 else ids.t()
             if (where := place(input, ids)) is not None:
                 told = samples_of(words, ids, rows_first)
-                return _at(told, where, ids)
+                return _at(told, where, ids, input)
         return None
 
     def _claims(self, forward: Forward, input: Tensor) -> bool:
@@ -637,6 +651,8 @@ class Site:
         if mask is None or samples.before or mask.shape == shape:
             return samples
         if _is_flattened(mask, input):
+            if joins_rows(mask.shape, input.shape):
+                return samples.at(lambda values: values.reshape(input.shape), mask.shape, shape)
             return samples._replace(attention_mask=mask.reshape(input.shape))
         message = does_not_fit(mask, input)
         self.state.warn_once(message, lambda: forward.advice(message, input) if forward else "")
@@ -674,11 +690,23 @@ class Site:
         return factor if not compiling and forward_runs(listener.model()) else 1.0
 
 
-def _at(told: Samples, where: Place, ids: Tensor) -> Samples:
+def _at(told: Samples, where: Place, ids: Tensor, input: Tensor) -> Samples:
     """What is told of ids, of a lookup at some place in them."""
     if where is same:
         return told
-    return told._replace(time_first=True) if where is transposed else told.at(where, ids.shape)
+    if where is transposed:
+        return told._replace(time_first=True)
+    return told.at(where, ids.shape, input.shape)
+
+
+def _explicit(told: Samples, ids: Tensor) -> Samples:
+    """With a mask, where padding is known by its token or every token is real."""
+    if told.attention_mask is not None:
+        return told
+    if told.padded_ids is None:
+        return told._replace(attention_mask=torch.ones_like(ids))
+    mask = told.padded_ids != told.padding_idx
+    return told._replace(attention_mask=mask, padded_ids=None, padding_idx=-1)
 
 
 def _untold(
