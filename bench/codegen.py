@@ -180,15 +180,23 @@ def instruction_lines(configuration: Configuration) -> list[str]:
     return lines[: max(i for i, line in enumerate(lines) if line.startswith("s_endpgm")) + 1]
 
 
+def cuda_threads(configuration: Configuration) -> int:
+    """Of a token, as kernels.cu chooses them."""
+    narrow = 4 if configuration.embedding_dim <= 1024 else 2
+    parts = narrow if configuration.is_tiled else 1
+    return cuda_code.LANES * configuration.shares // parts
+
+
 @functools.cache
 def measure(configuration: Configuration) -> Code:
     if configuration.backend == "cuda":
+        threads = cuda_threads(configuration)
         instructions, used_registers, stack_bytes, shared_bytes, found = cuda_code.measure(
-            *configuration[:5]
+            *configuration[:5], threads
         )
         return Code(
             instructions,
-            configuration.embedding_dim / cuda_code.LANES,
+            configuration.embedding_dim / threads,
             used_registers,
             found,
             stack_bytes,
@@ -229,6 +237,8 @@ def target_of(configuration: Configuration) -> Target:
     target, dtype, d, layout, scaled, backend, capturable, shares, is_tiled = configuration
     if shares > 1:  # latency counts there
         return Target(60.0, None)
+    if is_tiled and backend == "cuda":
+        return Target(17.0 if d == 576 else 15.6, 14.0)
     if is_tiled and target in NVIDIA:
         return Target(12.5 if layout in ("nothing", "lengths", "cu_seqlens") else 16.0, 11.0)
     if backend == "cuda" and not scaled:
@@ -371,6 +381,13 @@ CUDA_CONFIGURATIONS = [
         for dtype in DTYPES
         for layout in LAYOUT_POINTERS
     ),
+    *(
+        Configuration(t, dtype, d, "lengths", False, "cuda", is_tiled=True)
+        for t in NVIDIA
+        for dtype in DTYPES
+        for d in (576, 768, 2048)
+    ),
+    *(Configuration(t, "bfloat16", 4096, "lengths", False, "cuda", shares=4) for t in NVIDIA),
     *(Configuration(t, dtype, 4096, "nothing", True, "cuda") for t in NVIDIA for dtype in DTYPES),
 ]
 

@@ -119,13 +119,14 @@ def columns_of(code: Function, loop: Loop) -> int:
     return sum(opcode(line).startswith("I2F") for line in code.lines[loop.first : loop.last + 1])
 
 
-def path_length(code: Function, embedding_dim: int) -> float:
-    """Instructions of the longest way to an EXIT through the noisy loop, for a d that leaves no
-    columns over.
+def path_length(code: Function, embedding_dim: int, threads: int = LANES) -> float:
+    """Instructions of the longest way to an EXIT through the noisy loop, for a token's threads that
+    all have the same number of blocks.
     """
     main = noisy_loop(code)
-    trips = embedding_dim / LANES / columns_of(code, main)
-    assert trips == int(trips), f"{embedding_dim} columns do not fill the loop's trips"
+    own = embedding_dim / threads
+    trips, left = divmod(own / 8, columns_of(code, main) / 8)
+    assert left == int(left), f"{embedding_dim} columns do not fill {threads} threads"
     weights = [1.0] * len(code.lines)
     found = loops(code)
     for loop in sorted(found, key=lambda loop: loop.first - loop.last):
@@ -134,7 +135,11 @@ def path_length(code: Function, embedding_dim: int) -> float:
         inside = [opcode(line) for line in code.lines[loop.first : loop.last + 1]]
         rows = any(name.startswith("STG") for name in inside)
         counts_documents = any(name.startswith("REDUX") for name in inside)  # of 32 rows a trip
-        weight = trips if loop == main else 0.0 if rows else 1.0 if counts_documents else BISECTIONS
+        is_noisy = any(name.startswith("I2F") for name in inside)
+        if rows:
+            weight = trips if loop == main else left if is_noisy else 0.0
+        else:
+            weight = 1.0 if counts_documents else BISECTIONS
         weights[loop.first : loop.last + 1] = [float(weight)] * len(inside)
     length = [-math.inf] * (len(code.lines) + 1)
     length[0], ends = 0.0, []
@@ -240,12 +245,18 @@ def lines_of(target: str, dtype: str, layout: str, scaled: bool) -> list[str]:
     return code.lines[: loop.first] + 2 * code.lines[loop.first : loop.last + 1]
 
 
-def measure(target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool) -> Measured:
+def measure(
+    target: str, dtype: str, embedding_dim: int, layout: str, scaled: bool, threads: int = LANES
+) -> Measured:
     code = function(target, kernel_name(target, dtype, layout, scaled))
     used = usage(target)[code.name]
     opcodes = Counter(map(opcode, code.lines))
     return Measured(
-        path_length(code, embedding_dim), used["REG"], used["STACK"], used["SHARED"], opcodes
+        path_length(code, embedding_dim, threads),
+        used["REG"],
+        used["STACK"],
+        used["SHARED"],
+        opcodes,
     )
 
 
@@ -260,7 +271,7 @@ def write_artefacts(
         "kernel": name,
         "dtype": dtype,
         "d": embedding_dim,
-        "block": [LANES, "min(4, columns)", 1],
+        "block": ["threads_of_token", "min(128 / block.x, columns)", 1],
         "grid": ["ceil(columns / block.y)", "min(rows, 65535)", "ceil(rows / 65535)"],
         "parameters": [{"name": "arguments", "type": "RowArguments, csrc/cuda/launch.h"}],
         "nvcc": NVCC_FLAGS,

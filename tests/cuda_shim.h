@@ -36,6 +36,8 @@
 #define NEFTUNE_GRID_COLUMNS grid_limit
 #define NEFTUNE_GRID_ROWS grid_limit
 #define NEFTUNE_GRID_BLOCKS 0x7FFFFFFF
+#define NEFTUNE_MANY_TOKENS many_tokens
+#define NEFTUNE_SHORT_ROW short_row
 #define NEFTUNE_ROW_TOKENS row_tokens
 #define NEFTUNE_PIECE_TOKENS piece_tokens
 #define __global__
@@ -72,6 +74,12 @@ extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim
   alpha_on_device = on_device;
 }
 
+inline int64_t many_tokens = 4097, short_row = 64;
+extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_many_tokens(
+    int64_t tokens, int64_t row) {
+  many_tokens = tokens;
+  short_row = row;
+}
 inline int64_t grid_limit = 65535;
 extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_grid_limit(
     int64_t limit) {

@@ -77,10 +77,9 @@ def test_targets(configuration):
     wide, narrow = codegen.row_accesses(configuration)
     assert wide > 0 and narrow == 0
     assert code.stack_bytes == code.shared_bytes == 0 and not codegen.forbidden(configuration)
-    if configuration.backend == "triton":
-        loads = codegen.loads_in_flight(configuration)
-        own = code.elements_per_thread * codegen.DTYPES[configuration.dtype].itemsize / 16
-        assert loads >= min(4, math.ceil(own)), f"{loads} of {own} loads on their way"
+    loads = codegen.loads_in_flight(configuration)
+    own = code.elements_per_thread * codegen.DTYPES[configuration.dtype].itemsize / 16
+    assert loads >= min(4, math.ceil(own)), f"{loads} of {own} loads on their way"
     target = codegen.target_of(configuration).per_element
     other = not triton.__version__.startswith(f"{codegen.FIGURES_OF}.")
     if code.per_element > target and other and configuration.backend == "triton":

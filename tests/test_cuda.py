@@ -18,7 +18,8 @@ import test_triton
 import torch
 import torch.nn.functional as F
 from conftest import FLOAT_DTYPES, cuda_shim, make_batch, same_bits
-from test_triton import (  # noqa: F401  run here with the fixtures below
+from test_triton import (
+    TILED_LAYOUTS,
     VECTORS,
     agree,
     assert_golden,
@@ -26,36 +27,6 @@ from test_triton import (  # noqa: F401  run here with the fixtures below
     by_kernel,
     golden_cases,
     make_weight,
-    test_add_noise,
-    test_alpha_on_the_device,
-    test_alpha_set_in_a_capture_is_refused,
-    test_bad_bounds_and_lengths_reach_nothing,
-    test_captured_model_replays_with_todays_alpha,
-    test_captured_module_replays_with_todays_alpha,
-    test_compiled_on_a_gpu,
-    test_cuda_graph_replays_fresh_noise,
-    test_documents_of_many_rows_are_counted,
-    test_drawn_calls,
-    test_empty,
-    test_every_dtype_and_width,
-    test_every_mask,
-    test_every_mask_dtype_and_strides,
-    test_extremes_of_alpha,
-    test_extremes_of_alpha_on_the_device,
-    test_ids_out_of_range_give_rows_of_nan,
-    test_jumps_are_not_counted_in_words,
-    test_more_than_int32_elements,
-    test_noise_masks_and_signs,
-    test_numbering_of_any_form,
-    test_numbering_of_every_kind_of_row,
-    test_numbering_of_random_masks_and_positions,
-    test_other_devices,
-    test_padding_keeps_its_bits,
-    test_positions_lengths_and_bounds,
-    test_reduce_overhead_replays_with_todays_alpha,
-    test_rows_beyond_65535,
-    test_shapes_strides_and_padding_idx,
-    test_side_stream,
 )
 
 from neftune_kernels import (
@@ -162,6 +133,43 @@ def test_trips_of_the_loop_over_columns(device, dtype, embedding_dim):
         sample_offset=2**32 - 2,
     )
     agree(device, batch.input_ids.int(), weight, lengths=torch.tensor([3, 0]), embed_scale=1.7)
+
+
+@pytest.fixture
+def long_calls(device):
+    """Small calls are served as long ones are: narrow rows by part of a warp each."""
+    if cuda_shim is None:
+        pytest.skip("a GPU has its own sizes: test_long_calls")
+    cuda_shim.neftune_shim_many_tokens(ctypes.c_int64(0), ctypes.c_int64(1))
+    yield
+    cuda_shim.neftune_shim_many_tokens(ctypes.c_int64(4097), ctypes.c_int64(64))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", TILED_LAYOUTS)
+def test_several_tokens_of_a_warp(device, long_calls, layout, dtype):
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [2, 6, 7, 8, 2, 2], [9, 10, 2, 1, 3, 4]])
+    given = TILED_LAYOUTS[layout]
+    for embedding_dim in (24, 576, 1032):
+        weight = make_weight(embedding_dim, dtype)
+        weight[2:6] = -0.0
+        agree(device, ids, weight, **given, replica=3, sample_offset=1, position_offset=1)
+        agree(device, ids.int(), weight, **given, embed_scale=1.7)
+
+
+@pytest.mark.parametrize("rows, columns, embedding_dim", ((65, 64, 24), (1, 4099, 16), (66, 63, 8)))
+def test_long_calls(device, rows, columns, embedding_dim):
+    ids = torch.arange(rows * columns).reshape(rows, columns) % 11
+    weight = make_weight(embedding_dim, torch.bfloat16)
+    agree(device, ids, weight, attention_mask=(ids > 2).long())
+
+
+@pytest.mark.parametrize("rows", (128, 129))
+def test_rows_of_short_calls_take_several_warps(device, rows):
+    """Up to 512 tokens: of 512 columns two warps, of 1024 four, of 248 one."""
+    for embedding_dim in (248, 512, 1024):
+        ids = torch.arange(rows * 4).reshape(rows, 4) % 11
+        agree(device, ids, make_weight(embedding_dim, torch.float16), lengths=ids[:, 0] % 4 + 1)
 
 
 @pytest.fixture(params=["rows", "pieces of one warp", "pieces of three"])

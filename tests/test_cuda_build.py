@@ -208,8 +208,8 @@ MUTATIONS = {
     ),
     "blocks left over": (
         "cuda/kernels.cu",
-        "block < blocks; block += kLanes)",
-        "block < blocks - 1; block += kLanes)",
+        "block < blocks; block += lanes)",
+        "block < blocks - 1; block += lanes)",
     ),
 }
 OUTSIDE = {
@@ -217,8 +217,8 @@ OUTSIDE = {
     "id at the end": ("cuda/kernels.cu", "id < a.num_embeddings", "id <= a.num_embeddings"),
     "blocks past a row": (
         "cuda/kernels.cu",
-        "block < blocks; block += kLanes)",
-        "block < blocks + 1; block += kLanes)",
+        "block < blocks; block += lanes)",
+        "block < blocks + 1; block += lanes)",
     ),
     "tail of a mask": (
         "cuda/documents.h",

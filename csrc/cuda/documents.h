@@ -381,15 +381,15 @@ __global__ void __launch_bounds__(kLanes* kMostWarps, 1) number_pieces(const Doc
                   earlier + found.earlier);
 }
 
-// The number of document 0 of the row that `words` are of; a warp asks together.
+// The number of document 0 of the row that `words` are of; all lanes of a warp ask together.
 NEFTUNE_DEVICE int32_t documents_before(const Numbering& numbering, const RowWords& words,
-                                        int64_t row) {
+                                        int64_t row, uint32_t lane) {
   if (words.before >= 0) return words.before;
-  const RowWords* earlier = numbering.words + lane_of_thread();
+  const RowWords* earlier = numbering.words + lane;
   int32_t documents = 0;
 #pragma unroll 1
   for (int64_t left = row; left > 0; left -= kLanes) {
-    const bool is_there = lane_of_thread() < left;
+    const bool is_there = lane < left;
     documents += __reduce_add_sync(kAllLanes, is_there ? max(earlier->documents, 1) : 0);
     earlier += kLanes;
   }
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kTokenThreads) number_tokens(const TokenArgume
   const int64_t row = blockIdx.x / blocks,
                 column = int64_t{blockIdx.x % blocks} * kTokenThreads + threadIdx.x;
   const RowWords words = a.numbering.words[row];
-  const int64_t before = documents_before(a.numbering, words, row);
+  const int64_t before = documents_before(a.numbering, words, row, lane_of_thread());
   if (column >= a.columns) return;
   const int64_t token = row * a.columns + column;
   const NumberedToken found = token_of(a.numbering, words, before, token, column);

@@ -3,8 +3,8 @@
 //
 //     out[token] = cast(e + x·step),  e = source[id] or cast(source[id]·scale)
 //
-// A warp serves a token, a thread every 32nd block of 8 columns: one Philox block, one 16-byte
-// access of 16-bit rows or two of float32 rows. Product and sum are rounded apart by __fmul_rn and
+// The blocks of 8 columns of a token are dealt out to a warp, to part of one or to several: one
+// Philox block, one 16-byte access of 16-bit rows or two of float32 rows. Product and sum are rounded apart by __fmul_rn and
 // __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and add.rn.f32x2 even under -fmad=false.
 #include <cmath>
 
@@ -18,6 +18,8 @@
 #define NEFTUNE_GRID_COLUMNS 0x7FFFFFFF
 #define NEFTUNE_GRID_ROWS 65535
 #define NEFTUNE_GRID_BLOCKS 0x7FFFFFFF
+#define NEFTUNE_MANY_TOKENS 4097  // which fill a GPU
+#define NEFTUNE_SHORT_ROW 64      // tokens
 #endif
 
 #define NEFTUNE_DEVICE static __device__ __forceinline__
@@ -27,9 +29,10 @@
 namespace neftune_kernels {
 namespace {
 
-constexpr int kTokensPerBlock = 4;
-constexpr int kBlocksPerMultiprocessor = 12;  // 48 warps: at most 40 registers a thread
-constexpr int kVectorsAhead = 2;              // loads under way before the first is used
+constexpr int kThreads = 128;                // of a block
+constexpr int kBlocksPerMultiprocessor = 8;  // 32 warps: at most 64 registers a thread
+constexpr int kVectorsAhead = 4;             // loads under way before the first is used
+constexpr int64_t kFewTokens = 512;          // which leave most of a GPU idle
 
 // ---- element types: vectors of 16 bytes, or single values
 
@@ -162,8 +165,9 @@ NEFTUNE_DEVICE TokenNoise place_of(const RowArguments& a, int64_t token, Index r
     }
   } else if (kind == kNumbered || (kind >= kAnyLayout && a.numbering.words)) {
     const RowWords words = a.numbering.words[row];
+    const uint32_t lane = (threadIdx.y * blockDim.x + threadIdx.x) % kLanes;
     const NumberedToken found = token_of(
-        a.numbering, words, documents_before(a.numbering, words, row), token, column);
+        a.numbering, words, documents_before(a.numbering, words, row, lane), token, column);
     sample = found.document;
     position = found.position;
     length = found.length;
@@ -230,29 +234,32 @@ template <class Element, bool kScaled>
 NEFTUNE_DEVICE void noisy_block(const RowNoise& noise_of, uint32_t block, float scale,
                                 uint4* values) {
   float noise[kColumnsPerBlock];
-  noise_of(block, noise);
 #pragma unroll
   for (int k = 0; k < Element::kVectors; ++k) {
     if (kScaled) values[k] = Element::scaled(values[k], scale);
-    values[k] = Element::noisy(values[k], noise + 4 * k);
   }
+  noise_of(block, noise);
+#pragma unroll
+  for (int k = 0; k < Element::kVectors; ++k) values[k] = Element::noisy(values[k], noise + 4 * k);
 }
 
 template <class Element, int kAhead, bool kScaled>
-NEFTUNE_DEVICE void noisy_blocks(const RowNoise& noise_of, const uint4* source, uint4* out,
-                                 int block, float scale) {
+NEFTUNE_DEVICE void noisy_blocks(const RowNoise& noise_of, const uint4*& source, uint4*& out,
+                                 int block, int lanes, float scale) {
   constexpr int kVectors = Element::kVectors;
   uint4 values[kAhead][kVectors];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) values[i][k] = source[i * kLanes * kVectors + k];
+    for (int k = 0; k < kVectors; ++k) values[i][k] = source[k];
+    source += lanes * kVectors;
   }
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
-    noisy_block<Element, kScaled>(noise_of, block + i * kLanes, scale, values[i]);
+    noisy_block<Element, kScaled>(noise_of, block + i * lanes, scale, values[i]);
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) out[i * kLanes * kVectors + k] = values[i][k];
+    for (int k = 0; k < kVectors; ++k) out[k] = values[i][k];
+    out += lanes * kVectors;
   }
 }
 
@@ -260,20 +267,17 @@ template <class Element, bool kScaled>
 NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source, uint4* out,
                                   int blocks, float scale) {
   constexpr int kVectors = Element::kVectors, kAhead = kVectorsAhead / kVectors;
+  const int lanes = blockDim.x;
   int block = threadIdx.x;
   source += block * kVectors;
   out += block * kVectors;
 #pragma unroll 1
-  for (; block + (kAhead - 1) * kLanes < blocks; block += kAhead * kLanes) {
-    noisy_blocks<Element, kAhead, kScaled>(noise_of, source, out, block, scale);
-    source += kAhead * kLanes * kVectors;
-    out += kAhead * kLanes * kVectors;
+  for (; block + (kAhead - 1) * lanes < blocks; block += kAhead * lanes) {
+    noisy_blocks<Element, kAhead, kScaled>(noise_of, source, out, block, lanes, scale);
   }
 #pragma unroll 1
-  for (; block < blocks; block += kLanes) {
-    noisy_blocks<Element, 1, kScaled>(noise_of, source, out, block, scale);
-    source += kLanes * kVectors;
-    out += kLanes * kVectors;
+  for (; block < blocks; block += lanes) {
+    noisy_blocks<Element, 1, kScaled>(noise_of, source, out, block, lanes, scale);
   }
 }
 
@@ -281,7 +285,7 @@ NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source,
 template <class Element, bool kScaled>
 NEFTUNE_DEVICE void plain_vectors(const uint4* source, uint4* out, int blocks, float scale) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < blocks * Element::kVectors; i += kLanes) {
+  for (int i = threadIdx.x; i < blocks * Element::kVectors; i += blockDim.x) {
     uint4 values{Element::kNaN, Element::kNaN, Element::kNaN, Element::kNaN};
     if (source) {
       values = source[i];
@@ -297,7 +301,7 @@ NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of,
                             const typename Element::Storage* source,
                             typename Element::Storage* out) {
   for (int64_t column = threadIdx.x * kColumnsPerBlock; column < a.embedding_dim;
-       column += kLanes * kColumnsPerBlock) {
+       column += blockDim.x * kColumnsPerBlock) {
     uint32_t words[4];
     noise_of.words(static_cast<uint32_t>(column / kColumnsPerBlock), words);
 #pragma unroll
@@ -317,7 +321,7 @@ NEFTUNE_DEVICE void any_row(const RowArguments& a, const RowNoise& noise_of,
   }
 }
 
-// ---- kernels over rows: block (32 lanes, tokens of a row)
+// ---- kernels over rows: block (threads of a token, tokens of a row)
 
 NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const TokenNoise& place) {
   return {place.sample, place.position, a.replica, noise_key(static_cast<uint64_t>(*a.seed)),
@@ -326,20 +330,22 @@ NEFTUNE_DEVICE RowNoise noise_of_place(const RowArguments& a, const TokenNoise& 
 
 // The grid covers all tokens: loops over them would take registers from the loop over columns.
 template <class Element, LayoutKind kind, bool kScaled>
-__global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     noisy_vector_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
   const uint32_t row = blockIdx.y + blockIdx.z * gridDim.y,
-                 column = blockIdx.x * blockDim.y + threadIdx.y;
+                 own_column = blockIdx.x * blockDim.y + threadIdx.y;
   const uint32_t columns = static_cast<uint32_t>(a.columns),
                  embedding_dim = static_cast<uint32_t>(a.embedding_dim);
-  if (row >= static_cast<uint32_t>(a.rows) || column >= columns) return;
+  if (row >= static_cast<uint32_t>(a.rows)) return;
+  const uint32_t column = own_column < columns ? own_column : columns - 1;  // a warp asks together
   const int64_t token = uint64_t{row} * columns + column;
   const int blocks = static_cast<int>(embedding_dim / kColumnsPerBlock);
   const int64_t offset = offset_of(a, row, column);
   const Storage* source = static_cast<const Storage*>(a.source);
   Storage* out = static_cast<Storage*>(a.out) + token * embedding_dim;
   const TokenNoise place = place_of<kind>(a, token, row, column);
+  if (own_column >= columns) return;
   if (offset >= 0 && place.step != 0) {
     noisy_vectors<Element, kScaled>(noise_of_place(a, place), vectors(source + offset),
                                     vectors(out), blocks, a.scale);
@@ -351,7 +357,7 @@ __global__ void __launch_bounds__(kLanes* kTokensPerBlock, kBlocksPerMultiproces
 
 // The grid may be smaller than the tokens.
 template <class Element, LayoutKind kind>
-__global__ void __launch_bounds__(kLanes* kTokensPerBlock) noisy_rows(const RowArguments a) {
+__global__ void __launch_bounds__(kThreads) noisy_rows(const RowArguments a) {
   using Storage = typename Element::Storage;
   const int64_t first_row = blockIdx.y + int64_t{blockIdx.z} * gridDim.y;
   const int64_t first_column = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -379,15 +385,28 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void* strea
 }
 #endif
 
+// Threads of one token: a part of a warp for narrow rows of long calls, so that no lane is idle and
+// what finds a row is done for several at once; up to four warps in short calls.
+inline int64_t threads_of_token(const RowArguments& a) {
+  const int64_t tokens = a.rows * a.columns, blocks = a.embedding_dim / kColumnsPerBlock;
+  if (!a.vectors) return kLanes;
+  if (tokens >= NEFTUNE_MANY_TOKENS && a.columns >= NEFTUNE_SHORT_ROW && blocks <= 256)
+    return blocks <= 128 ? kLanes / 4 : kLanes / 2;
+  int64_t threads = kLanes;
+  while (tokens <= kFewTokens && threads < kThreads && 2 * threads <= blocks) threads *= 2;
+  return threads;
+}
+
 template <class Element>
 const char* launch_rows(const RowArguments& a, void* stream) {
-  const int64_t tokens = a.columns < kTokensPerBlock ? a.columns : kTokensPerBlock;
+  const int64_t threads = threads_of_token(a), most = kThreads / threads,
+                tokens = threads < kLanes || a.columns >= most ? most : a.columns;  // whole warps
   const int64_t blocks = (a.columns + tokens - 1) / tokens,
                 grid_columns = blocks < NEFTUNE_GRID_COLUMNS ? blocks : NEFTUNE_GRID_COLUMNS;
   const int64_t grid_rows = a.rows < NEFTUNE_GRID_ROWS ? a.rows : NEFTUNE_GRID_ROWS;
   const int64_t folds = (a.rows + grid_rows - 1) / grid_rows,
                 grid_folds = folds < NEFTUNE_GRID_ROWS ? folds : NEFTUNE_GRID_ROWS;
-  const dim3 grid(grid_columns, grid_rows, grid_folds), block(kLanes, tokens);
+  const dim3 grid(grid_columns, grid_rows, grid_folds), block(threads, tokens);
   const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX &&
                        a.rows <= UINT32_MAX;
   if (a.device_alpha) {
