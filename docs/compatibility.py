@@ -1,5 +1,5 @@
-"""The compatibility table of docs/models.md from what the tests proved: `python docs/compatibility.py FILE`
-after `pytest --compatibility FILE`.
+"""The compatibility table of docs/models.md from what the tests proved:
+`python docs/compatibility.py FILE` after `pytest --compatibility FILE`.
 """
 
 import argparse

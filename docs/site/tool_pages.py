@@ -1,4 +1,6 @@
-"""Pages for single tools, docs/tools/*.md, in the navigation, whichever there are. A hook of mkdocs."""
+"""Pages for single tools, docs/tools/*.md, in the navigation, whichever there are. A hook of
+mkdocs.
+"""
 
 import pathlib
 from typing import Any
