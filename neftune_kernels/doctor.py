@@ -92,7 +92,7 @@ def model_from(path: str) -> tuple[nn.Module, Callable[[str], list[int]]]:
     """A causal language model and its tokenizer, by transformers' own loaders."""
     transformers = import_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).float()
     return model, lambda text: list(tokenizer(text)["input_ids"])
 
 

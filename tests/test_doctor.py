@@ -1,5 +1,5 @@
-"""`python -m neftune_kernels.doctor`: its numbers are the paper's and transformers' own formulas, its
-picture is drawn, and what is missing is named.
+"""`python -m neftune_kernels.doctor`: its numbers are the paper's and transformers' own formulas,
+its picture is drawn, and what is missing is named.
 """
 
 import sys
@@ -11,7 +11,8 @@ from neftune_kernels import doctor
 
 pytest.importorskip("transformers")
 
-SAMPLES = [[1 + i % 200 for i in range(length)] for length in (60, 30, 15)]
+GENERATOR = torch.Generator().manual_seed(0)
+SAMPLES = [torch.randint(1, 200, (n,), generator=GENERATOR).tolist() for n in (60, 30, 15)]
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,24 @@ def test_command(tmp_path, capsys):
         ["packed", "2", "28"],
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_by_its_path(tmp_path, capsys):
+    """With its own tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[UNK]": 0, "a": 1, "b": 2, "c": 3, "d": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    doctor.tiny_model()[0].bfloat16().save_pretrained(tmp_path)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a b c d d c b a\nd a b\n")
+    arguments = [str(tmp_path), "--texts", str(texts), "--out", str(tmp_path / "out.png")]
+    assert doctor.main(arguments) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines if line[:1] in (["ragged"], ["packed"])] == ["8", "3"] * 2
 
 
 def test_without_matplotlib(tmp_path, capsys, monkeypatch):
