@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+import neftune_kernels
 from neftune_kernels import doctor
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def test_included_files_are_run_by_tests():
 
 
 @pytest.mark.parametrize(
-    "page", [README, *PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
+    "page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_links_lead_somewhere(page):
     """Relative ones; make docs looks at their anchors, too."""
@@ -109,6 +110,14 @@ def test_tests_that_are_named_are_there():
     assert len(found) > 5
     for page, name, target in found:
         assert f"def {name}(" in (page.parent / target).read_text(), f"{page.name}: {name}"
+
+
+# ---- what people look for
+
+
+def test_citation_is_of_this_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (\S+)$", text, re.M)[1] == neftune_kernels.__version__
 
 
 # ---- the README
