@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign docs gpu clean
 
 setup: $(READY)
 
@@ -64,7 +64,7 @@ test-transformers4: setup
 	done
 	$(BIN)/python -m bench.transformers4 $(TRANSFORMERS4)
 
-# The README's compatibility table, from what the tests really ran.
+# The compatibility table of docs/models.md, from what the tests really ran.
 compatibility: setup
 	$(BIN)/python -m pytest -q --compatibility build/compatibility.json tests/test_models.py tests/test_samples.py tests/test_peft.py \
 	  tests/test_trainers.py tests/test_examples.py
@@ -98,6 +98,16 @@ zoo: setup
 # stopped, fails alike. Writes bench/results/foreign.md. ARGS="x-transformers" judges that alone.
 foreign: setup
 	$(BIN)/python -m bench.foreign $(ARGS)
+
+# The site of docs/ and the docstrings, in build/site: strict, every link and anchor checked.
+DOCS = build/docs-venv
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.ready: requirements-docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --no-compile -r requirements-docs.txt
+	touch $@
 
 # On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
 gpu:

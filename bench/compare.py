@@ -314,7 +314,7 @@ def floor_line(floors: dict[str, Floors]) -> str:
 
 
 def markdown(results: list[Result], machine: dict[str, str], floors: dict[str, Floors]) -> str:
-    """For README: times in ms, in parentheses the ratio of the column's promise."""
+    """For docs/performance.md: times in ms, in parentheses the ratio of the column's promise."""
     rivals = ("HF hook", "official", "HF hook, compiled", "official, compiled")
     head = ("shape", "dtype", "gather floor", "kernel alone", "`F.embedding`", "**ours**", *rivals)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 2 + "---:|" * (len(head) - 2)]

@@ -1,5 +1,5 @@
-"""The README's compatibility table from what the tests proved: `python docs/compatibility.py FILE`
-after `pytest --compatibility FILE`.
+"""The compatibility table of docs/models.md from what the tests proved:
+`python docs/compatibility.py FILE` after `pytest --compatibility FILE`.
 """
 
 import argparse
@@ -7,7 +7,7 @@ import json
 import pathlib
 from importlib.metadata import version
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).resolve().parent / "models.md"
 BEGIN, END = "<!-- compatibility: make compatibility -->", "<!-- end of compatibility -->"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "pytorch-lightning")
 
@@ -40,11 +40,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=pathlib.Path, help="what pytest --compatibility wrote")
     lines = [tuple(line) for line in json.loads(parser.parse_args().file.read_text())]
-    text = README.read_text()
+    text = PAGE.read_text()
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    README.write_text(f"{head}{BEGIN}\n{table(lines)}\n{END}{tail}")
-    print(f"{len(lines)} combinations written to {README.name}")
+    PAGE.write_text(f"{head}{BEGIN}\n{table(lines)}\n{END}{tail}")
+    print(f"{len(lines)} combinations written to {PAGE.name}")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def proves(request):
-    """proves(family, trainer, layout): a line of the README's compatibility table, if the test
+    """proves(family, trainer, layout): a line of the compatibility table, if the test
     passes.
     """
     return lambda *line: request.node.user_properties.append(("compatibility", line))

@@ -4,12 +4,15 @@ and nothing is left on the model.
 
 import importlib.util
 import math
+import os
 import pathlib
 import runpy
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
@@ -266,3 +269,41 @@ def test_compute_loss(embedded, monkeypatch):
         and len(added) == calls
     )
     assert not same_weights(trained[True].model, example.main(noise_alpha=0.0)[True].model)
+
+
+# ---- programs of several processes
+
+PROGRAMS = ("data_parallel", "tensor_parallel", "sequence_parallel")
+
+
+def run_programs(rank, folder):
+    """All three in one pair of processes: starting them is what takes long."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        results = {name: load(name).main() for name in PROGRAMS}
+    finally:
+        dist.destroy_process_group()
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+def test_programs_of_several_processes(tmp_path):
+    torch.multiprocessing.spawn(run_programs, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    losses = one["data_parallel"]["loss"], other["data_parallel"]["loss"]
+    assert all(map(math.isfinite, losses)) and losses[0] != losses[1]
+    # DDP's mean is one gradient on both
+    assert one["data_parallel"]["gradient"] == other["data_parallel"]["gradient"]
+    for result in (one, other):
+        for name in PROGRAMS[1:]:
+            parts, whole = result[name]
+            assert torch.equal(parts, whole), name
+    assert torch.equal(one["tensor_parallel"][1], other["tensor_parallel"][1])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_names_its_command(name):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    command = f".venv/bin/torchrun --nproc-per-node 2 examples/{name}.py"
+    assert command in text.split('"""')[1]

@@ -177,16 +177,6 @@ def test_docstring_examples(module):
     assert attempted > 0 and failed == 0
 
 
-def test_readme_examples():
-    """Every python block of the README runs, in order, in one namespace."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
-    assert len(blocks) >= 3
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-
-
 def test_import_is_quiet_and_light():
     """No printing, no warnings, no transformers at import."""
     heavy = "{'transformers', 'peft', 'trl', 'triton', 'lightning_utilities'}"

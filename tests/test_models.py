@@ -609,7 +609,7 @@ def test_own_module_that_tells_nothing_warns_and_names_the_remedy():
 
 
 def test_own_module_by_hand():
-    """Without apply_neftune: the module itself, as the README shows it."""
+    """Without apply_neftune: the module itself, as docs/how-to/own-loop.md shows it."""
     embedding = NEFTuneEmbedding(VOCAB, HIDDEN, noise_alpha=5.0)
     ids, mask = batch("left")
     noise = neftune_noise(ids.shape, HIDDEN, 5.0, attention_mask=mask, seed=3)
