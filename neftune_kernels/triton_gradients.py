@@ -123,7 +123,7 @@ def store_sum(
         first *= scale
         last *= scale
     if BY_FREQ:
-        divisor = tl.full((HALF,), 0, tl.float32) + count.to(tl.float32)
+        divisor = tl.full((HALF,), 0.0, tl.float32) + count.to(tl.float32)
         first, last = tl.div_rn(first, divisor), tl.div_rn(last, divisor)
     out += id.to(tl.int64) * D
     if PAIRS:
@@ -193,8 +193,8 @@ def sum_chunks(
     end = tl.minimum(start + CHUNK, tokens)
     id = tl.load(ids + start)
     comes = tl.load(ids + start - 1, mask=start > 0, other=-1) == id
-    first = tl.zeros((HALF,), tl.float32)
-    last = tl.zeros((HALF,), tl.float32)
+    first = tl.full((HALF,), 0.0, tl.float32)
+    last = tl.full((HALF,), 0.0, tl.float32)
     for token in range(start, end, AHEAD):
         following = ()  # ids; behind the last token stands one that has no row
         rows = ()
@@ -204,9 +204,9 @@ def sum_chunks(
             row = loaded_row(
                 grad, order, token + k, token + k < end, is_added, grad_row, places, ALIGNED, PAIRS
             )
-            rows += (row,)
+            rows += (row,)  # type: ignore[assignment]
             added = tl.load(ids + token + k + 1, mask=token + k + 1 < tokens, other=-1)
-            following += (added,)
+            following += (added,)  # type: ignore[assignment]
         for k in tl.static_range(AHEAD):
             more_first, more_last = widened(rows[k], DTYPE, PAIRS)
             first += more_first
@@ -233,8 +233,8 @@ def sum_chunks(
                             SCALED,
                             BY_FREQ,
                         )
-                first = tl.zeros((HALF,), tl.float32)
-                last = tl.zeros((HALF,), tl.float32)
+                first = tl.full((HALF,), 0.0, tl.float32)
+                last = tl.full((HALF,), 0.0, tl.float32)
                 comes = id < id
                 start = token + k + 1
             id = following[k]
@@ -287,9 +287,11 @@ def carry_over(
                 parts = ()
                 for k in tl.static_range(AHEAD):
                     place = 2 * ((other + k) * UNIT // CHUNK)
-                    parts += (loaded_part(scratch, place, other + k < stop, places, D),)
+                    is_part = other + k < stop
+                    part = loaded_part(scratch, place, is_part, places, D)
+                    parts += (part,)  # type: ignore[assignment]
                 for k in tl.static_range(AHEAD):
-                    more_first, more_last = parts[k]
+                    more_first, more_last = parts[k]  # type: ignore[var-annotated]
                     first += more_first
                     last += more_last
             if comes | leaves:
