@@ -70,12 +70,12 @@ def runs_of(*lengths):
 
 RUNS = {
     "all different": (1,) * 21,
-    "one id": (53,),
+    "one id": (37,),
     "one id of a chunk": (4,),
     "beside chunks": (4, 4, 8, 4),
     "across one bound": (3, 3, 2, 5, 1, 9),
     "to groups' ends": (16, 12, 4, 16, 3),
-    "through groups": (5, 41, 2, 18, 1),
+    "through groups": (5, 31, 2, 9, 1),
     "from a chunk's last": (15, 34, 2),
 }
 
@@ -87,10 +87,10 @@ def test_runs(small_chunks, name):
     agree(small_chunks, torch.randn(ids.numel(), 8), ids, len(RUNS[name]))
 
 
-@pytest.mark.parametrize("scale, by_freq", [(1.0, True), (-1 / 3, True), (11.3125, False)])
+@pytest.mark.parametrize("scale, by_freq", [(-1 / 3, True), (11.3125, False)])
 def test_scale_and_counts(small_chunks, scale, by_freq):
-    ids = runs_of(5, 41, 2, 18, 1, 3)
-    agree(small_chunks, torch.randn(70, 8), ids, 6, -1, scale, by_freq)
+    ids = runs_of(3, 19, 2, 1)
+    agree(small_chunks, torch.randn(25, 8), ids, 4, -1, scale, by_freq)
 
 
 QUICK = {(torch.float32, 264), (torch.bfloat16, 264), (torch.float16, 300), (torch.bfloat16, 7)}
@@ -127,27 +127,35 @@ def test_padding_and_ids_out_of_range(small_chunks, ids_dtype):
     agree(small_chunks, torch.randn(4, 8), far, 3)
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        pytest.param(torch.float32, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_special_values(small_chunks, dtype):
     info = torch.finfo(dtype)
     tiny = info.smallest_normal * info.eps
     special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), info.max, -info.max]
     special += [info.smallest_normal, tiny, -tiny, 1.0, info.max / 2, 1 / 3, -1 / 3]
     values = torch.tensor(special, dtype=torch.float64).to(dtype)
-    ids = runs_of(*[1] * 8, *[2] * 5, 5, 9)
+    ids = runs_of(*[1] * 6, *[2] * 4, 9)
     grad = values[torch.randint(len(special), (ids.numel(), 16))]
     grad[:, 0] = 1.0
-    agree(small_chunks, grad, ids, 15)
+    agree(small_chunks, grad, ids, 11)
 
 
 def test_gradients_of_any_strides(small_chunks):
-    ids = torch.randint(0, 4, (4, 5))
+    ids = torch.randint(0, 4, (2, 5))
     for grad in (
-        torch.randn(()).expand(4, 5, 8),
-        torch.randn(4, 1, 8).expand(4, 5, 8),
-        torch.randn(4, 5, 16)[..., ::2],
-        torch.randn(5, 4, 8).transpose(0, 1),
-        torch.randn(4, 5, 9)[..., 1:],
+        torch.randn(()).expand(2, 5, 8),
+        torch.randn(2, 1, 8).expand(2, 5, 8),
+        torch.randn(2, 5, 16)[..., ::2],
+        torch.randn(5, 2, 8).transpose(0, 1),
+        torch.randn(2, 5, 9)[..., 1:],
     ):
         agree(small_chunks, grad, ids, 4)
 
