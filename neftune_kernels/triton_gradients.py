@@ -341,7 +341,7 @@ def embedding_gradient_out(
     kind = row_kind(rows.dtype, embedding_dim, rows.stride(0), 1, aligned)
     form = (kind == "pairs", embed_scale != 1, scale_grad_by_freq)
     memory = out.get_device(), out.data_ptr() & 15, rows.data_ptr() & 15
-    key: tuple[Any, ...] = (*memory, rows.dtype, ids.dtype, embedding_dim, kind, *form)
+    key: tuple[Any, ...] = (*memory, rows.dtype, ids.dtype, embedding_dim, SUM_CHUNK, kind, *form)
     numbers = tokens, num_embeddings, padding_idx
 
     def launch(launcher: Launcher, key: Any, programs: int, args: tuple[Any, ...]) -> None:

@@ -187,6 +187,8 @@ def test_beyond_2_31_elements(small_chunks):
     """Of the gradient, whose pages nobody else touches, and between two rows of the output's."""
     if EXECUTED:
         pytest.skip("ttsem copies what a kernel reads: the interpreter and GPUs prove this")
+    if not INTERPRETED and torch.cuda.mem_get_info(small_chunks)[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of GPU memory")
     rows, columns = (1 << 20) + 3, 2048
     ids = torch.tensor([rows - 1, 0, 1 << 20, rows - 1])
     grad = torch.randn(4, columns).half()
@@ -226,7 +228,7 @@ def test_wrong_sums_are_noticed(small_chunks, monkeypatch):
     out[0, 7] = float(np.nextafter(np.float32(out[0, 7]), np.float32(9)))
     with pytest.warns(RuntimeWarning, match="out of service.*gradients of 8 columns"):
         assert not self_check.gradient_agrees(*how, False)
-    assert self_check.failure("triton", small_chunks.type)
+    assert self_check.failure("triton", out.device.type)
 
 
 # ---- a real GPU
@@ -282,7 +284,7 @@ def test_large_calls_on_a_gpu(gpu, dtype):  # noqa: F811
     truth = torch.zeros(32000, 1024, dtype=dtype)
     truth[kept] = rows
     for stream in (torch.cuda.current_stream(gpu), torch.cuda.Stream(gpu)):
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(5):
                 how = 32000, 7, 2.5
                 found = gradients.deterministic(grad.to(gpu), ids.to(gpu), *how)
