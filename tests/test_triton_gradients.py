@@ -20,7 +20,14 @@ from test_triton import (  # noqa: F401  (fixtures)
     needs_triton,
 )
 
-from neftune_kernels import NEFTuneEmbedding, gradients, noisy_embedding, reference, self_check
+from neftune_kernels import (
+    NEFTuneEmbedding,
+    gradients,
+    noisy_embedding,
+    reference,
+    reference_ops,
+    self_check,
+)
 
 pytestmark = pytest.mark.gpu
 FEW = 4  # tokens of a chunk: three levels are there from 17 tokens on
@@ -215,6 +222,29 @@ def test_refused_shapes(device):  # noqa: F811
     for grad in (torch.zeros(3, 4), torch.zeros(2, 5), torch.zeros(2, 4).half()):
         with pytest.raises(RuntimeError, match="grad of .* for out"):
             launch_into(out, grad.to(device), ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_where_triton_does_not_serve(small_chunks, dtype):
+    """The host adds, in the same order; float64 in float64."""
+    if INTERPRETED:
+        pytest.skip("the reference has another definition for the interpreter's CPU tensors")
+    ids = torch.tensor([2, 7, 2, -1, 2, 2, 1, 0, 2, 2, 2, 1])
+    grad = torch.randn(12, 8).to(dtype)
+    out = torch.full((4, 8), 9.0, dtype=dtype, device=small_chunks)
+    how = 1, 1.5, True
+    reference_ops.embedding_gradient_out(
+        cuda(grad, small_chunks), cuda(ids, small_chunks), *how, out=out
+    )
+    out = out.cpu()
+    if dtype == torch.float64:
+        truth = oracle.embedding_gradient(grad.numpy(), ids.tolist(), 8, "float64", *how)
+        np.testing.assert_allclose(out[[0, 2]].numpy(), truth[[0, 2]], rtol=1e-14)
+    else:
+        rows = grad.double().numpy()
+        truth = oracle.chunked_gradient(rows, ids.tolist(), 4, "bfloat16", *how, chunk=FEW)
+        assert_equal(out[[0, 2]], truth[[0, 2]])
+    assert (out[[1, 3]] == 9).all()
 
 
 def test_wrong_sums_are_noticed(small_chunks, monkeypatch):
