@@ -128,7 +128,7 @@ def asks_for_ours(weight: Tensor, is_sparse: bool = False) -> bool:
             f"deterministic_grad=True takes a plain weight {where}, got a "
             f"{type(weight).__name__}: leave it out for sharded or wrapped weights"
         )
-    if not is_compiling and transformed():
+    if transformed():
         raise NotImplementedError(
             f"deterministic_grad=True knows no torch.func transform {where}: leave it out there"
         )
