@@ -148,6 +148,20 @@ def test_gradient_targets(configuration):
     assert max(rows) < min(i for i, name in enumerate(names) if name.startswith("STG"))
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("kernel", gradient_code.KERNELS)
+def test_places_of_the_gradient_have_64_bits(kernel, dtype):
+    """Tokens, ids and places beyond 2**31: of single integers a strip's number alone, at most d /
+    256, is multiplied or added in 32 bits.
+    """
+    configuration = gradient_code.Configuration("sm_90", dtype)
+    code = gradient_code.compiled(kernel, configuration, codegen.TARGETS["sm_90"]).asm["ttir"]
+    made = dict(re.findall(r"^\s*(%\w+) = (.*)$", code, re.MULTILINE))
+    narrow = re.findall(r"arith\.(?:muli|addi|subi|shli) (%\w+), .* : i32 ", code)
+    assert narrow and all(made[value].startswith("arith.remsi") for value in narrow)
+    assert re.search(r"arith\.muli .* : i64 ", code)
+
+
 @pytest.mark.parametrize("case", gradient_code.CASES, ids=lambda case: case.name)
 def test_bytes_of_the_gradient(case):
     moved = gradient_code.moved(case)
