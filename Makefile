@@ -4,6 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+TRITON_TESTS = tests/test_triton.py tests/test_triton_gradients.py
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign docs gpu clean
@@ -40,10 +41,10 @@ test-triton: setup
 	  test "$$NEFTUNE_REQUIRE_TRITON" != 1; fi
 
 test-triton-interpreter: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "gpu and not long" tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "gpu and not long" $(TRITON_TESTS)
 
 test-triton-ir: setup
-	$(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" tests/test_triton.py
+	$(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" $(TRITON_TESTS)
 
 test-long: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile

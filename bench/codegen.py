@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import cuda_code, inductor_code, numbering_code
+from bench import cuda_code, gradient_code, inductor_code, numbering_code
 from bench.disassembly import opcode, parsed, resources, sass
 from neftune_kernels import triton_kernels
 
@@ -519,9 +519,10 @@ def main() -> None:
         f"The row kernel has so many instructions more than with lengths: {reading}, at most "
         f"{numbering_code.READING}\n"
     )
+    gradients = gradient_code.report({name: TARGETS[name] for name in NVIDIA})
     rivals = inductor_code.rivals()
     print(
-        f"What torch.compile (torch {torch.__version__}) makes of the same on sm_90, bfloat16, d "
+        f"\nWhat torch.compile (torch {torch.__version__}) makes of the same on sm_90, bfloat16, d "
         f"= {inductor_code.D}"
     )
     inductor_code.print_rows(rivals)
@@ -532,6 +533,7 @@ def main() -> None:
             "rows": rows,
             "numbering": numbering,
             "reading": reading,
+            "gradients": gradients,
             "rivals": rivals,
         }
         (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")

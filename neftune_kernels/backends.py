@@ -189,33 +189,40 @@ def _no_triton() -> str:
 
 
 @cache
-def load_triton() -> ModuleType | str:
-    """triton_kernels, imported when first needed; or the reason why there is none."""
+def load_triton(module: str = "triton_kernels") -> ModuleType | str:
+    """That module, imported when first needed; or the reason why there is none."""
     if reason := _no_triton():
         return reason
     try:
-        return importlib.import_module("neftune_kernels.triton_kernels")
+        return importlib.import_module(f"neftune_kernels.{module}")
     except Exception as error:  # whatever a broken or foreign triton raises
         return f"triton failed to load: {type(error).__name__}: {error}"
 
 
 def tensors_read(launcher: str, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """What that launcher reads, by its operator's names."""
-    first = ("input_ids", "weight") if launcher == "noisy_embedding_out" else ("inputs_embeds",)
-    named = zip((*first, "seed", "noise_alpha", *layouts.Layout._fields), args, strict=False)
+    first = {"noisy_embedding_out": ("input_ids", "weight"), "add_noise_out": ("inputs_embeds",)}
+    if launcher == "embedding_gradient_out":
+        return dict(zip(("grad", "input_ids"), args, strict=False))
+    named = zip(
+        (*first[launcher], "seed", "noise_alpha", *layouts.Layout._fields), args, strict=False
+    )
     return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 def on_gpu(
-    name: str, otherwise: Callable[..., Any], cuda: Callable[..., Any] | None
+    name: str,
+    otherwise: Callable[..., Any],
+    cuda: Callable[..., Any] | None,
+    module: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
-    """An operator's implementation on a GPU: the Triton launcher of that name, without triton the
-    CUDA library's, else the reference.
+    """An operator's implementation on a GPU: the Triton launcher of that name (in another module
+    than triton_kernels), without triton the CUDA library's, else the reference.
     """
 
     def serve(*args: Any, **kwargs: Any) -> Any:
         device_type = first_tensor(args).device.type
-        kernels = load_triton()
+        kernels = load_triton(*module)
         if not isinstance(kernels, str) and not self_check.failure("triton", device_type):
             served = getattr(kernels, name)(*args, **kwargs)
             if served is not NotImplemented:
@@ -232,7 +239,7 @@ def on_gpu(
             reference_ops.check_apart(out, **tensors_read(name, args))
         if out is None or out.is_contiguous():
             return serve(*args, **kwargs)
-        rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
+        rounded = out.contiguous()
         serve(*args, out=rounded)
         out.copy_(rounded)
 
@@ -240,11 +247,15 @@ def on_gpu(
 
 
 def register_on_gpus(
-    name: str, launcher: str, otherwise: Callable[..., Any], cuda: Callable[..., Any] | None
+    name: str,
+    launcher: str,
+    otherwise: Callable[..., Any],
+    cuda: Callable[..., Any] | None,
+    *module: str,
 ) -> None:
-    on_cuda = on_gpu(launcher, otherwise, None if native_cuda.reason else cuda)
+    on_cuda = on_gpu(launcher, otherwise, None if native_cuda.reason else cuda, module)
     ops.library.impl(name, on_cuda, "CUDA")
-    ops.library.impl(name, on_gpu(launcher, otherwise, None), "XPU")
+    ops.library.impl(name, on_gpu(launcher, otherwise, None, module), "XPU")
 
 
 register_on_gpus(
@@ -272,7 +283,15 @@ register_on_gpus(
     ops.padding_by_mask("reference_number_documents"),
     CUDA_NUMBER_PADDING,
 )
-register_on_gpus("untailed", "untailed", layouts.untailed, None)  # the CUDA library has none
+# the CUDA library has neither
+register_on_gpus("untailed", "untailed", layouts.untailed, None)
+register_on_gpus(
+    "embedding_gradient.out",
+    "embedding_gradient_out",
+    reference_ops.embedding_gradient_out,
+    None,
+    "triton_gradients",
+)
 
 
 @asked_outside_the_graph

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends import choose_backend
 from .capturable import check_alpha_tensor, check_capturable
+from .gradients import Lookup, asks_for_ours, check_deterministic_grad
 from .lookup import check_embeds, check_ids, embed_with_noise, embeds_with_noise
 from .noise import (
     Noise,
@@ -98,6 +99,7 @@ def noisy_embedding(
     position_offset: int = 0,
     backend: str | None = None,
     capturable: bool = False,
+    deterministic_grad: bool = False,
     **unknown: NoReturn,
 ) -> Tensor:
     """Embedding lookup with NEFTune noise in one pass.
@@ -149,6 +151,10 @@ def noisy_embedding(
             alpha like any other then: a seed is drawn. On an accelerator nobody looks at the value:
             a negative one negates the noise, NaN makes rows of NaN. The default is the host's
             alpha, which small calls are faster with.
+        deterministic_grad: True: on a GPU, and in compiled code, the weight's gradient is ours, of
+            float32 sums in a fixed order (docs/specification.md); False leaves torch's there.
+            Eager CPUs have ours anyway. Refused for a weight that is a DTensor, under torch.func
+            and in a backward with create_graph=True.
 
     Returns:
         (..., T, d) in weight's dtype.
@@ -182,6 +188,7 @@ def noisy_embedding(
         refuse_unknown("noisy_embedding", unknown)
     if not check_capturable(capturable):
         noise_alpha = check_alpha(noise_alpha)
+    check_deterministic_grad(deterministic_grad)
     embed_scale = check_scale(embed_scale)
     if not isinstance(weight, Tensor):
         remedy = ": pass its .weight" if isinstance(weight, torch.nn.Embedding) else ""
@@ -197,10 +204,14 @@ def noisy_embedding(
     if not capturable and noise_alpha == 0:
         check_ids(input_ids)
         check_unused(input_ids.shape, weight, samples, (seed, generator, backend))
-        embedded = F.embedding(input_ids, weight, padding_idx)
+        if deterministic_grad and asks_for_ours(weight):
+            embedded = Lookup.apply(input_ids, weight, padding, False, False, True)
+        else:
+            embedded = F.embedding(input_ids, weight, padding_idx)
         return embedded if embed_scale == 1 else embedded * embed_scale
     noise = noise_of(noise_alpha, capturable, weight, seed, generator, offsets, variant, backend)
-    return embed_with_noise(input_ids, weight, samples, noise, padding, embed_scale)
+    how = padding, embed_scale, deterministic_grad
+    return embed_with_noise(input_ids, weight, samples, noise, *how)
 
 
 def add_noise(

@@ -1,7 +1,9 @@
 """The weight's gradient of a lookup, on the CPU: of each id the float64 sum of its rows, in the
 order of their tokens, rounded once. The same bits for any number of threads and any backend.
 
-Where autograd is traced, differentiated again or transformed, and on other devices, it is torch's.
+Where autograd is traced, differentiated again or transformed, and on other devices, it is torch's,
+unless `deterministic_grad=True` asks for ours: then compiled code has it too, and a GPU its own
+fixed order of float32 sums.
 """
 
 import math
@@ -74,6 +76,65 @@ def dense(
     )
 
 
+def deterministic(
+    grad: Tensor,
+    input_ids: Tensor,
+    num_embeddings: int,
+    padding_idx: int = -1,
+    embed_scale: float = 1.0,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """What `deterministic_grad=True` asks for; eager CPUs have no other."""
+    how = padding_idx, embed_scale, scale_grad_by_freq
+    if torch.compiler.is_compiling():
+        out = grad.new_zeros((num_embeddings, grad.shape[-1]))
+        add = torch.ops.neftune_kernels.embedding_gradient.out
+        add(grad.contiguous(), input_ids, *how, out=out)
+        return out
+    if grad.device.type == "cpu":
+        return dense(grad, input_ids, num_embeddings, *how)
+    if torch.is_grad_enabled() or transformed():
+        raise NotImplementedError(
+            f"deterministic_grad=True has no second derivative on {grad.device.type}: leave it out "
+            "where create_graph=True or torch.func needs one"
+        )
+    out = torch.zeros((num_embeddings, grad.shape[-1]), dtype=grad.dtype, device=grad.device)
+    entry(torch.ops.neftune_kernels.embedding_gradient.out)(grad, input_ids, *how, out=out)
+    return out
+
+
+def check_deterministic_grad(deterministic_grad: bool) -> bool:
+    if not isinstance(deterministic_grad, bool):
+        raise TypeError(f"deterministic_grad must be True or False, got {deterministic_grad!r}")
+    return deterministic_grad
+
+
+def asks_for_ours(weight: Tensor, is_sparse: bool = False) -> bool:
+    """Whether a lookup whose caller said deterministic_grad=True must itself see to it that the
+    gradient is ours: elsewhere than in eager code on the CPU. Refused where it cannot be.
+    """
+    is_compiling = torch.compiler.is_compiling()
+    if not weight.requires_grad or not torch.is_grad_enabled():
+        return False
+    if weight.device.type == "cpu" and not is_compiling:
+        return False
+    where = "in compiled code" if is_compiling else f"on {weight.device.type}"
+    if is_sparse:
+        raise ValueError(
+            f"deterministic_grad=True has no sparse gradient {where}: set sparse=False"
+        )
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(
+            f"deterministic_grad=True takes a plain weight {where}, got a "
+            f"{type(weight).__name__}: leave it out for sharded or wrapped weights"
+        )
+    if transformed():
+        raise NotImplementedError(
+            f"deterministic_grad=True knows no torch.func transform {where}: leave it out there"
+        )
+    return True
+
+
 def sparse(
     grad: Tensor,
     input_ids: Tensor,
@@ -101,7 +162,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input_ids: Tensor, weight: Tensor, *how: Any) -> Tensor:  # type: ignore[override]
-        padding_idx, _, _ = ctx.how = how
+        padding_idx, *_ = ctx.how = how
         ctx.num_embeddings = weight.shape[0]
         ctx.save_for_backward(input_ids)
         return torch.embedding(weight, input_ids, padding_idx)
@@ -109,14 +170,14 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (input_ids,) = ctx.saved_tensors
-        padding_idx, by_freq, is_sparse = ctx.how
-        make = sparse if is_sparse else dense
+        padding_idx, by_freq, is_sparse, is_ours = ctx.how
+        make = sparse if is_sparse else deterministic if is_ours else dense
         weight_grad = make(
             grad, input_ids, ctx.num_embeddings, padding_idx, scale_grad_by_freq=by_freq
         )
-        return None, weight_grad, None, None, None
+        return None, weight_grad, None, None, None, None
 
 
-# (input_ids, weight, padding_idx, scale_grad_by_freq, sparse), padding_idx -1 for none; its callers
-# are outside torch.func's transforms
+# (input_ids, weight, padding_idx, scale_grad_by_freq, sparse, deterministic_grad), padding_idx -1
+# for none; its callers are outside torch.func's transforms
 apply_lookup = applied_quickly(Lookup)

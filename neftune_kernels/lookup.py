@@ -109,15 +109,15 @@ def embed_with_noise(
     noise: Noise,
     padding_idx: int = -1,
     embed_scale: float = 1.0,
+    deterministic_grad: bool = False,
 ) -> Tensor:
     """Lookup with noise of alpha > 0: fused for uniform noise, else a lookup and then noise.
 
     input_ids (..., T) of int32 or int64, weight (V, d), padding_idx -1 for none.
     """
     if noise.variant.distribution != "uniform":
-        embedded = embed_with_noise(
-            input_ids, weight, UNSAID, _no_noise(weight, noise), padding_idx, embed_scale
-        )
+        how = padding_idx, embed_scale, deterministic_grad
+        embedded = embed_with_noise(input_ids, weight, UNSAID, _no_noise(weight, noise), *how)
         return embeds_with_noise(embedded, real_tokens(input_ids, padding_idx, samples), noise)
     alpha, seed, generator, offsets, _, backend, plain, _ = noise
     unsaid = samples is UNSAID or samples.unsaid
@@ -169,6 +169,8 @@ def embed_with_noise(
     args = (input_ids, weight, seed, alpha, *layout, *offsets, padding_idx, embed_scale)
     if by_function:
         _refuse_forward_mode(weight)
+    if deterministic_grad and gradients.asks_for_ours(weight):
+        return ops.DeterministicNoisyEmbedding.apply(chosen.noisy_embedding, *args)
     if by_function or needs_graph:
         return ops.NoisyEmbedding.apply(chosen.noisy_embedding, *args)
     return chosen.noisy_embedding(*args)
@@ -193,7 +195,7 @@ def _no_noise(weight: Tensor, noise: Noise) -> Noise:
 def _lookup(input_ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
     """gradients.apply_lookup, its IndexError with the value and the rule."""
     try:
-        return gradients.apply_lookup(input_ids, weight, padding_idx, False, False)
+        return gradients.apply_lookup(input_ids, weight, padding_idx, False, False, False)
     except (IndexError, RuntimeError):  # a table without rows is a RuntimeError to torch
         bad = input_ids[(input_ids < 0) | (input_ids >= weight.shape[0])]
         if bad.numel() == 0:
@@ -239,6 +241,7 @@ def noisy_lookup(
     embed_scale: float = 1.0,
     look_up: Callable[[], Tensor] | None = None,
     weight: Tensor | None = None,
+    deterministic_grad: bool = False,
 ) -> Tensor:
     """What every noisy embedding does in training: one pass where it can be, else its own lookup,
     the scale, and noise on that, a DTensor included.
@@ -255,8 +258,12 @@ def noisy_lookup(
             and not embedding.sparse
             and not embedding.scale_grad_by_freq
         ):
-            return embed_with_noise(input_ids, weight, samples, noise, padding_idx, embed_scale)
-    embedded = plain_lookup(embedding, input_ids) if look_up is None else look_up()
+            how = padding_idx, embed_scale, deterministic_grad
+            return embed_with_noise(input_ids, weight, samples, noise, *how)
+    if look_up is None:
+        embedded = plain_lookup(embedding, input_ids, deterministic_grad)
+    else:
+        embedded = look_up()
     if embed_scale != 1:
         embedded = embedded * embed_scale
     samples = real_tokens(input_ids, padding_idx, samples)
@@ -265,10 +272,11 @@ def noisy_lookup(
     return embeds_with_noise(embedded, samples, noise)
 
 
-def plain_lookup(embedding: Any, input_ids: Tensor) -> Tensor:
+def plain_lookup(embedding: Any, input_ids: Tensor, deterministic_grad: bool = False) -> Tensor:
     """nn.Embedding's forward, with our gradient where it serves."""
     weight, max_norm = embedding.weight, embedding.max_norm
-    if (
+    asked = deterministic_grad and gradients.asks_for_ours(weight, embedding.sparse)
+    if asked or (
         type(weight) in PLAIN_WEIGHTS
         and weight.is_cpu
         and weight.requires_grad
@@ -280,8 +288,9 @@ def plain_lookup(embedding: Any, input_ids: Tensor) -> Tensor:
             rows = weight.detach()
             torch.embedding_renorm_(rows, input_ids.contiguous(), max_norm, embedding.norm_type)
         padding_idx = -1 if embedding.padding_idx is None else embedding.padding_idx
-        how = padding_idx, embedding.scale_grad_by_freq, embedding.sparse
-        return gradients.apply_lookup(input_ids, weight, *how)
+        how = padding_idx, embedding.scale_grad_by_freq, embedding.sparse, asked
+        look_up = gradients.Lookup.apply if asked else gradients.apply_lookup
+        return look_up(input_ids, weight, *how)
     return F.embedding(
         input_ids,
         weight,

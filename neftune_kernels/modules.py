@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .backends import BACKENDS
 from .capturable import TO_BE_COMPILED, alpha_on, check_capturable, check_setting, set_alpha
 from .distributed import GROUPS, module_replica
-from .lookup import noisy_lookup
+from .gradients import asks_for_ours, check_deterministic_grad
+from .lookup import noisy_lookup, plain_lookup
 from .noise import (
     Noise,
     check_alpha,
@@ -79,6 +80,12 @@ class NEFTuneEmbedding(nn.Embedding):
             `torch.compile(mode="reduce-overhead")` has the noise inside its graphs. Alpha 0 draws a
             seed, too; training or eval mode is what it was at the capture. False is faster for
             small calls, and its alpha the host's.
+        deterministic_grad: True: on a GPU, and in compiled code, the weight's gradient is ours, of
+            float32 sums in a fixed order (docs/specification.md), whether there is noise or not.
+            False leaves torch's there: small calls add in the weight's dtype, compiled code by
+            atomics. Eager CPUs have ours anyway. Refused in forward where the gradient is sparse,
+            the weight a DTensor or a torch.func transform at work, and in a backward with
+            create_graph=True.
 
     Shape:
         input (..., T) int32 or int64 → (..., T, embedding_dim).
@@ -118,12 +125,14 @@ class NEFTuneEmbedding(nn.Embedding):
         backend: str | None = None,
         batch_first: bool = True,
         capturable: bool = False,
+        deterministic_grad: bool = False,
         **unknown: NoReturn,
     ) -> None:
         if unknown:
             refuse_unknown("NEFTuneEmbedding", unknown)
         check_batch_first(batch_first)
         check_capturable(capturable)
+        check_deterministic_grad(deterministic_grad)
         if padding_idx is not None and not hasattr(padding_idx, "__index__"):
             raise TypeError(
                 f"padding_idx must be an int or None, got {padding_idx!r}: noise_alpha goes by its "
@@ -160,9 +169,11 @@ class NEFTuneEmbedding(nn.Embedding):
         self.replica = replica
         self.backend = backend
         self.batch_first = batch_first
+        self.deterministic_grad = deterministic_grad
 
     batch_first = True  # of modules that were pickled before there was the word
     _capturable = False  # likewise
+    deterministic_grad = False  # likewise
 
     @property
     def noise_alpha(self) -> float:
@@ -281,15 +292,18 @@ class NEFTuneEmbedding(nn.Embedding):
                     time_first(samples, input.shape).check(input.t().shape, input.device)
                 else:
                     samples.check(input.shape, input.device)
-            embedded = F.embedding(  # as nn.Embedding's forward, without one more frame
-                input,
-                self.weight,
-                self.padding_idx,
-                self.max_norm,
-                self.norm_type,
-                self.scale_grad_by_freq,
-                self.sparse,
-            )
+            if self.deterministic_grad and asks_for_ours(self.weight, self.sparse):
+                embedded = plain_lookup(self, input, True)
+            else:
+                embedded = F.embedding(  # as nn.Embedding's forward, without one more frame
+                    input,
+                    self.weight,
+                    self.padding_idx,
+                    self.max_norm,
+                    self.norm_type,
+                    self.scale_grad_by_freq,
+                    self.sparse,
+                )
             return embedded if self.embed_scale == 1 else embedded * self.embed_scale
         if HUGGING_FACE_MARK in self.__dict__ and has_other_noise(self):
             raise RuntimeError(TWO_NOISES)
@@ -312,7 +326,8 @@ class NEFTuneEmbedding(nn.Embedding):
             variant = check_variant(self.distribution, self.equal_variance, sign)
             said = seed, generator, offsets, variant, self.backend, self._capturable
             noise = make_noise(self._alpha, *said)
-        return noisy_lookup(self, input, samples, noise, self.embed_scale)
+        how = self.embed_scale, None, None, self.deterministic_grad
+        return noisy_lookup(self, input, samples, noise, *how)
 
     @classmethod
     def from_embedding(
@@ -327,6 +342,7 @@ class NEFTuneEmbedding(nn.Embedding):
         backend: str | None = None,
         batch_first: bool = True,
         capturable: bool = False,
+        deterministic_grad: bool = False,
         **unknown: NoReturn,
     ) -> "NEFTuneEmbedding":
         """The noisy twin of a plain nn.Embedding: the same Parameter object, settings and training
@@ -375,6 +391,7 @@ class NEFTuneEmbedding(nn.Embedding):
             backend=backend,
             batch_first=batch_first,
             capturable=capturable,
+            deterministic_grad=deterministic_grad,
         )
         module.weight = embedding.weight
         return module.train(embedding.training)
@@ -415,7 +432,7 @@ class NEFTuneEmbedding(nn.Embedding):
         **noise: Any,
     ) -> "NEFTuneEmbedding":
         """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution,
-        equal_variance, replica, backend, batch_first, capturable.
+        equal_variance, replica, backend, batch_first, capturable, deterministic_grad.
 
         Example:
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha
@@ -459,4 +476,6 @@ class NEFTuneEmbedding(nn.Embedding):
             parts.append("batch_first=False")
         if self.capturable:
             parts.append("capturable=True")
+        if self.deterministic_grad:
+            parts.append("deterministic_grad=True")
         return ", ".join(parts)

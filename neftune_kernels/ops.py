@@ -185,6 +185,7 @@ def setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.num_embeddings = weight.shape[0]
     ctx.padding_idx = padding_idx
     ctx.embed_scale = embed_scale
+    ctx.deterministic_grad = False  # the operators do not know the word
     ctx.save_for_backward(input_ids)
 
 
@@ -225,7 +226,8 @@ class AddGradients(NamedTuple):
 
 def weight_gradient(ctx: Any, grad: Tensor) -> Tensor:
     (input_ids,) = ctx.saved_tensors
-    return gradients.dense(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
+    make = gradients.deterministic if ctx.deterministic_grad else gradients.dense
+    return make(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
 
 
 def backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -446,6 +448,15 @@ class NoisyEmbedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _, _, weight, *_ = ctx.needs_input_grad
         return None, *EmbeddingGradients(weight=weight_gradient(ctx, grad) if weight else None)
+
+
+class DeterministicNoisyEmbedding(NoisyEmbedding):
+    """The same with `deterministic_grad=True`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        setup_embedding(ctx, inputs[1:], output)
+        ctx.deterministic_grad = True
 
 
 class AddNoise(torch.autograd.Function):

@@ -235,3 +235,35 @@ def embedding_gradient(
     if scale_grad_by_freq:
         sums = sums / count[:, None]
     return rounded_once(sums, grad.dtype), ids
+
+
+SUM_CHUNK = 32  # tokens, and chunks, that are added one after the other
+
+
+def chunked_gradient(
+    grad: Tensor,
+    input_ids: Tensor,
+    num_embeddings: int,
+    padding_idx: int = -1,
+    embed_scale: float = 1.0,
+    scale_grad_by_freq: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same as on a GPU, for grad (N, d) and ids (N,) on the CPU: tokens sorted by id, ids out
+    of range first or last; of each id a sum in W for each 32 places that it has tokens in, of these
+    one for each 1024 places, and of these one. Every sum starts at 0 and goes by place.
+    """
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    ids, order = input_ids.long().clamp(-1, num_embeddings).sort(stable=True)
+    occurring, counts = ids.unique_consecutive(return_counts=True)
+    sums, place = grad[order].to(wide), torch.arange(ids.numel())
+    for size in (SUM_CHUNK, SUM_CHUNK**2, ids.numel() + 1):
+        parts, part = torch.stack((ids, place // size)).unique_consecutive(
+            dim=1, return_inverse=True
+        )
+        added = sums.new_zeros((parts.shape[1], grad.shape[1]))
+        ids, place, sums = parts[0], parts[1] * size, added.index_add_(0, part, sums)
+    sums = sums * embed_scale
+    if scale_grad_by_freq:
+        sums = sums / counts[:, None].to(wide)
+    kept = (occurring >= 0) & (occurring < num_embeddings) & (occurring != padding_idx)
+    return sums[kept].to(grad.dtype), occurring[kept]

@@ -235,6 +235,14 @@ def noisy_documents(
     )
 
 
+def check_gradient(grad: Tensor, input_ids: Tensor, out: Tensor) -> None:
+    if grad.shape != (*input_ids.shape, out.shape[1]) or out.dtype != grad.dtype:
+        raise RuntimeError(
+            f"grad of {tuple(input_ids.shape)} ids for out {tuple(out.shape)} {out.dtype}, got "
+            f"{tuple(grad.shape)} {grad.dtype}"
+        )
+
+
 def embedding_gradient_out(
     grad: Tensor,
     input_ids: Tensor,
@@ -244,13 +252,20 @@ def embedding_gradient_out(
     *,
     out: Tensor,
 ) -> None:
-    if grad.shape != (*input_ids.shape, out.shape[1]) or out.dtype != grad.dtype:
-        raise RuntimeError(
-            f"grad of {tuple(input_ids.shape)} ids for out {tuple(out.shape)} {out.dtype}, got "
-            f"{tuple(grad.shape)} {grad.dtype}"
-        )
+    check_gradient(grad, input_ids, out)
     check_apart(out, grad=grad, input_ids=input_ids)
     ids = input_ids.reshape(-1).long()
+    if out.device.type != "cpu":  # where sums have another definition, and are for the host to add
+        rows, ids = reference.chunked_gradient(
+            grad.reshape(ids.numel(), out.shape[1]).cpu(),
+            ids.cpu(),
+            out.shape[0],
+            padding_idx,
+            embed_scale,
+            scale_grad_by_freq,
+        )
+        out[ids.to(out.device)] = rows.to(out.device)
+        return
     outside = (ids < 0) | (ids >= out.shape[0])
     if bool(outside.any()):
         raise IndexError(

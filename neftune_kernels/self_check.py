@@ -141,6 +141,22 @@ def tails_agree(mask: Tensor, *args: Any) -> bool:
     return False
 
 
+def gradient_agrees(backend: str, out: Tensor, rows: Tensor, input_ids: Tensor, *how: Any) -> bool:
+    """Whether some columns of the weight's gradient `out` (V, d), of rows (N, d), have the bits of
+    chunked_gradient, which adds up on the host. how: what that takes last.
+    """
+    some = max(1, min(8, ELEMENTS // rows.shape[0]))
+    column = torch.linspace(0, rows.shape[1] - 1, some).long()
+    expected, ids = reference.chunked_gradient(
+        rows[:, column.to(rows.device)].cpu(), input_ids.reshape(-1).cpu(), out.shape[0], *how
+    )
+    found = out[ids.to(out.device)][:, column.to(out.device)].cpu()
+    if same_bits(found, expected):
+        return True
+    _put_out_of_service(backend, out.device, f"{out.dtype} gradients of {out.shape[1]} columns")
+    return False
+
+
 def _put_out_of_service(backend: str, device: torch.device, what: str) -> None:
     name = device.type
     if device.type != "cpu" and torch.get_device_module(device).is_available():

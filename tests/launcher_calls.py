@@ -231,6 +231,21 @@ def pads(ids_dtype):
     return call
 
 
+def gradient(kernels, on, second):
+    """The weight's, its tokens in several groups of chunks."""
+    from neftune_kernels import triton_gradients
+
+    tokens, vocabulary = 2100 + 1000 * second, 16 if second else 11
+    triton_gradients.embedding_gradient_out(
+        on(filled((tokens, 64), torch.bfloat16)),
+        on(filled((tokens,), torch.int64)),
+        3 * second,
+        -0.25 if second else 1.5,
+        False,
+        out=on(filled((vocabulary, 64), torch.bfloat16)),
+    )
+
+
 def of(dtype):
     return lambda shape: filled(shape, dtype)
 
@@ -301,6 +316,7 @@ def calls():
         "mask float32, transposed": numbers(transposed(torch.float32)),
         "position_ids expanded": numbers(positions=expanded),
         "mask uint8 and position_ids int32": numbers(of(torch.uint8), of(torch.int32)),
+        "gradient": gradient,
         "padding_idx": pads(torch.int64),
         "padding_idx, ids int32": pads(torch.int32),
     }
@@ -395,10 +411,11 @@ class Swapped:
 
 def spoil(launcher):
     names = [parameter.name for parameter in launcher.kernel.params]
-    last = "position_offset" if "position_offset" in names else "padding_value"
+    last = {"position_offset", "padding_value", "padding_idx"}.intersection(names).pop()
+    first = "columns" if "columns" in names else "tokens"
     for key, (constants, run, *rest) in launcher.compiled.items():
         if not isinstance(run, Swapped):
-            run = Swapped(run, names.index("columns"), names.index(last))
+            run = Swapped(run, names.index(first), names.index(last))
             launcher.compiled[key] = (constants, run, *rest)
 
 
@@ -410,7 +427,7 @@ def main():
     replace_torch_cuda()
     import triton
 
-    from neftune_kernels import triton_kernels
+    from neftune_kernels import triton_gradients, triton_kernels
 
     triton_kernels.ROW_BLOCKS, triton_kernels.PIECE = (64,), 64
     recorded = []
@@ -438,6 +455,8 @@ def main():
             spoil(triton_kernels.launch_rows)
             spoil(triton_kernels.launch_documents)
             spoil(triton_kernels.launch_pieces)
+            spoil(triton_gradients.launch_chunks)
+            spoil(triton_gradients.launch_carries)
         recorded.clear()
         before = len(launches())
         call(triton_kernels, on, True)

@@ -364,3 +364,43 @@ def embedding_gradient(
         if scale_grad_by_freq:
             sums = sums / np.maximum(counts, 1)
     return rounded_once(np.where(counts > 0, sums, 0.0), dtype)
+
+
+def chunked_gradient(
+    grad,
+    ids,
+    num_embeddings,
+    dtype,
+    padding_idx=None,
+    embed_scale=1.0,
+    scale_grad_by_freq=False,
+    chunk=32,
+):
+    """A GPU's (V, d) float64 values of the dtype; as embedding_gradient, but tokens are sorted by
+    id, and float32 sums go over chunks of their places, chunks of chunks, and all. Ids out of range
+    have no row, and stand before and behind all others.
+    """
+    order = sorted(range(len(ids)), key=lambda token: min(max(ids[token], -1), num_embeddings))
+    parts = {}  # id -> group of chunks -> chunk -> sum
+    counts = {}
+    with np.errstate(invalid="ignore", over="ignore"):
+        for place, token in enumerate(order):
+            group = parts.setdefault(ids[token], {}).setdefault(place // chunk**2, {})
+            before = group.get(place // chunk, np.zeros(grad.shape[1], dtype=np.float32))
+            group[place // chunk] = before + grad[token].astype(np.float32)
+            counts[ids[token]] = counts.get(ids[token], 0) + 1
+        out = np.zeros((num_embeddings, grad.shape[1]), dtype=np.float32)
+        for token, groups in parts.items():
+            if not 0 <= token < num_embeddings or token == padding_idx:
+                continue
+            total = np.float32(0)
+            for group in groups.values():
+                of_group = np.float32(0)
+                for part in group.values():
+                    of_group = of_group + part
+                total = total + of_group
+            total = total * np.float32(embed_scale)
+            if scale_grad_by_freq:
+                total = total / np.float32(counts[token])
+            out[token] = total
+    return rounded_once(out.astype(np.float64), dtype)

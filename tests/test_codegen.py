@@ -24,7 +24,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 
-from bench import codegen, cuda_code, disassembly, inductor_code, numbering_code
+from bench import (
+    codegen,
+    cuda_code,
+    disassembly,
+    gradient_code,
+    inductor_code,
+    numbering_code,
+)
 from bench.codegen import CONFIGURATIONS, CUDA_CONFIGURATIONS, Configuration
 from neftune_kernels import triton_kernels
 
@@ -110,6 +117,66 @@ def test_numbering_targets(configuration):
     if missed and not triton.__version__.startswith(f"{codegen.FIGURES_OF}."):
         missed = [what for what in missed if " us of " not in what]
     assert not missed
+
+
+QUICK_GRADIENTS = {
+    *(gradient_code.Configuration("sm_90", dtype) for dtype in codegen.DTYPES),
+    gradient_code.Configuration("sm_80", "bfloat16", scaled=True),
+}
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        pytest.param(c, id=c.name, marks=() if c in QUICK_GRADIENTS else pytest.mark.long)
+        for c in gradient_code.configurations(codegen.NVIDIA)
+    ],
+)
+def test_gradient_targets(configuration):
+    """Instructions per element, registers, no spills, shared memory, shuffles, barriers or atomics;
+    four rows asked for before the first is added.
+    """
+    target = codegen.TARGETS[configuration.target]
+    missed = gradient_code.missed(configuration, target)
+    if missed and not triton.__version__.startswith(f"{codegen.FIGURES_OF}."):
+        missed = [what for what in missed if " per element" not in what]
+    assert not missed
+    kernel = gradient_code.compiled("sum_chunks", configuration, target)
+    code = disassembly.parsed("sum_chunks", disassembly.sass(kernel.asm["cubin"]))
+    names = [disassembly.opcode(line) for line in code.lines]
+    rows = [place for place, name in enumerate(names) if re.match(codegen.ROW_LOAD, name)]
+    assert len(rows) == (8 if configuration.dtype == "float32" else 4)
+    assert max(rows) < min(i for i, name in enumerate(names) if name.startswith("STG"))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("kernel", gradient_code.KERNELS)
+def test_places_of_the_gradient_have_64_bits(kernel, dtype):
+    """Tokens, ids and places beyond 2**31: of single integers a strip's number alone, at most d /
+    256, is multiplied or added in 32 bits.
+    """
+    configuration = gradient_code.Configuration("sm_90", dtype)
+    code = gradient_code.compiled(kernel, configuration, codegen.TARGETS["sm_90"]).asm["ttir"]
+    made = dict(re.findall(r"^\s*(%\w+) = (.*)$", code, re.MULTILINE))
+    narrow = re.findall(r"arith\.(?:muli|addi|subi|shli) (%\w+), .* : i32 ", code)
+    assert narrow and all(made[value].startswith("arith.remsi") for value in narrow)
+    assert re.search(r"arith\.muli .* : i64 ", code)
+
+
+@pytest.mark.parametrize("case", gradient_code.CASES, ids=lambda case: case.name)
+def test_bytes_of_the_gradient(case):
+    moved = gradient_code.moved(case)
+    assert moved["ours"] <= gradient_code.TIMES_FLOOR * moved["floor"]
+    assert moved["ours"] < min(moved["torch"], moved["Inductor"])
+
+
+def test_parts_are_counted():
+    """20 ids, then one of 33 tokens in chunks 0 and 1, and one of 2000 in chunks 1 to 64 of groups
+    0 to 2.
+    """
+    ids = torch.cat((torch.arange(20), torch.full((33,), 20), torch.full((2000,), 21)))
+    found = gradient_code.counted(ids[torch.randperm(len(ids))])
+    assert found == (22, 20 + 4 + 200, 2 + 64 + 3, 2 + 64 + 3)
 
 
 @pytest.mark.parametrize("shape", numbering_code.MOST, ids=str)

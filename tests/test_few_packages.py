@@ -81,7 +81,11 @@ def test_collects_with_few_packages():
     hidden = done.stdout.split("hidden:", 1)[1].splitlines()[0].split()
     assert not set(PRESENT) & set(hidden)
     collected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert collected == {"tests/test_cuda.py", "tests/test_triton.py"}
+    assert collected == {
+        "tests/test_cuda.py",
+        "tests/test_triton.py",
+        "tests/test_triton_gradients.py",
+    }
 
 
 def test_hidden_is_hidden(tmp_path):

@@ -11,7 +11,16 @@ import pytest
 import torch
 from conftest import FLOAT_DTYPES, KERNELS, running
 
-from neftune_kernels import NEFTuneEmbedding, apply_neftune, gradients, noisy_embedding
+from neftune_kernels import (
+    NEFTuneEmbedding,
+    apply_neftune,
+    functional,
+    gradients,
+    lookup,
+    modules,
+    noisy_embedding,
+    reference,
+)
 
 OPERATOR = torch.ops.neftune_kernels.embedding_gradient.out
 BY = ("reference", *KERNELS)
@@ -228,6 +237,166 @@ def test_sparse_of_no_tokens():
     module = NEFTuneEmbedding(9, 4, padding_idx=0, sparse=True)
     module(torch.zeros(2, 3, dtype=torch.int64)).sum().backward()  # padding alone
     assert module.weight.grad._nnz() == 0 and module.weight.grad.shape == (9, 4)
+
+
+# ---- deterministic_grad=True
+
+
+def lookups():
+    """Every lookup that takes the word, by its name: (ids, values) -> (weight, output)."""
+
+    def function(alpha):
+        def call(ids, values, **asked):
+            weight = values.clone().requires_grad_()
+            how = {"padding_idx": 1, "embed_scale": 3.0, **asked}
+            return weight, noisy_embedding(ids, weight, alpha, **how)
+
+        return call
+
+    def module(is_training=True, **options):
+        def call(ids, values, **asked):
+            how = {"padding_idx": 1, "_weight": values.clone(), **options, **asked}
+            made = NEFTuneEmbedding(*values.shape, **how).train(is_training)
+            return made.weight, made(ids)
+
+        return call
+
+    return {
+        "function": function(5.0),
+        "function, alpha 0": function(0),
+        "module": module(embed_scale=3.0),
+        "eval": module(False, embed_scale=3.0),
+        "normal": module(distribution="normal", embed_scale=3.0),
+        "scale_grad_by_freq": module(scale_grad_by_freq=True),
+        "max_norm": module(max_norm=0.5),
+        "eval, scale_grad_by_freq": module(False, scale_grad_by_freq=True),
+    }
+
+
+@pytest.mark.parametrize("name", lookups())
+def test_every_lookup_can_be_asked_for_it(name, monkeypatch):
+    """As on a GPU: none but the sums that were asked for come to be."""
+    ids, values, grad = torch.randint(0, 9, (4, 30)), torch.randn(9, 16), torch.randn(4, 30, 16)
+    by_freq, scale = "freq" in name, 3.0 if name in ("function", "module", "normal") else 1.0
+    sums = torch.randn(9, 16)
+    asked = []
+
+    def noted(*args, **named):
+        asked.append((args, named))
+        return sums
+
+    monkeypatch.setattr(gradients, "asks_for_ours", lambda weight, is_sparse=False: True)
+    monkeypatch.setattr(functional, "asks_for_ours", gradients.asks_for_ours)
+    monkeypatch.setattr(modules, "asks_for_ours", gradients.asks_for_ours)
+    monkeypatch.setattr(gradients, "deterministic", noted)
+    monkeypatch.setattr(lookup, "_embed_quickly", lambda *args: None)
+    monkeypatch.setattr(lookup, "IN_PLACE_LIMIT", 0)
+    weight, out = lookups()[name](ids, values, deterministic_grad=True)
+    out.backward(grad)
+    (((given, given_ids, rows, *how), named),) = asked
+    assert torch.equal(weight.grad, sums) and torch.equal(given_ids, ids) and rows == 9
+    # without noise the scale is a product of its own
+    product = 3.0 if name in ("function, alpha 0", "eval") else 1.0
+    assert torch.equal(given, product * grad)
+    padding_idx, embed_scale, freq = (*how, *(-1, 1.0, False)[len(how) :])
+    assert padding_idx == 1 and embed_scale == scale
+    assert named.get("scale_grad_by_freq", freq) == by_freq
+    asked.clear()
+    weight, out = lookups()[name](ids, values)
+    out.backward(grad)
+    assert not asked, "torch's own is the default"
+
+
+@pytest.mark.parametrize("name", lookups())
+def test_eager_cpus_have_it_anyway(name):
+    ids, values, grad = torch.randint(0, 9, (4, 30)), torch.randn(9, 16), torch.randn(4, 30, 16)
+    found = []
+    for asked in (True, False):
+        torch.manual_seed(1)
+        weight, out = lookups()[name](ids, values, deterministic_grad=asked)
+        out.backward(grad)
+        found.append((out, weight.grad))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("name", ["function", "scale_grad_by_freq"])
+def test_compiled_code_has_it_where_it_is_asked_for(name):
+    """bfloat16, which torch's own sums would lose."""
+    ids, values = torch.zeros(3000, dtype=torch.int64), torch.randn(3, 16).bfloat16()
+    call = torch.compile(lookups()[name], backend="aot_eager")
+    weight, out = call(ids, values, deterministic_grad=True)
+    out.backward(torch.full_like(out, 0.5))
+    wanted = {"function": 4512.0, "scale_grad_by_freq": 0.5}[name]
+    assert weight.grad[0].tolist() == [wanted] * 16
+
+
+def test_where_it_is_refused():
+    """A device other than the CPU, where nothing is computed."""
+    ids, weight = torch.zeros(3, dtype=torch.int64), torch.zeros(5, 4, requires_grad=True)
+    ids, weight = ids.to("meta"), weight.detach().to("meta").requires_grad_()
+    for training in (True, False):
+        options = {"deterministic_grad": True, "device": "meta"}
+        module = NEFTuneEmbedding(5, 4, sparse=True, **options).train(training)
+        with pytest.raises(ValueError, match="no sparse gradient on meta: set sparse=False"):
+            module(ids)
+        with torch.no_grad():
+            module(ids)
+    out = noisy_embedding(ids, weight, 5.0, deterministic_grad=True)
+    with pytest.raises(NotImplementedError, match="no second derivative on meta: leave it out"):
+        torch.autograd.grad(out.sum(), weight, create_graph=True)
+    out = noisy_embedding(ids, weight, 5.0, deterministic_grad=True)
+    (found,) = torch.autograd.grad(out.sum(), weight)
+    assert found.shape == (5, 4) and found.is_meta
+    with pytest.raises(NotImplementedError, match="no torch.func transform on meta"):
+        torch.func.grad(lambda w: noisy_embedding(ids, w, 5.0, deterministic_grad=True).sum())(
+            weight
+        )
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    wrapped = weight.detach().as_subclass(Wrapped).requires_grad_()
+    with pytest.raises(ValueError, match="plain weight on meta, got a Wrapped: leave it out"):
+        noisy_embedding(ids, wrapped, 5.0, deterministic_grad=True)
+    for call in (
+        lambda: noisy_embedding(ids, weight, 5.0, deterministic_grad=1),
+        lambda: NEFTuneEmbedding(5, 4, deterministic_grad=None),
+    ):
+        with pytest.raises(TypeError, match="deterministic_grad must be True or False, got"):
+            call()
+
+
+def test_modules_keep_the_word():
+    module = NEFTuneEmbedding(5, 4, deterministic_grad=True)
+    assert "deterministic_grad=True" in repr(module)
+    assert pickle.loads(pickle.dumps(module)).deterministic_grad
+    plain = module.to_embedding()
+    assert NEFTuneEmbedding.from_embedding(plain, deterministic_grad=True).deterministic_grad
+    state = NEFTuneEmbedding(5, 4).__getstate__()
+    del state["deterministic_grad"]
+    old = NEFTuneEmbedding.__new__(NEFTuneEmbedding)
+    old.__setstate__(state)
+    old(torch.arange(3)).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [*FLOAT_DTYPES, torch.float64], ids=str)
+def test_the_order_on_a_gpu(dtype):
+    """The reference of other devices' sums, a hot id in three groups of chunks."""
+    ids = torch.randint(-2, 60, (2500,))
+    ids[::2] = 7
+    grad, how = torch.randn(2500, 3).to(dtype), (50, 3, 1.5, True)
+    if dtype == torch.float64:
+        rows, kept = reference.chunked_gradient(grad, ids, *how)
+        truth, of = reference.embedding_gradient(grad, ids, 1.5, True)
+        assert torch.equal(kept, of[(of >= 0) & (of < 50) & (of != 3)])
+        torch.testing.assert_close(rows, truth[(of >= 0) & (of < 50) & (of != 3)])
+        return
+    rows, kept = reference.chunked_gradient(grad, ids, *how)
+    found = torch.zeros(50, 3, dtype=dtype)
+    found[kept] = rows
+    name = str(dtype).removeprefix("torch.")
+    wide = grad.double().numpy()
+    assert_equal(found, oracle.chunked_gradient(wide, ids.tolist(), 50, name, *how[1:]))
 
 
 # ---- pages that are made when they are written
