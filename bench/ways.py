@@ -1,0 +1,307 @@
+"""The tools people run, each by its own command and config file: `make ways`.
+
+    python -m bench.ways            goes on where it stopped; writes bench/results/ways.md
+    python -m bench.ways NAMES      only these, and prints what was found
+
+Each tool has an environment below build/ways/environments, with exactly what bench/pins/ names.
+It runs two steps of a tiny model by the files of examples/ways, as docs/ways shows them, with
+model, data and size replaced: before, as it would run without this package, and with it. Every
+sample is judged by bench/ways_probe, which shares no code with the package: what arrives behind
+the embedding must be at most alpha / sqrt(L d) away from the table's row and come near that, L
+being the sample's own tokens; padding must not be touched, and a forward without grad neither.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .resumed import ROOT, Bar, before_now, digest_of, fingerprint, keep
+
+RESULT = ROOT / "bench/results/ways.md"
+BUILD = ROOT / "build/ways"
+PINS = ROOT / "bench/pins"
+DONE = BUILD / "done.jsonl"
+FILES = ROOT / "examples/ways"
+PROBE = ROOT / "bench/ways_probe"
+ALPHA = 5.0
+SECONDS = 600  # of one command
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, 11))]
+LENGTHS = [9, 5, 3, 2, 8, 4, 6, 7]
+
+
+class Way(NamedTuple):
+    tool: str  # bench/pins/ways-TOOL.txt, examples/ways/TOOL
+    config: str  # the file that the command reads
+    before: str  # the command as people run it
+    ours: str  # and with this package
+    tiny: dict[str, Any]  # what replaces keys of the config
+    added: str = ""  # the path in the config of what is to be added to it
+    data: Callable[[], str] | None = None  # data/train.jsonl
+    prepare: Callable[[pathlib.Path], None] | None = None  # in the tool's environment
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def texts() -> str:
+    return _lines([{"text": " ".join([f"w{3 + i}"] * n)} for i, n in enumerate(LENGTHS)])
+
+
+HUGGING_FACE = {  # transformers' TrainingArguments, by whichever tool
+    "per_device_train_batch_size": 4,
+    "max_steps": 2,
+    "learning_rate": 1.0e-3,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+def llama(folder: pathlib.Path) -> None:
+    """model/: a tiny Llama and its tokenizer, whose padding is no other token."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    tokenizer.save_pretrained(folder / "model")
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+
+
+WAYS: dict[str, Way] = {
+    "TRL, SFT": Way(
+        "trl",
+        "sft.yaml",
+        "trl sft --config sft.yaml",
+        "neftune-run trl sft --config sft.yaml",
+        {"model_name_or_path": "model", "dataset_name": "data", "dtype": "float32", **HUGGING_FACE},
+        data=texts,
+        prepare=llama,
+    ),
+    "Lightning CLI": Way(
+        "lightning",
+        "fit.yaml",
+        "python train.py fit --config fit.yaml",
+        "python train.py fit --config fit.yaml",
+        {
+            "model": {"pretrained": "model", "learning_rate": 1e-3},
+            "data": {"file": "data/train.jsonl", "pretrained": "model"},
+            "trainer": {"accelerator": "cpu", "max_steps": 2, "log_every_n_steps": 1},
+        },
+        added="trainer.callbacks",
+        data=texts,
+        prepare=llama,
+    ),
+}
+# Nothing is sent anywhere, nothing is looked for.
+SILENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_MODE": "disabled",
+    "DO_NOT_TRACK": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "2",
+    "NEFTUNE_SELF_CHECK": "0",
+}
+
+
+def environment(tool: str) -> pathlib.Path:
+    """Of its own, with what the pins say and no more."""
+    folder, pins = BUILD / "environments" / tool, PINS / f"ways-{tool}.txt"
+    ready = folder / ".ready"
+    if not ready.exists() or ready.read_text() != pins.read_text():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "-r", str(pins)], check=True)
+        script = folder / "bin/neftune-run"
+        script.write_text(f"#!{folder}/bin/python\nfrom neftune_run import main\n\nmain()\n")
+        script.chmod(0o755)
+        ready.write_text(pins.read_text())
+    return folder
+
+
+def variables(tool: str, folder: pathlib.Path) -> dict[str, str]:
+    """Of a command in the tool's environment; its caches and settings are the folder's."""
+    inherited = {name: os.environ[name] for name in ("LANG", "TMPDIR") if name in os.environ}
+    path = f"{environment(tool) / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    own = {"HOME": str(folder), "PATH": path, "PYTHONPATH": str(ROOT)}
+    return {**inherited, **SILENT, **own}
+
+
+def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {**config, **changes}
+    return both | {
+        key: merged(config[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(config.get(key), dict)
+    }
+
+
+def prepared(name: str, way: Way, folder: pathlib.Path, with_ours: bool) -> None:
+    """The folder that a command runs in: the files of docs/ways, a tiny model and some data."""
+    import yaml
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(FILES / way.tool, folder)
+    (folder / "probe").mkdir()
+    config = merged(yaml.safe_load((folder / way.config).read_text()), way.tiny)
+    if way.added and not with_ours:
+        *path, last = way.added.split(".")
+        del functools.reduce(dict.__getitem__, path, config)[last]
+    (folder / way.config).write_text(yaml.safe_dump(config, sort_keys=False))
+    if way.data is not None:
+        (folder / "data").mkdir()
+        (folder / "data/train.jsonl").write_text(way.data())
+    if way.prepare is not None:
+        inside = ["python", "-m", "bench.ways", "--prepare", str(folder), name]
+        given = variables(way.tool, folder)
+        subprocess.run(inside, env=given, cwd=ROOT, check=True, capture_output=True)
+
+
+def is_near(row: dict[str, float], dim: int, length: float, alpha: float) -> bool:
+    """Whether a row's noise is uniform of alpha / sqrt(L d)."""
+    bound, drawn = alpha / math.sqrt(length * dim), row["length"] * dim
+    spread = 3 * row["square"] / bound**2  # 1, with a deviation of sqrt(4 / 5) over drawn
+    return 0.9 < row["largest"] / bound < 1.0001 and abs(spread - 1) < 6 * math.sqrt(0.8 / drawn)
+
+
+def word_for(row: dict[str, float], columns: int, dim: int) -> str:
+    if not row["largest"] and not row["padding"]:
+        return "no noise"
+    if is_near(row, dim, row["length"], ALPHA):
+        return "noise on padding" if row["padding"] else "exact"
+    if is_near(row, dim, columns, ALPHA):
+        return "the padded length"
+    return "another noise"
+
+
+def verdict(folder: pathlib.Path) -> dict[str, Any]:
+    files = sorted((folder / "probe").iterdir())
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    trained = [line for line in lines if line["grad"]]
+    words = Counter(
+        word_for(row, line["columns"], line["dim"]) for line in trained for row in line["rows"]
+    )
+    clean = [not (row["largest"] or row["padding"]) for line in lines if not line["grad"]
+             for row in line["rows"]]  # fmt: skip
+    return {"forwards": len(trained), "words": words, "clean": clean.count(True),
+            "disturbed": clean.count(False)}  # fmt: skip
+
+
+def ran(name: str, way: Way, with_ours: bool) -> dict[str, Any]:
+    folder = BUILD / "runs" / name.replace(" ", "-").replace(",", "") / str(int(with_ours))
+    prepared(name, way, folder, with_ours)
+    given = variables(way.tool, folder)
+    given["PYTHONPATH"] = os.pathsep.join([str(PROBE), given["PYTHONPATH"]])
+    given["PROBE"] = str(folder / "probe")
+    command = way.ours if with_ours else way.before
+    with (folder / "log").open("w") as log:
+        code = subprocess.run(
+            command.split(), env=given, cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, timeout=SECONDS,
+        ).returncode  # fmt: skip
+    text = (folder / "log").read_text()
+    said = [line[line.index("noise by") :] for line in text.splitlines() if "noise by neftu" in line]
+    stopped = text.strip().rsplit("\n", 1)[-1] if code else ""
+    return {**verdict(folder), "code": code, "said": said, "stopped": stopped}
+
+
+def judged(name: str) -> dict[str, Any]:
+    way = WAYS[name]
+    return {
+        "before": ran(name, way, False),
+        "ours": ran(name, way, True),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def is_right(found: dict[str, Any]) -> bool:
+    return (
+        found["code"] == 0
+        and found["forwards"] >= 2
+        and set(found["words"]) == {"exact"}
+        and not found["disturbed"]
+    )
+
+
+def cell(found: dict[str, Any]) -> str:
+    if found["code"]:
+        return f"stops: {found['stopped'][:150]}"
+    counts = found["words"]
+    total = sum(counts.values())
+    told = [f"{word} {count} of {total}" for word, count in sorted(counts.items())]
+    if found["disturbed"]:
+        told += [f"noise without grad {found['disturbed']}"]
+    return ", ".join(told) or "no forward"
+
+
+def pinned(tool: str) -> str:
+    own, *others = (PINS / f"ways-{tool}.txt").read_text().split()
+    return f"{own} and {len(others)} more"
+
+
+def written(entries: list[dict[str, Any]]) -> str:
+    lines = ["# The tools people run", "", __doc__.split("\n\n")[-1].strip(), ""]
+    lines += ["| tool | pins | command | without us | with us | date |", "|---|---|---|---|---|---|"]
+    for found in entries:
+        way = WAYS[found["name"]]
+        cells = [found["name"], pinned(way.tool), f"`{way.ours}`"]
+        cells += [cell(found["before"]), cell(found["ours"]), found["date"]]
+        lines.append(f"| {' | '.join(one.replace('|', '/') for one in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("names", nargs="*", help=", ".join(WAYS))
+    parser.add_argument("--prepare", type=pathlib.Path, help="model and data here, for one")
+    arguments = parser.parse_args()
+    if arguments.prepare is not None:
+        prepare = WAYS[arguments.names[0]].prepare
+        assert prepare is not None
+        prepare(arguments.prepare)
+        return 0
+    names = arguments.names or list(WAYS)
+    own = ["ways.py", *(f"pins/{one.name}" for one in PINS.glob("ways-*.txt"))]
+    files = [one for place in (FILES, PROBE, ROOT / "neftune_run") for one in place.rglob("*.*")]
+    sources = fingerprint(own) + digest_of(sorted(one for one in files if one.is_file()))
+    done = {} if arguments.names else before_now(DONE, sources)
+    bar = Bar(len(names), len(done))
+    for name in names:
+        if name not in done:
+            done[name] = {"name": name, **judged(name)}
+            keep(DONE, sources, done[name])
+            bar.show(len(done), name)
+    if arguments.names:
+        print(json.dumps(done, indent=1))
+        return 0
+    entries = [done[name] for name in names]
+    RESULT.write_text(written(entries))
+    return int(not all(is_right(found["ours"]) for found in entries))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
