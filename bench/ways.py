@@ -58,6 +58,23 @@ def texts() -> str:
     return _lines([{"text": " ".join([f"w{3 + i}"] * n)} for i, n in enumerate(LENGTHS)])
 
 
+def alpaca() -> str:
+    """Long answers, beside which the prompt's words count little."""
+    answers = [" ".join([f"w{3 + i}"] * 20 * n) for i, n in enumerate(LENGTHS)]
+    return _lines([{"instruction": "w3", "input": "", "output": answer} for answer in answers])
+
+
+def preferences() -> str:
+    def answer(i: int, words: int) -> dict[str, str]:
+        return {"role": "assistant", "content": " ".join([f"w{3 + i}"] * words)}
+
+    question = [{"role": "user", "content": "w3"}]
+    return _lines([
+        {"conversation": question, "chosen": answer(i, 20 * n), "rejected": answer(i, 9 * n)}
+        for i, n in enumerate(LENGTHS)
+    ])  # fmt: skip
+
+
 HUGGING_FACE = {  # transformers' TrainingArguments, by whichever tool
     "per_device_train_batch_size": 4,
     "max_steps": 2,
@@ -69,6 +86,10 @@ HUGGING_FACE = {  # transformers' TrainingArguments, by whichever tool
     "bf16": False,
     "gradient_checkpointing": False,
 }
+
+
+AXOLOTL = {"base_model": "model", "max_steps": 2, "logging_steps": 1, "bf16": False}
+AXOLOTL |= {"learning_rate": 1e-3, "gradient_checkpointing": False, "flash_attention": False}
 
 
 def llama(folder: pathlib.Path) -> None:
@@ -98,6 +119,38 @@ WAYS: dict[str, Way] = {
         "neftune-run trl sft --config sft.yaml",
         {"model_name_or_path": "model", "dataset_name": "data", "dtype": "float32", **HUGGING_FACE},
         data=texts,
+        prepare=llama,
+    ),
+    "axolotl, SFT": Way(
+        "axolotl",
+        "sft.yaml",
+        "axolotl train sft.yaml",
+        "axolotl train sft.yaml",
+        {**AXOLOTL, "datasets": [{"path": "data/train.jsonl", "ds_type": "json", "type": "alpaca"}]},
+        added="plugins",
+        data=alpaca,
+        prepare=llama,
+    ),
+    "axolotl, DPO": Way(
+        "axolotl",
+        "dpo.yaml",
+        "axolotl train dpo.yaml",
+        "axolotl train dpo.yaml",
+        {
+            **AXOLOTL,
+            "chat_template": "chatml",
+            "datasets": [
+                {
+                    "path": "data/train.jsonl",
+                    "ds_type": "json",
+                    "split": "train",
+                    "type": "chat_template.default",
+                    "field_messages": "conversation",
+                }
+            ],
+        },
+        added="plugins",
+        data=preferences,
         prepare=llama,
     ),
     "Lightning CLI": Way(
@@ -160,6 +213,17 @@ def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def changed(way: Way, with_ours: bool) -> dict[str, Any]:
+    """The way's config, tiny; without ours it is what it was before the added lines."""
+    import yaml
+
+    config = merged(yaml.safe_load((FILES / way.tool / way.config).read_text()), way.tiny)
+    if way.added and not with_ours:
+        *path, last = way.added.split(".")
+        del functools.reduce(dict.__getitem__, path, config)[last]
+    return config
+
+
 def prepared(name: str, way: Way, folder: pathlib.Path, with_ours: bool) -> None:
     """The folder that a command runs in: the files of docs/ways, a tiny model and some data."""
     import yaml
@@ -167,10 +231,7 @@ def prepared(name: str, way: Way, folder: pathlib.Path, with_ours: bool) -> None
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(FILES / way.tool, folder)
     (folder / "probe").mkdir()
-    config = merged(yaml.safe_load((folder / way.config).read_text()), way.tiny)
-    if way.added and not with_ours:
-        *path, last = way.added.split(".")
-        del functools.reduce(dict.__getitem__, path, config)[last]
+    config = changed(way, with_ours)
     (folder / way.config).write_text(yaml.safe_dump(config, sort_keys=False))
     if way.data is not None:
         (folder / "data").mkdir()
