@@ -36,6 +36,7 @@ PROBE = ROOT / "bench/ways_probe"
 ALPHA = 5.0
 SECONDS = 600  # of one command
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, 11))]
+VOCABULARY = len(WORDS)
 LENGTHS = [9, 5, 3, 2, 8, 4, 6, 7]
 
 
@@ -45,7 +46,7 @@ class Way(NamedTuple):
     before: str  # the command as people run it
     ours: str  # and with this package
     tiny: dict[str, Any]  # what replaces keys of the config
-    added: str = ""  # the path in the config of what is to be added to it
+    added: tuple[str, ...] = ()  # paths in the config of what is to be added to it
     data: Callable[[], str] | None = None  # data/train.jsonl
     prepare: Callable[[pathlib.Path], None] | None = None  # in the tool's environment
 
@@ -92,23 +93,55 @@ AXOLOTL = {"base_model": "model", "max_steps": 2, "logging_steps": 1, "bf16": Fa
 AXOLOTL |= {"learning_rate": 1e-3, "gradient_checkpointing": False, "flash_attention": False}
 
 
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+
+
 def llama(folder: pathlib.Path) -> None:
     """model/: a tiny Llama and its tokenizer, whose padding is no other token."""
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    inner = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    tokenizer.save_pretrained(folder / "model")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer(), **SPECIAL)
+    made.save_pretrained(folder / "model")
     config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+
+
+def litgpt(folder: pathlib.Path) -> None:
+    """The same as LitGPT keeps it."""
+    import torch
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import save_config
+
+    (folder / "model").mkdir()
+    tokenizer().save(str(folder / "model/tokenizer.json"))
+    (folder / "model/tokenizer_config.json").write_text(json.dumps(SPECIAL))
+    config = Config(
+        name="tiny", block_size=512, padded_vocab_size=VOCABULARY, vocab_size=VOCABULARY,
+        n_layer=1, n_head=2, n_embd=64, rotary_percentage=1.0, parallel_residual=False, bias=False,
+        norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", intermediate_size=64,
+    )  # fmt: skip
+    torch.save(GPT(config).state_dict(), folder / "model/lit_model.pth")
+    save_config(config, folder / "model")
+
+
+def llama_and_list(folder: pathlib.Path) -> None:
+    """And LLaMA-Factory's list of the files in data/."""
+    llama(folder)
+    listed = {"tiny": {"file_name": "train.jsonl"}}
+    (folder / "data/dataset_info.json").write_text(json.dumps(listed))
 
 
 WAYS: dict[str, Way] = {
@@ -127,7 +160,7 @@ WAYS: dict[str, Way] = {
         "axolotl train sft.yaml",
         "axolotl train sft.yaml",
         {**AXOLOTL, "datasets": [{"path": "data/train.jsonl", "ds_type": "json", "type": "alpaca"}]},
-        added="plugins",
+        added=("plugins",),
         data=alpaca,
         prepare=llama,
     ),
@@ -149,9 +182,63 @@ WAYS: dict[str, Way] = {
                 }
             ],
         },
-        added="plugins",
+        added=("plugins",),
         data=preferences,
         prepare=llama,
+    ),
+    "ms-swift, SFT": Way(
+        "swift",
+        "sft.yaml",
+        "swift sft sft.yaml",
+        "swift sft sft.yaml",
+        {
+            "model": "model",
+            "model_type": "llama",
+            "template": "dummy",
+            "dataset": ["data/train.jsonl"],
+            "torch_dtype": "float32",
+            "dataset_num_proc": 1,
+            "dataloader_num_workers": 0,
+            **HUGGING_FACE,
+        },
+        added=("external_plugins", "callbacks"),
+        data=alpaca,
+        prepare=llama,
+    ),
+    "LLaMA-Factory, SFT": Way(
+        "llamafactory",
+        "sft.yaml",
+        "llamafactory-cli train sft.yaml",
+        "neftune-run llamafactory-cli train sft.yaml",
+        {
+            "model_name_or_path": "model",
+            "dataset": "tiny",
+            "dataset_dir": "data",
+            "template": "default",
+            **HUGGING_FACE,
+        },
+        data=alpaca,
+        prepare=llama_and_list,
+    ),
+    "LitGPT, finetune_full": Way(
+        "litgpt",
+        "full.yaml",
+        "litgpt finetune_full --config full.yaml",
+        "neftune-run --alpha 5 litgpt finetune_full --config full.yaml",
+        {
+            "checkpoint_dir": "model",
+            "precision": "32-true",
+            "data": {
+                "init_args": {
+                    "json_path": "data/train.jsonl",
+                    "val_split_fraction": 0.25,
+                    "num_workers": 0,
+                }
+            },
+            "train": {"epochs": 2, "max_steps": 2},
+        },
+        data=alpaca,
+        prepare=litgpt,
     ),
     "Lightning CLI": Way(
         "lightning",
@@ -163,7 +250,7 @@ WAYS: dict[str, Way] = {
             "data": {"file": "data/train.jsonl", "pretrained": "model"},
             "trainer": {"accelerator": "cpu", "max_steps": 2, "log_every_n_steps": 1},
         },
-        added="trainer.callbacks",
+        added=("trainer.callbacks",),
         data=texts,
         prepare=llama,
     ),
@@ -218,8 +305,8 @@ def changed(way: Way, with_ours: bool) -> dict[str, Any]:
     import yaml
 
     config = merged(yaml.safe_load((FILES / way.tool / way.config).read_text()), way.tiny)
-    if way.added and not with_ours:
-        *path, last = way.added.split(".")
+    for added in () if with_ours else way.added:
+        *path, last = added.split(".")
         del functools.reduce(dict.__getitem__, path, config)[last]
     return config
 

@@ -7,12 +7,15 @@ import json
 import pathlib
 import re
 import runpy
+import types
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from bench import ways
+from neftune_kernels.integrations.litgpt import patch_gpt
 from neftune_kernels.schedules import linear_schedule
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -161,3 +164,40 @@ def test_lightning_cli_takes_a_schedule_and_a_function(parsed):
 def test_lightning_cli_refuses(parsed, wrong):
     with pytest.raises(Exception, match=next(iter(wrong))):
         parsed(**wrong)
+
+
+def test_litgpt_models_have_noise_while_they_train(probed, capsys):
+    """Its shape, in code of our own: no mask, and padding of id 0 on the right."""
+
+    class GPT(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            wte, block = nn.Embedding(ways.VOCABULARY, config), nn.Linear(config, config)
+            self.transformer = nn.ModuleDict({"wte": wte, "h": block})
+
+        def forward(self, idx):
+            return self.transformer.h(self.transformer.wte(idx))
+
+    module, began = types.ModuleType("litgpt.model"), []
+    module.GPT = GPT
+    patch_gpt(module, ways.ALPHA, lambda: began.append(True))
+    model = GPT(64)
+    ids = torch.tensor([[3, 4, 0, 5, 6, 1], [3, 4, 1, 0, 0, 0], [7, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        model(ids)
+    model.eval()(ids)
+    assert not began and capsys.readouterr().out == ""
+    assert not any(row["largest"] for line in probed for row in line["rows"])
+    probed.clear()
+    for _ in range(2):
+        model.train()(idx=ids)
+    assert began == [True]
+    said = capsys.readouterr().out
+    assert said.startswith("noise by neftune_kernels, alpha 5, replica 0") and said.count("\n") == 1
+    # the probe takes every 0 for padding; one among others is a token, with noise
+    assert words(probed) == ["noise on padding", "exact", "exact"] * 2
+
+
+def test_another_litgpt_is_refused():
+    with pytest.raises(RuntimeError, match=r"litgpt\.model of this litgpt has no GPT"):
+        patch_gpt(types.ModuleType("litgpt.model"), 5.0, print)
