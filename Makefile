@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways gpu clean
 
 setup: $(READY)
 
@@ -98,6 +98,12 @@ zoo: setup
 # stopped, fails alike. Writes bench/results/foreign.md. ARGS="x-transformers" judges that alone.
 foreign: setup
 	$(BIN)/python -m bench.foreign $(ARGS)
+
+# The tools people run, by their own commands and files, each in an environment of its own, pinned in
+# bench/pins; goes on where it stopped. Writes bench/results/ways.md; fails where a tool has no exact
+# noise with this package. ARGS="'TRL, SFT'" judges that alone.
+ways: setup
+	$(BIN)/python -m bench.ways $(ARGS)
 
 # On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
 gpu:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -43,9 +44,9 @@ LENGTHS = [9, 5, 3, 2, 8, 4, 6, 7]
 class Way(NamedTuple):
     tool: str  # bench/pins/ways-TOOL.txt, examples/ways/TOOL
     config: str  # the file that the command reads
-    before: str  # the command as people run it
+    before: str  # the command as people run it; "": the tool has no noise of its own
     ours: str  # and with this package
-    tiny: dict[str, Any]  # what replaces keys of the config
+    tiny: dict[str, Any]  # what replaces keys of the config; without one, arguments of the command
     added: tuple[str, ...] = ()  # paths in the config of what is to be added to it
     data: Callable[[], str] | None = None  # data/train.jsonl
     prepare: Callable[[pathlib.Path], None] | None = None  # in the tool's environment
@@ -90,6 +91,7 @@ HUGGING_FACE = {  # transformers' TrainingArguments, by whichever tool
 
 
 AXOLOTL = {"base_model": "model", "max_steps": 2, "logging_steps": 1, "bf16": False}
+JSON_LINES = {"path": "data/train.jsonl", "ds_type": "json"}
 AXOLOTL |= {"learning_rate": 1e-3, "gradient_checkpointing": False, "flash_attention": False}
 
 
@@ -137,6 +139,29 @@ def litgpt(folder: pathlib.Path) -> None:
     save_config(config, folder / "model")
 
 
+TORCHTUNE_WORDS = """
+class Words:
+    pad_id, eos_id = 0, 1
+
+    def __init__(self, max_seq_len):
+        self.max_seq_len = max_seq_len
+
+    def encode(self, text, add_bos, add_eos):
+        return [int(word[1:]) for word in text.split()] + [self.eos_id] * add_eos
+"""
+
+
+def torchtune(folder: pathlib.Path) -> None:
+    """A tiny Llama, and a tokenizer, since torchtune brings none but other people's files."""
+    import torch
+    from torchtune.models.llama3 import llama3
+
+    (folder / "words.py").write_text(TORCHTUNE_WORDS)
+    (folder / "model").mkdir()
+    model = llama3(VOCABULARY, 1, 2, 2, 64, max_seq_len=512)
+    torch.save(model.state_dict(), folder / "model/model.pt")
+
+
 def llama_and_list(folder: pathlib.Path) -> None:
     """And LLaMA-Factory's list of the files in data/."""
     llama(folder)
@@ -159,7 +184,7 @@ WAYS: dict[str, Way] = {
         "sft.yaml",
         "axolotl train sft.yaml",
         "axolotl train sft.yaml",
-        {**AXOLOTL, "datasets": [{"path": "data/train.jsonl", "ds_type": "json", "type": "alpaca"}]},
+        {**AXOLOTL, "datasets": [{**JSON_LINES, "type": "alpaca"}]},
         added=("plugins",),
         data=alpaca,
         prepare=llama,
@@ -174,8 +199,7 @@ WAYS: dict[str, Way] = {
             "chat_template": "chatml",
             "datasets": [
                 {
-                    "path": "data/train.jsonl",
-                    "ds_type": "json",
+                    **JSON_LINES,
                     "split": "train",
                     "type": "chat_template.default",
                     "field_messages": "conversation",
@@ -240,6 +264,55 @@ WAYS: dict[str, Way] = {
         data=alpaca,
         prepare=litgpt,
     ),
+    "torchtune, full_finetune_single_device": Way(
+        "torchtune",
+        "",
+        "",
+        "tune run full_finetune_single_device --config llama3_2/1B_full_single_device "
+        "model._component_=neftune.neftune model.builder=torchtune.models.llama3_2.llama3_2_1b "
+        "model.noise_alpha=5 model.pad_id=128004",
+        {
+            "model.builder": "torchtune.models.llama3.llama3",
+            "model.vocab_size": VOCABULARY,
+            "model.num_layers": 1,
+            "model.num_heads": 2,
+            "model.num_kv_heads": 2,
+            "model.embed_dim": 64,
+            "model.max_seq_len": 512,
+            "model.pad_id": 0,
+            "tokenizer._component_": "words.Words",
+            "~tokenizer.path": "",
+            "~dataset.packed": "",
+            "dataset._component_": "torchtune.datasets.text_completion_dataset",
+            "dataset.source": "json",
+            "dataset.data_files": "data/train.jsonl",
+            "dataset.split": "train",
+            "checkpointer._component_": "torchtune.training.FullModelTorchTuneCheckpointer",
+            "checkpointer.checkpoint_dir": "model",
+            "checkpointer.checkpoint_files": "[model.pt]",
+            "output_dir": "out",
+            "optimizer._component_": "torch.optim.AdamW",
+            "optimizer_in_bwd": False,
+            "device": "cpu",
+            "dtype": "fp32",
+            "log_peak_memory_stats": False,
+            "max_steps_per_epoch": 2,
+        },
+        data=texts,
+        prepare=torchtune,
+    ),
+    "MMEngine": Way(
+        "mmengine",
+        "config.py",
+        "",
+        "python training.py config.py",
+        {
+            "model": {"pretrained": "model"},
+            "train_dataloader": {"dataset": {"file": "data/train.jsonl", "pretrained": "model"}},
+        },
+        data=texts,
+        prepare=llama,
+    ),
     "Lightning CLI": Way(
         "lightning",
         "fit.yaml",
@@ -267,6 +340,10 @@ SILENT = {
 }
 
 
+# Compiled for CUDA, which a torch for the CPU cannot load; the package does without.
+WITHOUT = {"llamafactory": "torchaudio/lib"}
+
+
 def environment(tool: str) -> pathlib.Path:
     """Of its own, with what the pins say and no more."""
     folder, pins = BUILD / "environments" / tool, PINS / f"ways-{tool}.txt"
@@ -276,6 +353,9 @@ def environment(tool: str) -> pathlib.Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         install = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, "-r", str(pins)], check=True)
+        if tool in WITHOUT:
+            (part,) = folder.glob(f"lib/*/site-packages/{WITHOUT[tool]}")
+            shutil.rmtree(part)
         script = folder / "bin/neftune-run"
         script.write_text(f"#!{folder}/bin/python\nfrom neftune_run import main\n\nmain()\n")
         script.chmod(0o755)
@@ -318,15 +398,20 @@ def prepared(name: str, way: Way, folder: pathlib.Path, with_ours: bool) -> None
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(FILES / way.tool, folder)
     (folder / "probe").mkdir()
-    config = changed(way, with_ours)
-    (folder / way.config).write_text(yaml.safe_dump(config, sort_keys=False))
+    file = folder / way.config
+    if file.suffix == ".py":  # MMEngine's
+        file.rename(folder / "base.py")
+        lines = [f"{key} = {value!r}" for key, value in way.tiny.items()]
+        file.write_text("\n".join(["_base_ = './base.py'", *lines, ""]))
+    elif way.config:
+        file.write_text(yaml.safe_dump(changed(way, with_ours), sort_keys=False))
     if way.data is not None:
         (folder / "data").mkdir()
         (folder / "data/train.jsonl").write_text(way.data())
     if way.prepare is not None:
         inside = ["python", "-m", "bench.ways", "--prepare", str(folder), name]
         given = variables(way.tool, folder)
-        subprocess.run(inside, env=given, cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(inside, env=given, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def is_near(row: dict[str, float], dim: int, length: float, alpha: float) -> bool:
@@ -365,14 +450,16 @@ def ran(name: str, way: Way, with_ours: bool) -> dict[str, Any]:
     given = variables(way.tool, folder)
     given["PYTHONPATH"] = os.pathsep.join([str(PROBE), given["PYTHONPATH"]])
     given["PROBE"] = str(folder / "probe")
-    command = way.ours if with_ours else way.before
+    command = (way.ours if with_ours else way.before).split()
+    if not way.config:
+        command += [f"{key}={value}" for key, value in way.tiny.items()]
     with (folder / "log").open("w") as log:
         code = subprocess.run(
-            command.split(), env=given, cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
+            command, env=given, cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
             stderr=subprocess.STDOUT, timeout=SECONDS,
         ).returncode  # fmt: skip
     text = (folder / "log").read_text()
-    said = [line[line.index("noise by") :] for line in text.splitlines() if "noise by neftu" in line]
+    said = re.findall(r"noise by neftune_kernels,.*", text)
     stopped = text.strip().rsplit("\n", 1)[-1] if code else ""
     return {**verdict(folder), "code": code, "said": said, "stopped": stopped}
 
@@ -380,7 +467,7 @@ def ran(name: str, way: Way, with_ours: bool) -> dict[str, Any]:
 def judged(name: str) -> dict[str, Any]:
     way = WAYS[name]
     return {
-        "before": ran(name, way, False),
+        "before": ran(name, way, False) if way.before else None,
         "ours": ran(name, way, True),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -395,7 +482,9 @@ def is_right(found: dict[str, Any]) -> bool:
     )
 
 
-def cell(found: dict[str, Any]) -> str:
+def cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "has none"
     if found["code"]:
         return f"stops: {found['stopped'][:150]}"
     counts = found["words"]
@@ -413,7 +502,7 @@ def pinned(tool: str) -> str:
 
 def written(entries: list[dict[str, Any]]) -> str:
     lines = ["# The tools people run", "", __doc__.split("\n\n")[-1].strip(), ""]
-    lines += ["| tool | pins | command | without us | with us | date |", "|---|---|---|---|---|---|"]
+    lines += ["| tool | pins | command | without us | with us | date |", "|" + "---|" * 6]
     for found in entries:
         way = WAYS[found["name"]]
         cells = [found["name"], pinned(way.tool), f"`{way.ours}`"]

@@ -152,9 +152,7 @@ def test_lightning_cli_takes_every_option(parsed):
 def test_lightning_cli_takes_a_schedule_and_a_function(parsed):
     path = "neftune_kernels.schedules.linear_schedule"
     given = {"start": 10, "end": 0, "num_steps": 4}
-    callback = parsed(
-        noise_alpha={"class_path": path, "init_args": given}, samples="json.dumps"
-    )
+    callback = parsed(noise_alpha={"class_path": path, "init_args": given}, samples="json.dumps")
     expected = linear_schedule(10, 0, 4)
     assert [callback.schedule(step) for step in range(6)] == [expected(step) for step in range(6)]
     assert callback.options["samples"] is json.dumps

@@ -37,9 +37,11 @@ def patch_gpt(module: ModuleType, noise_alpha: float, on_noise: Callable[[], Non
         RuntimeError: its GPT is built in another way than LitGPT 0.5's.
     """
     gpt: Any = getattr(module, "GPT", None)
-    if not isinstance(gpt, type) or "__init__" not in vars(gpt):
-        raise RuntimeError(f"{module.__name__} of this litgpt has no GPT with an __init__ of its own")
-    build = gpt.__init__
+    build = vars(gpt).get("__init__") if isinstance(gpt, type) else None
+    if build is None:
+        raise RuntimeError(
+            f"{module.__name__} of this litgpt has no GPT with an __init__ of its own"
+        )
 
     @functools.wraps(build)
     def with_noise(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +50,7 @@ def patch_gpt(module: ModuleType, noise_alpha: float, on_noise: Callable[[], Non
         if noise_alpha:
             _announce_once(self, handle, on_noise)
 
-    gpt.__init__ = with_noise
+    setattr(gpt, "__init__", with_noise)  # noqa: B010  # mypy takes gpt for an instance
 
 
 def _announce_once(model: nn.Module, handle: NEFTuneHandle, on_noise: Callable[[], None]) -> None:

@@ -6,7 +6,8 @@ swift imports such a file in every process, before the trainer is made. From the
 
 from typing import Any
 
-if not __package__:  # swift imports a file by its path, and puts that one's folder before all others
+# swift imports a file by its path, and puts that one's folder before all others
+if not __package__:
     raise ImportError(
         f"external_plugins names {__file__}: name a file of your own there, with the one line "
         "`import neftune_kernels.integrations.swift`"
