@@ -1,0 +1,31 @@
+"""Two steps of torchtitan's smallest Llama 3 on a CPU: its command line and its overrides; of its
+Trainer, which needs a GPU, the lines that build the model. For `make ways`.
+"""
+
+import sys
+
+import torch
+from torchtitan.config import ConfigManager, apply_overrides
+
+FIRST = 2  # every document's first token, and no other
+DOCUMENTS = [[5, 4, 3], [2, 10]]  # two packed rows
+
+
+def main() -> None:
+    config = ConfigManager().parse_args(sys.argv[1:])
+    apply_overrides(config.override, config)
+    model = config.model_spec.model.build()
+    model.init_states()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    positions = torch.tensor([[at for one in row for at in range(one)] for row in DOCUMENTS])
+    masks = model.get_attention_masks(positions)
+    for step in range(2):
+        tokens = torch.where(positions == 0, FIRST, 3 + step)
+        logits = model(tokens, positions=positions, attention_masks=masks)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
