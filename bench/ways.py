@@ -53,6 +53,11 @@ class Way(NamedTuple):
     prepare: Callable[[pathlib.Path], None] | None = None  # in the tool's environment
     packed: int | None = None  # the token that opens every document of a packed row
 
+    @property
+    def command(self) -> str:
+        """What its page shows; of a part of the tool, which bench drives, there is none."""
+        return "" if " -m bench." in self.ours else self.ours
+
 
 def _lines(rows: list[dict[str, Any]]) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -313,6 +318,9 @@ WAYS: dict[str, Way] = {
         {},
         packed=2,
     ),
+    "NeMo Automodel, around its recipe": Way(
+        "automodel", "", "", "python -m bench.ways_automodel", {}, prepare=llama
+    ),
     "MMEngine": Way(
         "mmengine",
         "config.py",
@@ -537,7 +545,12 @@ def main() -> int:
         prepare(arguments.prepare)
         return 0
     names = arguments.names or list(WAYS)
-    own = ["ways.py", *(f"pins/{one.name}" for one in PINS.glob("ways-*.txt"))]
+    own = [
+        "ways.py",
+        "ways_torchtitan.py",
+        "ways_automodel.py",
+        *(f"pins/{one.name}" for one in PINS.glob("ways-*.txt")),
+    ]
     files = [one for place in (FILES, PROBE, ROOT / "neftune_run") for one in place.rglob("*.*")]
     sources = fingerprint(own) + digest_of(sorted(one for one in files if one.is_file()))
     done = {} if arguments.names else before_now(DONE, sources)

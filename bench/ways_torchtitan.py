@@ -1,5 +1,5 @@
-"""Two steps of torchtitan's smallest Llama 3 on a CPU: its command line and its overrides; of its
-Trainer, which needs a GPU, the lines that build the model. For `make ways`.
+"""Two training forwards of torchtitan's smallest Llama 3 on a CPU: its command line, its overrides
+and its model. Its Trainer needs a GPU, and so does the backward of its attention. For `make ways`.
 """
 
 import sys
@@ -16,15 +16,12 @@ def main() -> None:
     apply_overrides(config.override, config)
     model = config.model_spec.model.build()
     model.init_states()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.requires_grad_(False)  # FlexAttention refuses what has a gradient on a CPU
     positions = torch.tensor([[at for one in row for at in range(one)] for row in DOCUMENTS])
     masks = model.get_attention_masks(positions)
     for step in range(2):
         tokens = torch.where(positions == 0, FIRST, 3 + step)
-        logits = model(tokens, positions=positions, attention_masks=masks)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        assert model(tokens, positions=positions, attention_masks=masks).isfinite().all()
 
 
 if __name__ == "__main__":
