@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 TRITON_TESTS = tests/test_triton.py tests/test_triton_gradients.py
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign docs gpu clean
+.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
 
 setup: $(READY)
 
@@ -109,6 +109,12 @@ $(DOCS)/.ready: requirements-docs.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --no-deps --no-compile -r requirements-docs.txt
 	touch $@
+
+# The tools people run, by their own commands and files, each in an environment of its own, pinned in
+# bench/pins; goes on where it stopped. Writes bench/results/ways.md; fails where a tool has no exact
+# noise with this package. ARGS="'TRL, SFT'" judges that alone.
+ways: setup
+	$(BIN)/python -m bench.ways $(ARGS)
 
 # On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
 gpu:

@@ -137,12 +137,12 @@ def verdict(reports: str) -> list[str]:
         return []
     if told["patched"]:
         return [
-            "no noise: transformers.trainer was there, and no training began with a "
+            "no noise: a trainer was there, and no training began with a "
             "neftune_noise_alpha. Set it in the command's configuration, or give --alpha. "
             f"{NOT_REACHED}"
         ]
     if told["started"]:
-        reached = f"reached {len(told['started'])}, none imported transformers.trainer"
+        reached = f"reached {len(told['started'])}, none imported transformers.trainer or litgpt"
         return [f"no noise: of the command's Python processes neftune-run {reached}. {NOT_REACHED}"]
     return [f"no noise: no process of the command reported. {NOT_REACHED}"]
 

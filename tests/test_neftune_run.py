@@ -36,6 +36,14 @@ STUBS = {
             print("patched", noise_alpha, flush=True)
             return trainer.patch
         """,
+    "litgpt/__init__.py": "import litgpt.model",
+    "litgpt/model.py": "",
+    "litgpt/lora.py": "import litgpt.model",
+    "neftune_kernels/integrations/litgpt.py": """
+        def patch_gpt(module, noise_alpha, on_noise):
+            print("patched", module.__name__, noise_alpha, flush=True)
+            on_noise()
+        """,
     "training.py": """
         import transformers.trainer
         def train():
@@ -188,6 +196,16 @@ def test_a_trainer_without_noise_is_said(stubs):
     done = run(PYTHON, "-c", code, options=["--strict"], path=[stubs])
     assert done.returncode == 3 and done.stdout == "patched None\n"
     assert "no training began with a neftune_noise_alpha. Set it" in done.stderr
+
+
+def test_litgpt(stubs):
+    """Each of its modules that has a GPT, as soon as it is there; it has no alpha of its own."""
+    command = (PYTHON, "-c", "import litgpt.lora")
+    done = run(*command, options=["--strict", "--alpha", "5"], path=[stubs])
+    patched = "patched litgpt.model 5.0\npatched litgpt.lora 5.0\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, patched, "")
+    done = run(*command, options=["--strict"], path=[stubs])
+    assert done.returncode == 3 and done.stdout == "" and "or give --alpha" in done.stderr
 
 
 def test_reports_leave_nothing_behind(stubs, tmp_path):

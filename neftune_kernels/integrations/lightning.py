@@ -10,7 +10,13 @@ from torch import nn
 try:
     from pytorch_lightning import Callback
 except ImportError:  # the same library under its other name
-    from lightning.pytorch import Callback  # type: ignore[no-redef]
+    try:
+        from lightning.pytorch import Callback  # type: ignore[no-redef]
+    except ImportError as error:
+        raise ImportError(
+            "neftune_kernels.integrations.lightning is for PyTorch Lightning, whose environment it "
+            "needs: pip install 'neftune_kernels[lightning]'"
+        ) from error
 
 from ..schedules import Schedule
 from .telling import Read

@@ -112,7 +112,20 @@ class NEFTuneCallback(TrainingNoise, TrainerCallback):  # type: ignore[misc]
         self.detach()
 
 
-class _Configured(NEFTuneCallback):
+class AnnouncedCallback(NEFTuneCallback):
+    """For who has written no Python: the first process says once per run what it does."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, model=model)
+        if state.is_world_process_zero and self.handle is not None:
+            # without "on": train() of the model may come later
+            told = self.handle.describe().rpartition(", ")[0]
+            print(f"noise by neftune_kernels, {told}", flush=True)
+
+
+class _Configured(AnnouncedCallback):
     """TrainingArguments(neftune_noise_alpha=...) for one train(): its alpha is read when training
     begins, after a hyperparameter search has set its trial's.
     """
@@ -135,10 +148,6 @@ class _Configured(NEFTuneCallback):
         self.noise_alpha = check_alpha(alpha)
         super().on_train_begin(args, state, control, model=model)
         self.patch.handle = self.handle
-        if state.is_world_process_zero and self.handle is not None:
-            # without "on": train() of the model may come later
-            told = self.handle.describe().rpartition(", ")[0]
-            print(f"noise by neftune_kernels, {told}", flush=True)
 
     def detach(self) -> None:
         if self.handle is not None and not self.handle.removed:

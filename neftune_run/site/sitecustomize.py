@@ -1,5 +1,5 @@
-"""What Python runs at its start under neftune-run: waits for transformers.trainer, and lets the
-environment's own sitecustomize run.
+"""What Python runs at its start under neftune-run: waits for transformers.trainer and for LitGPT's
+models, and lets the environment's own sitecustomize run.
 
 A command may start any Python, so nothing newer than 3.6 stands here; and many, so nothing is
 imported that is not there anyway.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRAINER = "transformers.trainer"
+LITGPT = ("litgpt.model", "litgpt.lora", "litgpt.adapter", "litgpt.adapter_v2")  # each has a GPT
 
 
 def report(event: str, said: str = "") -> None:
@@ -32,20 +33,26 @@ def report_noise() -> None:
     report("noisy")
 
 
-def patch() -> None:
+def patch(module: "ModuleType") -> None:
     """transformers passes a failure on as it is only where it is an ImportError; an AttributeError
     it takes for a name that is not there.
     """
+    text = os.environ.get("NEFTUNE_RUN_ALPHA")
     try:
-        from neftune_kernels.integrations.transformers import patch_trainer
+        alpha = None if text is None else float(text)
+        if module.__name__ == TRAINER:
+            from neftune_kernels.integrations.transformers import patch_trainer
 
-        alpha = os.environ.get("NEFTUNE_RUN_ALPHA")
-        patch_trainer(None if alpha is None else float(alpha)).on_noise = report_noise
+            patch_trainer(alpha).on_noise = report_noise
+        elif alpha is not None:  # LitGPT has no setting of its own
+            from neftune_kernels.integrations.litgpt import patch_gpt
+
+            patch_gpt(module, alpha, report_noise)
     except Exception as error:
         said = (
-            f"neftune_kernels cannot replace the noise of {TRAINER}: {type(error).__name__}: "
-            f"{error}. Install a neftune_kernels that knows this transformers for "
-            f"{sys.executable}, or leave out neftune-run"
+            f"neftune_kernels cannot replace the noise of {module.__name__}: "
+            f"{type(error).__name__}: {error}. Install a neftune_kernels that knows this "
+            f"{module.__name__.partition('.')[0]} for {sys.executable}, or leave out neftune-run"
         )
         report("failed", said)
         raise ImportError(f"neftune-run: {said}") from error
@@ -53,18 +60,21 @@ def patch() -> None:
 
 
 class TrainerFinder:
-    """First on sys.meta_path: whoever finds the trainer, it is patched when it has run."""
+    """First on sys.meta_path: whoever finds a module that is waited for, it is patched when it has
+    run.
+    """
 
     def __init__(self) -> None:
-        self.searching = set()  # type: set[int]  # threads; another finder may ask us again
+        # threads, and what for; another finder may ask us again
+        self.searching = set()  # type: set[tuple[int, str]]
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
     ) -> "ModuleSpec | None":
-        thread = _thread.get_ident()
-        if name != TRAINER or thread in self.searching:
+        search = _thread.get_ident(), name
+        if name not in (TRAINER, *LITGPT) or search in self.searching:
             return None
-        self.searching.add(thread)
+        self.searching.add(search)
         try:
             found = (
                 finder.find_spec(name, path, target)  # type: ignore[arg-type]
@@ -73,14 +83,14 @@ class TrainerFinder:
             )
             spec = next((spec for spec in found if spec is not None), None)
         finally:
-            self.searching.discard(thread)
+            self.searching.discard(search)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module: "ModuleType") -> None:
             execute(module)
-            patch()
+            patch(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -1,0 +1,1 @@
+import neftune_kernels.integrations.swift
