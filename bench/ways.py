@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,12 @@ class Way(NamedTuple):
     added: tuple[str, ...] = ()  # paths in the config of what is to be added to it
     data: Callable[[], str] | None = None  # data/train.jsonl
     prepare: Callable[[pathlib.Path], None] | None = None  # in the tool's environment
+    packed: int | None = None  # the token that opens every document of a packed row
+
+    @property
+    def command(self) -> str:
+        """What its page shows; of a part of the tool, which bench drives, there is none."""
+        return "" if " -m bench." in self.ours else self.ours
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:
@@ -129,7 +136,8 @@ def litgpt(folder: pathlib.Path) -> None:
 
     (folder / "model").mkdir()
     tokenizer().save(str(folder / "model/tokenizer.json"))
-    (folder / "model/tokenizer_config.json").write_text(json.dumps(SPECIAL))
+    named = {**SPECIAL, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "model/tokenizer_config.json").write_text(json.dumps(named))
     config = Config(
         name="tiny", block_size=512, padded_vocab_size=VOCABULARY, vocab_size=VOCABULARY,
         n_layer=1, n_head=2, n_embd=64, rotary_percentage=1.0, parallel_residual=False, bias=False,
@@ -301,6 +309,18 @@ WAYS: dict[str, Way] = {
         data=texts,
         prepare=torchtune,
     ),
+    "torchtitan, the model alone": Way(
+        "torchtitan",
+        "",
+        "",
+        "python -m bench.ways_torchtitan --module llama3 --config llama3_debugmodel "
+        """--override.imports 'neftune.neftune={"noise_alpha": 5}'""",
+        {},
+        packed=2,
+    ),
+    "NeMo Automodel, around its recipe": Way(
+        "automodel", "", "", "python -m bench.ways_automodel", {}, prepare=llama
+    ),
     "MMEngine": Way(
         "mmengine",
         "config.py",
@@ -450,7 +470,9 @@ def ran(name: str, way: Way, with_ours: bool) -> dict[str, Any]:
     given = variables(way.tool, folder)
     given["PYTHONPATH"] = os.pathsep.join([str(PROBE), given["PYTHONPATH"]])
     given["PROBE"] = str(folder / "probe")
-    command = (way.ours if with_ours else way.before).split()
+    if way.packed is not None:
+        given["PROBE_FIRST"] = str(way.packed)
+    command = shlex.split(way.ours if with_ours else way.before)
     if not way.config:
         command += [f"{key}={value}" for key, value in way.tiny.items()]
     with (folder / "log").open("w") as log:
@@ -460,7 +482,8 @@ def ran(name: str, way: Way, with_ours: bool) -> dict[str, Any]:
         ).returncode  # fmt: skip
     text = (folder / "log").read_text()
     said = re.findall(r"noise by neftune_kernels,.*", text)
-    stopped = text.strip().rsplit("\n", 1)[-1] if code else ""
+    lines = [line for line in text.splitlines() if line and not line.startswith("neftune-run: ")]
+    stopped = lines[-1] if code and lines else ""
     return {**verdict(folder), "code": code, "said": said, "stopped": stopped}
 
 
@@ -522,7 +545,12 @@ def main() -> int:
         prepare(arguments.prepare)
         return 0
     names = arguments.names or list(WAYS)
-    own = ["ways.py", *(f"pins/{one.name}" for one in PINS.glob("ways-*.txt"))]
+    own = [
+        "ways.py",
+        "ways_torchtitan.py",
+        "ways_automodel.py",
+        *(f"pins/{one.name}" for one in PINS.glob("ways-*.txt")),
+    ]
     files = [one for place in (FILES, PROBE, ROOT / "neftune_run") for one in place.rglob("*.*")]
     sources = fingerprint(own) + digest_of(sorted(one for one in files if one.is_file()))
     done = {} if arguments.names else before_now(DONE, sources)

@@ -2,7 +2,9 @@
 code with neftune_kernels.
 """
 
-from collections.abc import Callable
+import itertools
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn.modules.module import (
 )
 
 PAD = 0  # of the tiny tokenizer, which means it nowhere else
+FIRST = int(os.environ.get("PROBE_FIRST", -1))  # opens every document of a packed row
 
 
 def watch(tell: Callable[[dict[str, Any]], None]) -> list[Any]:
@@ -39,9 +42,19 @@ def watch(tell: Callable[[dict[str, Any]], None]) -> list[Any]:
     return [register_module_forward_hook(after), register_module_forward_pre_hook(before)]
 
 
+def documents(ids: Tensor, noise: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    begun = [*(ids == FIRST).nonzero().flatten().tolist(), len(ids)]
+    for start, end in itertools.pairwise(begun):
+        yield ids[start:end], noise[start:end]
+
+
 def described(ids: Tensor, noise: Tensor) -> dict[str, Any]:
     rows = []
-    for real, row in zip(ids != PAD, noise, strict=True):
+    samples = list(zip(ids, noise, strict=True))
+    if FIRST >= 0:
+        samples = [pair for row in samples for pair in documents(*row)]
+    for tokens, row in samples:
+        real = tokens != PAD
         here, padding = row[real], row[~real]
         rows.append(
             {

@@ -1,9 +1,8 @@
-from collections.abc import Callable
 from typing import Any
 
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchtune.config import instantiate
-from omegaconf import OmegaConf
 
 from neftune_kernels import apply_neftune
 
