@@ -31,7 +31,7 @@ SNIPPETS = {  # of docs/ways/others.md
     "torchtune": ("neftune.py",),
     "mmengine": ("neftune.py", "config.py"),
     "torchtitan": ("neftune.py",),
-    "automodel": ("neftune.py",),
+    "automodel": ("neftune.py", "sft.yaml"),
 }
 
 

@@ -66,6 +66,11 @@ class NEFTunePlugin(BasePlugin):  # type: ignore[misc]
                 f"{type(self).__name__} takes the keys {', '.join(sorted(known))}, got "
                 f"{', '.join(sorted(unknown))}"
             )
+        if "neftune_final_alpha" in cfg and cfg.get("neftune_schedule") in (None, "constant"):
+            raise ValueError(
+                "neftune_final_alpha is where neftune_schedule: linear or cosine ends: set that, "
+                "too, or leave it out"
+            )
 
     def get_input_args(self) -> str:
         return f"{__name__}.{NEFTuneArgs.__name__}"

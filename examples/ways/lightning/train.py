@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-class CausalLM(pl.LightningModule):  
+class CausalLM(pl.LightningModule):
     def __init__(self, pretrained: str, learning_rate: float = 2e-5) -> None:
         super().__init__()
         self.model: Any = AutoModelForCausalLM.from_pretrained(pretrained).train()
@@ -23,7 +23,7 @@ class CausalLM(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), self.learning_rate)
 
 
-class Texts(pl.LightningDataModule):  
+class Texts(pl.LightningDataModule):
     def __init__(self, file: str, pretrained: str, batch_size: int = 4) -> None:
         super().__init__()
         with open(file) as lines:
