@@ -26,8 +26,8 @@ class NEFTuneArgs(BaseModel):  # type: ignore[misc]
     """Keys of the YAML beside neftune_noise_alpha, which is axolotl's own."""
 
     neftune_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    # of linear and cosine, at the last step
-    neftune_final_alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    # of linear and cosine, at the last step; None: 0
+    neftune_final_alpha: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     neftune_warmup_steps: NonNegativeInt = 0
     neftune_distribution: Literal["uniform", "gaussian"] = "uniform"
     neftune_samples: dict[str, str] | list[dict[str, str]] | None = None
@@ -66,7 +66,8 @@ class NEFTunePlugin(BasePlugin):  # type: ignore[misc]
                 f"{type(self).__name__} takes the keys {', '.join(sorted(known))}, got "
                 f"{', '.join(sorted(unknown))}"
             )
-        if "neftune_final_alpha" in cfg and cfg.get("neftune_schedule") in (None, "constant"):
+        falling = cfg.get("neftune_schedule") not in (None, "constant")
+        if cfg.get("neftune_final_alpha") is not None and not falling:
             raise ValueError(
                 "neftune_final_alpha is where neftune_schedule: linear or cosine ends: set that, "
                 "too, or leave it out"
@@ -85,5 +86,5 @@ def alpha_of(cfg: Any, max_steps: int) -> float | Schedule:
     alpha, warmup = cfg[ALPHA], cfg.neftune_warmup_steps
     falling = {"linear": linear_schedule, "cosine": cosine_schedule}.get(cfg.neftune_schedule)
     if falling is not None:
-        alpha = falling(alpha, cfg.neftune_final_alpha, max_steps - warmup)
+        alpha = falling(alpha, cfg.get("neftune_final_alpha") or 0.0, max_steps - warmup)
     return warmup_schedule(warmup, alpha) if warmup else alpha
