@@ -9,6 +9,7 @@ model, data and size replaced: before, as it would run without this package, and
 sample is judged by bench/ways_probe, which shares no code with the package: what arrives behind
 the embedding must be at most alpha / sqrt(L d) away from the table's row and come near that, L
 being the sample's own tokens; padding must not be touched, and a forward without grad neither.
+A sample that is as long as its padded batch is exact either way.
 """
 
 import argparse
@@ -45,7 +46,7 @@ LENGTHS = [9, 5, 3, 2, 8, 4, 6, 7]
 class Way(NamedTuple):
     tool: str  # bench/pins/ways-TOOL.txt, examples/ways/TOOL
     config: str  # the file that the command reads
-    before: str  # the command as people run it; "": the tool has no noise of its own
+    before: str  # the command as people run it; "": without us it is not run
     ours: str  # and with this package
     tiny: dict[str, Any]  # what replaces keys of the config; without one, arguments of the command
     added: tuple[str, ...] = ()  # paths in the config of what is to be added to it
@@ -382,7 +383,8 @@ SILENT = {
 }
 
 
-# Compiled for CUDA, which a torch for the CPU cannot load; the package does without.
+# Compiled for CUDA, which a torch for the CPU cannot load; the package does without. So it does
+# without torchvision, which its pins leave out; NeMo Automodel's leave out a triton too new for it.
 WITHOUT = {"llamafactory": "torchaudio/lib"}
 
 
@@ -511,7 +513,8 @@ def ran(name: str, way: Way, with_ours: bool) -> dict[str, Any]:
     text = (folder / "log").read_text()
     said = re.findall(r"noise by neftune_kernels,.*", text)
     lines = [line for line in text.splitlines() if line and not line.startswith("neftune-run: ")]
-    last = lines[-1] if code and lines else ""
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    last = [*lines[-1:], *errors[-1:]][-1] if code and lines else ""
     return {**verdict(folder), "code": code, "said": said, "stopped": last}
 
 
@@ -540,7 +543,7 @@ def is_right(found: dict[str, Any], stops: str = "") -> bool:
 
 def cell(found: dict[str, Any] | None) -> str:
     if found is None:
-        return "has none"
+        return "not run"
     if found["code"]:
         return f"stops: `{found['stopped'][:150]}`"
     counts = found["words"]
@@ -585,7 +588,8 @@ def main() -> int:
         *(f"pins/{one.name}" for one in PINS.glob("ways-*.txt")),
     ]
     files = [one for place in (FILES, PROBE, ROOT / "neftune_run") for one in place.rglob("*.*")]
-    sources = fingerprint(own) + digest_of(sorted(one for one in files if one.is_file()))
+    files = sorted(one for one in files if one.is_file() and one.suffix != ".pyc")
+    sources = fingerprint(own) + digest_of(files)
     done = {} if arguments.names else before_now(DONE, sources)
     bar = Bar(len(names), len(done))
     for name in names:
