@@ -132,6 +132,36 @@ def test_a_factor_of_each_sample_warns_with_its_range():
         net(IDS, attention_mask=MASK)
 
 
+NORMED = lambda net, x: F.rms_norm(net.drop(x), (WIDTH,))  # noqa: E731  a module's input, then more
+
+
+@pytest.mark.parametrize("ids", ["one token", "one prompt in every row"])
+def test_equal_tokens_make_no_factor_of_a_norm(ids):
+    """Of one token a norm's output is a multiple of the lookup; of a prompt that is in every row
+    each column has its own.
+    """
+    ids = torch.full((3, 8), 7) if ids == "one token" else IDS[:1].expand(3, -1)
+    net = Net(NORMED).train()
+    handle = apply_neftune(net, 5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arrived = arriving(net, ids)
+    paper = 5 / math.sqrt(8 * WIDTH)
+    noise = (arrived - F.embedding(ids, net.embed.weight)).abs().amax((1, 2))
+    assert bool((noise > 0.9 * paper).all()) and bool((noise <= paper * (1 + 1e-6)).all())
+    checked = handle.check(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert checked["ok"], str(checked)
+
+
+def arriving(net, ids):
+    """What the dropout, the first module behind the lookup, is given."""
+    given = []
+    hook = net.drop.register_forward_pre_hook(lambda module, args: given.append(args[0].detach()))
+    net(ids, torch.ones_like(ids))
+    hook.remove()
+    return given[-1]
+
+
 @pytest.mark.parametrize("way", ["dropout, a module", "transposed into a BatchNorm", "positions"])
 def test_a_look_leaves_nothing_behind(way):
     """RNG and buffers go on as they do where the number is said."""

@@ -74,7 +74,8 @@ def _aligned(embedded: Tensor, arrived: Tensor) -> Measured:
         return Measured(_exactly(embedded, arrived, found.factor))
     if found.high:
         factors = (e * t).sum(-1) / e.square().sum(-1).clamp(min=torch.finfo(e.dtype).tiny)
-        return found._replace(by_sample=_is_constant(factors, rows, eps))
+        sizes = e.square().sum(-1)
+        return found._replace(by_sample=_is_by_sample(factors, sizes, rows, eps))
     factor = _by_differences(e, t, rows, eps)
     return Measured() if factor is None else Measured(factor)
 
@@ -96,17 +97,24 @@ def _by_tokens(e: Tensor, t: Tensor, eps: float) -> Measured:
     return Measured(_simplest(whole, e.shape[-1], SURE * (rest / float(size.sum())) ** 0.5))
 
 
-def _is_constant(factors: Tensor, rows: Tensor, eps: float) -> bool:
-    """Within every sample of more than one token: the first axis, or the second."""
+def _is_by_sample(factors: Tensor, sizes: Tensor, rows: Tensor, eps: float) -> bool:
+    """Whether they are the same within every sample of tokens of several sizes: of equal ones a
+    norm's are, too. Samples are along the first axis, or the second.
+    """
     if factors.dim() != 2:
         return False
-    for values, real in ((factors, rows), (factors.t(), rows.t())):
-        low = values.where(real, torch.inf).amin(-1)
-        high = values.where(real, -torch.inf).amax(-1)
-        many = real.sum(-1) > 1
-        if bool(many.any()) and not bool((high - low > eps * high.abs())[many].any()):
+    for values, size, real in ((factors, sizes, rows), (factors.t(), sizes.t(), rows.t())):
+        many = _varies(size, real, eps)
+        if bool(many.any()) and not bool(_varies(values, real, eps)[many].any()):
             return True
     return False
+
+
+def _varies(values: Tensor, real: Tensor, eps: float) -> Tensor:
+    """Within each row, by more than rounding."""
+    low = values.where(real, torch.inf).amin(-1)
+    high = values.where(real, -torch.inf).amax(-1)
+    return (high - low > eps * high.abs()) & (real.sum(-1) > 1)
 
 
 def _by_differences(e: Tensor, t: Tensor, rows: Tensor, eps: float) -> float | None:

@@ -249,7 +249,9 @@ class _Lookup:
         results = [(multiple(self.embedded, one), one) for one in tensors]
         best = next((r for found, _ in results for r in found if r.factor is not None), None)
         if best is not None:
-            self.found = best
+            # of equal tokens a norm's output is a multiple too: what arrived first counts
+            if self.distinct or self.found is None:
+                self.found = best
             return
         made = [(found, one) for found, one in results if found and self.made_it(one)]
         if not made:  # positions on their own, or of another shape
