@@ -41,6 +41,8 @@ def content(path: str) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
+    history = changes((ROOT / "CHANGELOG.md").read_text())
+    files.append(File.generated(config, "changes.md", content=history))
     wanted = set()
     for file in list(files.documentation_pages()):
         text = file.content_string
@@ -56,15 +58,12 @@ def on_files(files: Files, config: Any) -> Files:
             continue  # the link stays as it is, and strict mode names it
         added.inclusion = added.inclusion.NOT_IN_NAV
         files.append(added)
-    files.append(
-        File.generated(config, "changes.md", content=changes((ROOT / "CHANGELOG.md").read_text()))
-    )
     return files
 
 
 def changes(text: str) -> str:
     """CHANGELOG.md, with its links as they are from docs/."""
-    return re.sub(r"\]\(docs/", "](", text)
+    return re.sub(r"\]\((?!https?:|#|docs/)", "](../", text).replace("](docs/", "](")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
