@@ -62,7 +62,8 @@ def opcode(line: str) -> str:
 
 
 def jump(line: str, labels: dict[str, int]) -> int | None:
-    found = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+    # ptxas leaves some loops by a call that nobody returns from
+    found = re.search(r"\b(?:BRA\b|CALL\.REL\.NOINC).*`\((\.L_\w+)\)", line)
     return labels[found[1]] if found else None
 
 

@@ -31,14 +31,21 @@ namespace {
 
 constexpr int kThreads = 128;                // of a block
 constexpr int kBlocksPerMultiprocessor = 8;  // 32 warps: at most 64 registers a thread
-constexpr int kVectorsAhead = 4;             // loads under way before the first is used
+// 16-byte loads of a row under way before the first is used; of 16-bit values sm_80 would spill one
+// of 64 registers with four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kPairsAhead = 3;
+#else
+constexpr int kPairsAhead = 4;
+#endif
 constexpr int64_t kFewTokens = 512;          // which leave most of a GPU idle
 
 // ---- element types: vectors of 16 bytes, or single values
 
 struct Float32 {
   using Storage = float;
-  static constexpr int kVectors = 2;             // of one block of 8 columns
+  static constexpr int kVectors = 2;  // of one block of 8 columns
+  static constexpr int kAhead = 2;    // blocks
   static constexpr uint32_t kNaN = 0x7FC00000u;  // in every element of a word
 
   NEFTUNE_DEVICE float wide(float value) { return value; }
@@ -62,6 +69,7 @@ template <class Pair>
 struct Sixteen {
   using Storage = uint16_t;
   static constexpr int kVectors = 1;
+  static constexpr int kAhead = kPairsAhead;
   static constexpr uint32_t kNaN = Pair::kNaN;
 
   NEFTUNE_DEVICE float wide(uint16_t value) { return Pair::low(value); }
@@ -266,7 +274,7 @@ NEFTUNE_DEVICE void noisy_blocks(const RowNoise& noise_of, const uint4*& source,
 template <class Element, bool kScaled>
 NEFTUNE_DEVICE void noisy_vectors(const RowNoise& noise_of, const uint4* source, uint4* out,
                                   int blocks, float scale) {
-  constexpr int kVectors = Element::kVectors, kAhead = kVectorsAhead / kVectors;
+  constexpr int kVectors = Element::kVectors, kAhead = Element::kAhead;
   const int lanes = blockDim.x;
   int block = threadIdx.x;
   source += block * kVectors;
