@@ -119,6 +119,38 @@ def test_flattened_ids_are_samples_of_their_own_without_a_mask(token):
         assert torch.equal(out, told.flatten(0, 1))
 
 
+def test_another_sequence_of_the_same_tokens_has_its_own_mask():
+    """Sentences in another order, as BART learns to sort them: exact ids come before rearranged."""
+
+    class Both(nn.Module):
+        config = type("Config", (), {"is_encoder_decoder": False, "pad_token_id": None})()
+
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def forward(self, input_ids, attention_mask, target_ids, target_attention_mask):
+            return self.embed(input_ids), self.embed(target_ids)
+
+    model = Both().train()
+    handle = apply_neftune(
+        model,
+        5.0,
+        samples=[
+            {"input_ids": "input_ids", "attention_mask": "attention_mask"},
+            {"input_ids": "target_ids", "attention_mask": "target_attention_mask"},
+        ],
+        embedding_multiplier=1.0,
+    )
+    _, out = model(IDS, KEEP, IDS.flip(1), KEEP.flip(0))
+    seed = model.embed._neftune.last.noise.seed
+    assert torch.equal(out, noisy(IDS.flip(1), model.embed.weight, seed, KEEP.flip(0)))
+    assert handle.stats()["calls"] == 2
+
+
 def test_the_padding_of_a_window_is_compared_without_a_look():
     behind, other = F.pad(IDS, (0, 4)), F.pad(OTHER, (0, 4))
     where = places.padded(behind, IDS)

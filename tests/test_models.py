@@ -342,6 +342,17 @@ def test_fsmt(proves):
         noise = neftune_noise(ids.shape, HIDDEN, alpha, attention_mask=real, seed=last_seed(module))
         assert torch.equal(output[0], nn.functional.embedding(tokens, module.weight) + noise)
     assert handle.stats()["calls"] == 2
+    with Recorded(decoder) as (output,):
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=ids.flip(1),
+            decoder_attention_mask=mask.flip(0),
+        )
+    own = {"attention_mask": mask.flip(0), "seed": last_seed(decoder)}
+    noise = neftune_noise(ids.shape, HIDDEN, 5.0 / HIDDEN**0.5, **own)
+    clean = nn.functional.embedding(ids.flip(1), decoder.weight)
+    assert torch.equal(output[0], clean + noise), "its mask, though it takes any argument"
     proves("FSMT", "forward", "encoder and decoder")
 
 

@@ -301,7 +301,8 @@ def heard(inside: list[nn.Module], around: list[nn.Module]) -> list[nn.Module]:
     in a dictionary, or by names that a warning can read out.
     """
     speaking = speakers(inside or around)
-    if not speaking:  # FSMT's decoder is told its mask by another name than its model
+    # FSMT's decoder is told its mask by another name than its model
+    if inside and not any(map(is_told, inside)):
         speaking = [*speakers(around), *inside[:1]]
     outermost = around[:1]
     if outermost and outermost[0] not in speaking and (not speaking or is_foreign(outermost[0])):
@@ -311,6 +312,11 @@ def heard(inside: list[nn.Module], around: list[nn.Module]) -> list[nn.Module]:
 
 def is_foreign(model: nn.Module) -> bool:
     return package_of(model) not in ("transformers", "peft")
+
+
+def is_told(model: nn.Module) -> bool:
+    """Of samples, by name or by its row."""
+    return bool(row_of(model) or hands_on(model) or tells_samples(model))
 
 
 def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
@@ -323,7 +329,7 @@ def speakers(ancestors: list[nn.Module]) -> list[nn.Module]:
     phrases = [place for place, model in enumerate(ancestors) if quirks_of(model).phrases]
     ancestors = ancestors[: phrases[0] + 1] if phrases else ancestors
     free = {model for model in ancestors if row_of(model) or hands_on(model)}
-    telling = [model for model in ancestors if model in free or tells_samples(model)]
+    telling = [model for model in ancestors if is_told(model)]
     masked = [
         model for model in telling if model in free or "attention_mask" in parameter_names(model)
     ]

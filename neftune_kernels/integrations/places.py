@@ -36,8 +36,8 @@ def values_cost_nothing(input: Tensor) -> bool:
 
 def place(input: Tensor, ids: Tensor) -> Place | None:
     """By storage where the lookup's ids are the sequence or a view of it, else by value on the CPU:
-    the same, flattened, transposed, some rows in any order, a chunk, shifted by one, its rows
-    reversed, rotated or otherwise rearranged, or padded to a window.
+    the same, flattened, transposed, some rows in any order, a chunk, shifted by one, or padded to a
+    window.
 
     None: they are none of these, or it cannot be known without a synchronisation.
     """
@@ -110,7 +110,7 @@ def _by_value(input: Tensor, ids: Tensor) -> Place | None:
             return None
         if (where := _rows(input, ids)) is not None or input.shape[-1] == 1:
             return where
-        return _shifted(input, ids) or _rearranged(input, ids)
+        return _shifted(input, ids)
     if input.dim() != ids.dim():
         return None
     if input.shape[-1] == ids.shape[-1]:
@@ -152,11 +152,18 @@ def _shifted(input: Tensor, ids: Tensor) -> Place | None:
     return None
 
 
-def _rearranged(input: Tensor, ids: Tensor) -> Place | None:
+def rearranged(input: Tensor, ids: Tensor) -> Place | None:
     """Each row's own tokens in another order: reversed, as models that read backwards do, rotated
     by a number of each row's own, as padding that changes sides is, or any other. There equal
-    tokens keep their order.
+    tokens keep their order. Asked where no sequence has a `place` for the lookup: another sequence
+    may hold the same tokens (sentences in another order).
     """
+    if input.shape != ids.shape or input.dim() == 0 or input.shape[-1] < 2 or not input.numel():
+        return None
+    if not values_cost_nothing(input) or transformed():
+        return None
+    if type(input) is not Tensor or type(ids) is not Tensor or not ids.is_cpu:
+        return None
     wanted, order = input.sort(dim=-1, stable=True)
     there, origin = ids.sort(dim=-1, stable=True)
     if not torch.equal(wanted, there):

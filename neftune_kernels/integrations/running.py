@@ -35,7 +35,16 @@ from ..torch_internals import asked_outside_the_graph
 from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
-from .places import Place, behind, padded, place, same, transposed, values_cost_nothing
+from .places import (
+    Place,
+    behind,
+    padded,
+    place,
+    rearranged,
+    same,
+    transposed,
+    values_cost_nothing,
+)
 from .quirks import Each
 from .sequences import Sequence, among_arguments, other_sequences, sequence, tokens_in
 from .telling import IDS, Read, Words, samples_of, words_said
@@ -285,6 +294,9 @@ class Forward:
                 where = self._by_row(input, ids)
             if where is not None:
                 return index, ids, where
+        for index, one in enumerate(self.sequences):
+            if one.ids is not None and (where := rearranged(input, one.ids)) is not None:
+                return index, one.ids, where
         if own.ids is not None:
             return None
         found = among_arguments(input, own.given)
@@ -624,6 +636,7 @@ class Site:
     ) -> Samples | None:
         """The words that speak of these ids; None where none does."""
         rows_first = self.state.batch_first
+        others = []
         for words in said:
             ids = words.get(IDS)
             if ids is None:
@@ -634,8 +647,11 @@ class Site:
                 raise TypeError(f"NEFTune was told {IDS}, which is {type(ids).__name__}: no tensor")
             ids = ids if rows_first or ids.dim() != 2 else ids.t()
             if (where := place(input, ids)) is not None:
-                told = samples_of(words, ids, rows_first)
-                return _at(told, where, ids, input)
+                return _at(samples_of(words, ids, rows_first), where, ids, input)
+            others.append((words, ids))
+        for words, ids in others:
+            if (where := rearranged(input, ids)) is not None:
+                return _at(samples_of(words, ids, rows_first), where, ids, input)
         return None
 
     def _claims(self, forward: Forward, input: Tensor) -> bool:
