@@ -150,7 +150,7 @@ def long_calls(device):
 def test_several_tokens_of_a_warp(device, long_calls, layout, dtype):
     ids = torch.tensor([[1, 2, 3, 4, 5, 0], [2, 6, 7, 8, 2, 2], [9, 10, 2, 1, 3, 4]])
     given = TILED_LAYOUTS[layout]
-    for embedding_dim in (24, 576, 1032):
+    for embedding_dim in (24, 576, 1032) if layout == "numbered" else (24,):
         weight = make_weight(embedding_dim, dtype)
         weight[2:6] = -0.0
         agree(device, ids, weight, **given, replica=3, sample_offset=1, position_offset=1)
