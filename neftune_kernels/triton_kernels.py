@@ -551,10 +551,10 @@ def noisy_rows(
         else:
             token_source = source + index * ROW_STRIDE
         target = out + token * D
-        noisy = token_step != 0
-        is_noisy = noisy
+        noisy = True
+        is_noisy = token_step != 0
         if TOKENS > 1:
-            noisy = noisy & (column >= 0)
+            noisy = is_noisy & (column >= 0)
             is_noisy = tl.max(noisy.to(tl.int32)) != 0
         if is_noisy:
             key = tl.load(seed).to(tl.uint64)
