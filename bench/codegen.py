@@ -360,7 +360,6 @@ CONFIGURATIONS = [
         if (t, dtype, layout) != ("sm_90", "bfloat16", "lengths")
     ),
     Configuration("sm_90", "float16", 576, "lengths", is_tiled=True),
-    Configuration("sm_90", "bfloat16", 576, "lengths", scaled=True, is_tiled=True),
     Configuration("sm_90", "bfloat16", 768, capturable=True, is_tiled=True),
     *(Configuration(t, "bfloat16", 576, "lengths", is_tiled=True) for t in ("gfx942", "gfx950")),
     *(

@@ -31,7 +31,7 @@ from neftune_kernels import NEFTuneEmbedding
 
 from . import judge
 from .judge import Subject
-from .resumed import ROOT, Bar, before_now, fingerprint, keep
+from .resumed import ROOT, fingerprint, judged_one_by_one
 from .witness import ALPHA, arrival, packed, padded
 
 RESULT = ROOT / "bench/results/foreign.md"
@@ -502,15 +502,9 @@ def main() -> int:
         print(json.dumps(judged(arguments.names[0])))
         return 0
     names = arguments.names or list(PACKAGES)
-    pins = [f"pins/{one.name}" for one in PINS.glob("*.txt")]
+    pins = {f"pins/{one.environment}.txt" for one in PACKAGES.values()}
     sources = fingerprint(["foreign.py", "judge.py", "witness.py", *pins])
-    done = {} if arguments.names else before_now(DONE, sources)
-    bar = Bar(len(names), len(done))
-    for name in names:
-        if name not in done:
-            done[name] = {"name": name, **run(name)}
-            keep(DONE, sources, done[name])
-            bar.show(len(done), name)
+    done = judged_one_by_one(names, DONE, sources, run, anew=bool(arguments.names))
     if arguments.names:
         print(json.dumps(done, indent=1))
         return 0

@@ -4,7 +4,7 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,3 +53,22 @@ class Bar:
             end="" if done < self.total else "\n",
             flush=True,
         )
+
+
+def judged_one_by_one(
+    names: Iterable[str],
+    file: pathlib.Path,
+    sources: str,
+    judge: Callable[[str], dict[str, Any]],
+    anew: bool,
+) -> dict[str, Any]:
+    """What `judge` says of each, by name: of those that the file does not hold yet, or of all."""
+    names = list(names)
+    done = {} if anew else before_now(file, sources)
+    bar = Bar(len(names), len(done))
+    for name in names:
+        if name not in done:
+            done[name] = {"name": name, **judge(name)}
+            keep(file, sources, done[name])
+            bar.show(len(done), name)
+    return done

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .resumed import ROOT, Bar, before_now, digest_of, fingerprint, keep
+from .resumed import ROOT, digest_of, fingerprint, judged_one_by_one
 
 RESULT = ROOT / "bench/results/ways.md"
 BUILD = ROOT / "build/ways"
@@ -590,13 +590,7 @@ def main() -> int:
     files = [one for place in (FILES, PROBE, ROOT / "neftune_run") for one in place.rglob("*.*")]
     files = sorted(one for one in files if one.is_file() and one.suffix != ".pyc")
     sources = fingerprint(own) + digest_of(files)
-    done = {} if arguments.names else before_now(DONE, sources)
-    bar = Bar(len(names), len(done))
-    for name in names:
-        if name not in done:
-            done[name] = {"name": name, **judged(name)}
-            keep(DONE, sources, done[name])
-            bar.show(len(done), name)
+    done = judged_one_by_one(names, DONE, sources, judged, anew=bool(arguments.names))
     if arguments.names:
         print(json.dumps(done, indent=1))
         return 0

@@ -199,14 +199,17 @@ def load_triton(module: str = "triton_kernels") -> ModuleType | str:
         return f"triton failed to load: {type(error).__name__}: {error}"
 
 
+ALWAYS_READ = ("seed", "noise_alpha", *layouts.Layout._fields)
+READ = {
+    "noisy_embedding_out": ("input_ids", "weight", *ALWAYS_READ),
+    "add_noise_out": ("inputs_embeds", *ALWAYS_READ),
+    "embedding_gradient_out": ("grad", "input_ids"),
+}
+
+
 def tensors_read(launcher: str, args: tuple[Any, ...]) -> dict[str, Tensor]:
     """What that launcher reads, by its operator's names."""
-    first = {"noisy_embedding_out": ("input_ids", "weight"), "add_noise_out": ("inputs_embeds",)}
-    if launcher == "embedding_gradient_out":
-        return dict(zip(("grad", "input_ids"), args, strict=False))
-    named = zip(
-        (*first[launcher], "seed", "noise_alpha", *layouts.Layout._fields), args, strict=False
-    )
+    named = zip(READ[launcher], args, strict=False)
     return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
@@ -214,15 +217,15 @@ def on_gpu(
     name: str,
     otherwise: Callable[..., Any],
     cuda: Callable[..., Any] | None,
-    module: tuple[str, ...] = (),
+    module: str = "triton_kernels",
 ) -> Callable[..., Any]:
-    """An operator's implementation on a GPU: the Triton launcher of that name (in another module
-    than triton_kernels), without triton the CUDA library's, else the reference.
+    """An operator's implementation on a GPU: the Triton launcher of that name in the module,
+    without triton the CUDA library's, else the reference.
     """
 
     def serve(*args: Any, **kwargs: Any) -> Any:
         device_type = first_tensor(args).device.type
-        kernels = load_triton(*module)
+        kernels = load_triton(module)
         if not isinstance(kernels, str) and not self_check.failure("triton", device_type):
             served = getattr(kernels, name)(*args, **kwargs)
             if served is not NotImplemented:
@@ -251,7 +254,7 @@ def register_on_gpus(
     launcher: str,
     otherwise: Callable[..., Any],
     cuda: Callable[..., Any] | None,
-    *module: str,
+    module: str = "triton_kernels",
 ) -> None:
     on_cuda = on_gpu(launcher, otherwise, None if native_cuda.reason else cuda, module)
     ops.library.impl(name, on_cuda, "CUDA")

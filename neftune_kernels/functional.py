@@ -153,8 +153,8 @@ def noisy_embedding(
             alpha, which small calls are faster with.
         deterministic_grad: True: on a GPU, and in compiled code, the weight's gradient is ours, of
             float32 sums in a fixed order (docs/specification.md); False leaves torch's there.
-            Eager CPUs have ours anyway. Refused for a weight that is a DTensor, under torch.func
-            and in a backward with create_graph=True.
+            Eager code on the CPU it does not change: noisy lookups have ours there. Refused for a
+            weight that is a DTensor, under torch.func and in a backward with create_graph=True.
 
     Returns:
         (..., T, d) in weight's dtype.

@@ -83,7 +83,8 @@ class NEFTuneEmbedding(nn.Embedding):
         deterministic_grad: True: on a GPU, and in compiled code, the weight's gradient is ours, of
             float32 sums in a fixed order (docs/specification.md), whether there is noise or not.
             False leaves torch's there: small calls add in the weight's dtype, compiled code by
-            atomics. Eager CPUs have ours anyway. Refused in forward where the gradient is sparse,
+            atomics. Eager code on the CPU it does not change: noisy lookups have ours there.
+            Refused in forward where the gradient is sparse,
             the weight a DTensor or a torch.func transform at work, and in a backward with
             create_graph=True.
 

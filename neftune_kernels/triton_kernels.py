@@ -210,6 +210,7 @@ def pieces_at(
     source,
     target,
     noisy,  # the tokens of a tile that get noise
+    plain,  # those that get none
     counter,
     step,
     scale,
@@ -235,27 +236,28 @@ def pieces_at(
         if COUNT > 3:
             v3 = loaded(piece + 3, source, D, BLOCKS, TOKENS, KIND)
     for k in tl.static_range(COUNT):
-        stored(
-            piece + k,
-            v0,
-            target,
-            noisy,
-            counter,
-            step,
-            scale,
-            D,
-            BLOCKS,
-            TOKENS,
-            KIND,
-            NOISY,
-            SCALED,
-        )
-        if TOKENS > 1 and NOISY:  # the others keep their bits
+        if NOISY:
             stored(
                 piece + k,
                 v0,
                 target,
-                noisy == 0,
+                noisy,
+                counter,
+                step,
+                scale,
+                D,
+                BLOCKS,
+                TOKENS,
+                KIND,
+                True,
+                SCALED,
+            )
+        if TOKENS > 1 or not NOISY:  # the others keep their bits
+            stored(
+                piece + k,
+                v0,
+                target,
+                plain,
                 counter,
                 step,
                 scale,
@@ -315,6 +317,7 @@ def row_pieces(
     target,
     source_column,
     noisy,
+    plain,
     counter,
     step,
     scale,
@@ -355,6 +358,7 @@ def row_pieces(
                 source,
                 target,
                 noisy,
+                plain,
                 counter,
                 step,
                 scale,
@@ -372,6 +376,7 @@ def row_pieces(
                 source,
                 target,
                 noisy,
+                plain,
                 counter,
                 step,
                 scale,
@@ -398,7 +403,7 @@ def document_of(token, cu_seqlens, num_samples):
         begin = tl.where(is_before, begin + half, begin)
         bounds -= half
     is_before = tl.load(cu_seqlens + begin).to(tl.int64) <= token
-    return begin.to(tl.int64) + is_before.to(tl.int64) - 1
+    return (tl.where(is_before, begin + 1, begin) - 1).to(tl.int64)
 
 
 # ---- kernels
@@ -482,9 +487,11 @@ def noisy_rows(
     if SHARES > 1:
         first_piece = column % SHARES * PIECES
         column = column // SHARES
-    if TOKENS > 1:  # a row's last token more than once, rather than a mask
-        column = column * TOKENS + tl.arange(0, TOKENS)[:, None]
-        column = tl.minimum(column, columns - 1).to(tl.int32)
+    is_there = True
+    if TOKENS > 1:  # beyond a row's end its last token is read again, and nothing stored
+        own = column * TOKENS + tl.arange(0, TOKENS)[:, None]
+        column = tl.minimum(own, columns - 1).to(tl.int32)
+        is_there = own == column
     row = tl.program_id(1) + tl.program_id(2) * 65535
     if row < rows:
         token = row.to(tl.int64) * columns + column
@@ -551,10 +558,10 @@ def noisy_rows(
         else:
             token_source = source + index * ROW_STRIDE
         target = out + token * D
-        noisy = True
+        noisy, plain = True, True
         is_noisy = token_step != 0
         if TOKENS > 1:
-            noisy = is_noisy & (column >= 0)
+            noisy, plain = is_noisy & is_there, (token_step == 0) & is_there
             is_noisy = tl.max(noisy.to(tl.int32)) != 0
         if is_noisy:
             key = tl.load(seed).to(tl.uint64)
@@ -565,6 +572,7 @@ def noisy_rows(
                 target,
                 source_column,
                 noisy,
+                plain,
                 counter,
                 token_step,
                 scale,
@@ -582,7 +590,8 @@ def noisy_rows(
                 token_source,
                 target,
                 source_column,
-                True,
+                noisy,
+                plain,
                 (0, 0, 0, 0, 0),
                 token_step,
                 scale,
@@ -1180,7 +1189,8 @@ def row_constants(
     KIND, SCALED, DEBUG.
     """
     kind = row_kind(dtype, embedding_dim, row_stride, column_stride, aligned)
-    tokens = tile_of(embedding_dim, warp_size) if is_tiled and kind != "columns" else 1
+    is_tiled = is_tiled and kind != "columns" and not has_scale  # which would spill
+    tokens = tile_of(embedding_dim, warp_size) if is_tiled else 1
     blocks, pieces, num_warps = row_shape(embedding_dim, warp_size, tokens)
     return num_warps, (
         embedding_dim,

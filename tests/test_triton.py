@@ -410,6 +410,8 @@ def test_tiles_serve_where_tokens_are_many(device, tokens):
         assert (warps, *found[2:6]) == (1, blocks, pieces, 1, tile)
         _, found = kernels().row_constants(torch.bfloat16, d, d, 1, False, False, 32, is_tiled=True)
         assert found[5] == 1, "rows that no vector reads"
+        _, found = kernels().row_constants(torch.bfloat16, d, d, 1, True, True, 32, is_tiled=True)
+        assert found[5] == 1, "a tile of scaled rows would spill"
     assert kernels().tile_of(576, 64) == 8 and kernels().tile_of(1032, 64) == 4
 
 
@@ -1180,8 +1182,8 @@ MUTATIONS = {
     ),
     "half a step": ("step * 32768), tl.fma", "step * 0), tl.fma"),
     "word order": (
-        "return tl.join(tl.join(v0, v2), tl.join(v1, v3))",
-        "return tl.join(tl.join(v0, v1), tl.join(v2, v3))",
+        "joined(tl.join(v0, v2), tl.join(v1, v3)",
+        "joined(tl.join(v0, v1), tl.join(v2, v3)",
     ),
     "mask flipped": ("tl.where(real != 0, number, -1)", "tl.where(real != 0, -1, number)"),
     "one token too many": (

@@ -4,8 +4,9 @@
 //     out[token] = cast(e + x·step),  e = source[id] or cast(source[id]·scale)
 //
 // The blocks of 8 columns of a token are dealt out to a warp, to part of one or to several: one
-// Philox block, one 16-byte access of 16-bit rows or two of float32 rows. Product and sum are rounded apart by __fmul_rn and
-// __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and add.rn.f32x2 even under -fmad=false.
+// Philox block, one 16-byte access of 16-bit rows or two of float32 rows. Product and sum are
+// rounded apart by __fmul_rn and __fadd_rn, not in pairs: ptxas contracts mul.rn.f32x2 and
+// add.rn.f32x2 even under -fmad=false.
 #include <cmath>
 
 #include "launch.h"
@@ -38,14 +39,14 @@ constexpr int kPairsAhead = 3;
 #else
 constexpr int kPairsAhead = 4;
 #endif
-constexpr int64_t kFewTokens = 512;          // which leave most of a GPU idle
+constexpr int64_t kFewTokens = 512;  // which leave most of a GPU idle
 
 // ---- element types: vectors of 16 bytes, or single values
 
 struct Float32 {
   using Storage = float;
-  static constexpr int kVectors = 2;  // of one block of 8 columns
-  static constexpr int kAhead = 2;    // blocks
+  static constexpr int kVectors = 2;             // of one block of 8 columns
+  static constexpr int kAhead = 2;               // blocks
   static constexpr uint32_t kNaN = 0x7FC00000u;  // in every element of a word
 
   NEFTUNE_DEVICE float wide(float value) { return value; }
@@ -415,17 +416,19 @@ const char* launch_rows(const RowArguments& a, void* stream) {
   const int64_t folds = (a.rows + grid_rows - 1) / grid_rows,
                 grid_folds = folds < NEFTUNE_GRID_ROWS ? folds : NEFTUNE_GRID_ROWS;
   const dim3 grid(grid_columns, grid_rows, grid_folds), block(threads, tokens);
+  // its loop over columns must not end earlier for part of a warp, which asks together
+  const dim3 warps(kLanes, tokens < kThreads / kLanes ? tokens : kThreads / kLanes);
   const bool covered = grid_columns == blocks && grid_folds == folds && a.columns <= UINT32_MAX &&
                        a.rows <= UINT32_MAX;
   if (a.device_alpha) {
     if (!a.vectors || !covered)
-      return launch(noisy_rows<Element, kCapturable>, grid, block, stream, a);
+      return launch(noisy_rows<Element, kCapturable>, grid, warps, stream, a);
     if (a.scaled)
       return launch(noisy_vector_rows<Element, kCapturable, true>, grid, block, stream, a);
     return launch(noisy_vector_rows<Element, kCapturable, false>, grid, block, stream, a);
   }
   if (!a.vectors || !covered)
-    return launch(noisy_rows<Element, kAnyLayout>, grid, block, stream, a);
+    return launch(noisy_rows<Element, kAnyLayout>, grid, warps, stream, a);
   if (a.scaled)
     return launch(noisy_vector_rows<Element, kAnyLayout, true>, grid, block, stream, a);
   if (a.cu_seqlens.data)
