@@ -1,19 +1,24 @@
 """Builds the C++ CPU kernel as neftune_kernels/_C*.so and the CUDA kernels as _C_cuda*.so; all else
 is declared in pyproject.toml.
 
-The package works without the libraries, so a failure here never fails an install: the reason is
-printed and kept in _build_error.txt or _build_error_cuda.txt beside the package, which `python -m
-neftune_kernels` shows.
+The package works without the libraries, so a failure here fails no install that did not ask for
+them: the reason is printed and kept in _build_error.txt or _build_error_cuda.txt beside the
+package, which `python -m neftune_kernels` shows.
 
-    NEFTUNE_BUILD_CPP=0             skips the C++ kernel
-    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: where a toolkit is found, never, or with an
-                                    error for what is missing
+No torch is needed: the headers of its stable ABI lie in third_party/torch, and what is linked to is
+a library of the same name with those headers' functions.
+
+    NEFTUNE_BUILD_CPP=auto|0|1|pure the C++ kernel: where it compiles, never, or with an error for
+                                    what went wrong; pure: the wheel for machines of every kind
+    NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: for a torch with CUDA where a toolkit is
+                                    found, never, or with an error for what is missing
     NEFTUNE_CUDA_ARCHS=80,90        fewer architectures than the usual, for a quick build
 """
 
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,31 +26,48 @@ import sysconfig
 from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 CSRC = pathlib.Path("csrc")
+TORCH_INCLUDE = pathlib.Path("third_party", "torch", "include")
 CUDA_EXTENSION = "neftune_kernels._C_cuda"
 TORCH_TARGET_VERSION = (
     "0x020a000000000000"  # 2.10, the first with everything used here in its stable ABI
 )
-# Contracting x·step + e into an FMA would round once where the specification rounds twice.
-COMPILE_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
-# One file per instruction set, the choice is made at run time: never -march=native, nor -mfma.
-# g++ 12 takes the intrinsics' deliberately undefined operands for mistakes.
-AVX512_FLAGS = [
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]
-SIMD_FLAGS = {
-    "rows_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
-    "rows_avx512.cpp": AVX512_FLAGS,
-    "rows_avx2.cpp": ["-mavx2", "-mf16c"],
-}
+# Contracting x·step + e into an FMA would round once where the specification rounds twice. MSVC
+# does so under no /fp:precise since Visual Studio 2022, which csrc/compiler.h asks for.
+COMPILE_FLAGS = (
+    ["/O2", "/std:c++17", "/EHsc", "/fp:precise"]
+    if sys.platform == "win32"
+    else ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
+)
+
+
+def simd_flags() -> dict[str, list[str]]:
+    """Each source's own. One source per instruction set, empty on other processors; the choice is
+    made at run time: never -march=native, nor -mfma.
+    """
+    if sys.platform == "win32":
+        return {"rows_avx512.cpp": ["/arch:AVX512"], "rows_avx2.cpp": ["/arch:AVX2"]}
+    # g++ 12 takes the intrinsics' deliberately undefined operands for mistakes.
+    silent = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *silent]
+    flags = {
+        "rows_avx512bf16.cpp": [*avx512, "-mavx512bf16"],
+        "rows_avx512.cpp": avx512,
+        "rows_avx2.cpp": ["-mavx2", "-mf16c"],
+    }
+    if sys.platform == "darwin":  # a universal build compiles every source for both processors
+        return {
+            name: [part for flag in own for part in ("-Xarch_x86_64", flag)]
+            for name, own in flags.items()
+        }
+    return flags if platform.machine().lower() in ("x86_64", "amd64") else {}
+
+
+SIMD_FLAGS = simd_flags()
 # The CUDA kernels: machine code for each, and PTX of the first and the last for whatever lies
 # between and beyond.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -58,23 +80,48 @@ NVCC_FLAGS = [
     "-Xfatbin",
     "-compress-all",
 ]
-X86, ARM = ["rows_avx512bf16.cpp", "rows_avx512.cpp", "rows_avx2.cpp"], ["rows_neon.cpp"]
-SIMD_SOURCES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
 
-def torch_folder() -> pathlib.Path:
-    """The installed torch, found without importing it; in an isolated build sysconfig still names
-    the interpreter's own site-packages.
+# ---- the torch that is installed: its headers are not needed, whether it has CUDA is
+
+
+def installed_torch() -> pathlib.Path | None:
+    """Found without importing it. An isolated build sees the torch of the environment it is for
+    only where sysconfig or VIRTUAL_ENV still name that.
     """
+    virtual = pathlib.Path(os.environ.get("VIRTUAL_ENV") or sys.prefix)
     paths = sysconfig.get_paths()
-    for site in (paths["purelib"], paths["platlib"], *sys.path):
-        folder = pathlib.Path(site, "torch")
-        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-            return folder
-    raise RuntimeError(
-        f"no headers of torch >= 2.10 in {paths['purelib']}: install torch first, then this "
-        f"package again"
-    )
+    sites = [
+        *map(pathlib.Path, sys.path),
+        *sorted(virtual.glob("lib/python*/site-packages")),
+        virtual / "Lib" / "site-packages",
+        pathlib.Path(paths["purelib"]),
+        pathlib.Path(paths["platlib"]),
+    ]
+    folders = (site / "torch" for site in sites)
+    return next((folder for folder in folders if (folder / "version.py").exists()), None)
+
+
+def torch_without_cuda() -> str:
+    """Why NEFTUNE_BUILD_CUDA=auto builds nothing; "" for a torch that has CUDA."""
+    otherwise = "NEFTUNE_BUILD_CUDA=1 builds the CUDA kernels all the same"
+    torch = installed_torch()
+    if torch is None:
+        return (
+            "this build sees no torch, so not whether it has CUDA: with --no-build-isolation it "
+            f"sees the one that is installed, and {otherwise}"
+        )
+    said = (torch / "version.py").read_text(encoding="utf-8")
+    if re.search(r"^cuda\b.*= *['\"]\d", said, re.M):
+        return ""
+    return f"the torch in {torch.parent} has no CUDA; {otherwise}"
+
+
+def functions_of_torch() -> list[str]:
+    """The functions of torch's stable ABI, from its headers."""
+    headers = sorted((TORCH_INCLUDE / "torch" / "csrc").rglob("shim*.h"))
+    text = "".join(header.read_text(encoding="utf-8") for header in headers)
+    return sorted(set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", text)))
 
 
 def run_compiler(command: list[str], **kwargs: Any) -> None:
@@ -115,29 +162,34 @@ class BuildKernel(build_ext):  # type: ignore[misc]
                 library.unlink(missing_ok=True)
                 shutil.copyfile(reason(built), reason(library))
 
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # it is no Python module, which Windows would look for in it
+
     def build_extension(self, ext: Extension) -> None:
         library = pathlib.Path(self.get_ext_fullpath(ext.name))
         reason(library).unlink(missing_ok=True)
         cuda = ext.name == CUDA_EXTENSION
         switch, wanted = (
-            "NEFTUNE_BUILD_CUDA" if cuda else "NEFTUNE_BUILD_CPP",
-            build_cuda() if cuda else os.environ.get("NEFTUNE_BUILD_CPP"),
+            ("NEFTUNE_BUILD_CUDA", build_cuda()) if cuda else ("NEFTUNE_BUILD_CPP", build_cpp())
         )
         try:
+            if build_cpp() == "pure":
+                raise RuntimeError("this is the wheel for machines of every kind")
             if wanted == "0":
                 raise RuntimeError(f"skipped by {switch}=0")
+            if cuda and wanted == "auto" and (without := torch_without_cuda()):
+                raise RuntimeError(without)
             self.configure(ext)
             if cuda:
                 self.compile_cuda(ext)
             super().build_extension(ext)
         except Exception as error:
             library.unlink(missing_ok=True)
-            if cuda and wanted == "1":
-                raise RuntimeError(
-                    f"NEFTUNE_BUILD_CUDA=1, but the CUDA kernels cannot be built: {error}"
-                ) from error
+            if wanted == "1":
+                kernels = "the CUDA kernels" if cuda else "the C++ kernel"
+                raise RuntimeError(f"{switch}=1, but {kernels} cannot be built: {error}") from error
             library.parent.mkdir(parents=True, exist_ok=True)
-            reason(library).write_text(f"{error}\n")
+            reason(library).write_text(f"{error}\n", encoding="utf-8")
             if cuda:
                 print(f"\nneftune_kernels: no CUDA C++ kernels. Reason: {error}\n", file=sys.stderr)
             else:
@@ -171,37 +223,71 @@ class BuildKernel(build_ext):  # type: ignore[misc]
         ext.extra_objects = [str(target), str(toolkit.runtime)]
 
     def configure(self, ext: Extension) -> None:
+        """What both libraries need: torch's headers, something to link to, the messages of a
+        compiler, and the sources with flags of their own compiled.
+        """
         compiler: Any = self.compiler
-        if compiler.compiler_type != "unix":
-            raise RuntimeError(
-                f"the C++ kernel is built with g++ or clang++, not with {compiler.compiler_type}"
-            )
-        torch = torch_folder()
-        ext.include_dirs.append(str(torch / "include"))
-        ext.library_dirs.append(str(torch / "lib"))
-        compile_one = compiler._compile
-
-        def compile_with_flags(
-            obj: str,
-            src: str,
-            suffix: str,
-            cc_args: list[str],
-            postargs: list[str],
-            pp_opts: list[str],
-        ) -> None:
-            compile_one(
-                obj,
-                src,
-                suffix,
-                cc_args,
-                [*postargs, *SIMD_FLAGS.get(pathlib.Path(src).name, [])],
-                pp_opts,
+        if compiler.compiler_type == "unix":
+            # setuptools calls the one or, since 84, the other
+            compiler.spawn = compiler.call = run_compiler
+        ext.include_dirs.append(str(TORCH_INCLUDE))
+        ext.library_dirs.append(str(self.link_to_torch()))
+        for source in [one for one in ext.sources if pathlib.Path(one).name in SIMD_FLAGS]:
+            ext.sources.remove(source)
+            ext.extra_objects += compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*COMPILE_FLAGS, *SIMD_FLAGS[pathlib.Path(source).name]],
+                depends=ext.depends,
             )
 
-        compiler._compile = compile_with_flags
-        compiler.spawn = compiler.call = (
-            run_compiler  # setuptools calls the one or, since 84, the other
+    def link_to_torch(self) -> pathlib.Path:
+        """The folder of a library with the name and the functions of torch's own, which is loaded
+        long before ours: there is no run path.
+        """
+        compiler: Any = self.compiler
+        folder = pathlib.Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        if compiler.compiler_type == "msvc":
+            definitions = folder / "torch_cpu.def"
+            definitions.write_text(
+                "\n".join(["LIBRARY torch_cpu", "EXPORTS", *functions_of_torch()])
+            )
+            if not compiler.initialized:
+                compiler.initialize()
+            library = folder / "torch_cpu.lib"
+            compiler.spawn([compiler.lib, "/NOLOGO", f"/DEF:{definitions}", f"/OUT:{library}"])
+            return folder
+        source = folder / "torch_cpu.cpp"
+        source.write_text(
+            "".join(
+                f'extern "C" __attribute__((visibility("default"))) void {name}() {{}}\n'
+                for name in functions_of_torch()
+            )
         )
+        named = (
+            ["-dynamiclib", "-Wl,-install_name,@rpath/libtorch_cpu.dylib"]
+            if sys.platform == "darwin"
+            else ["-shared", "-Wl,-soname,libtorch_cpu.so"]
+        )
+        library = folder / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
+        run_compiler([*compiler.compiler_so_cxx, *named, str(source), "-o", str(library)])
+        return folder
+
+
+class Wheel(bdist_wheel):  # type: ignore[misc]
+    """A wheel in which no library ended is for every machine, and its name says so."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+        built = pathlib.Path(self.get_finalized_command("build").build_lib, "neftune_kernels")
+        if not [*built.glob("_C*.so"), *built.glob("_C*.pyd")]:
+            self.root_is_pure = True
+            self.distribution.ext_modules = []
+        super().run()
 
 
 def reason(library: pathlib.Path) -> pathlib.Path:
@@ -210,11 +296,19 @@ def reason(library: pathlib.Path) -> pathlib.Path:
     )
 
 
-def build_cuda() -> str:
-    wanted = os.environ.get("NEFTUNE_BUILD_CUDA") or "auto"
-    if wanted not in ("auto", "0", "1"):
-        raise ValueError(f"NEFTUNE_BUILD_CUDA must be 0, 1 or auto, got {wanted!r}")
+def switched(name: str, *values: str) -> str:
+    wanted = os.environ.get(name) or "auto"
+    if wanted not in ("auto", *values):
+        raise ValueError(f"{name} must be {', '.join(values)} or auto, got {wanted!r}")
     return wanted
+
+
+def build_cpp() -> str:
+    return switched("NEFTUNE_BUILD_CPP", "0", "1", "pure")
+
+
+def build_cuda() -> str:
+    return switched("NEFTUNE_BUILD_CUDA", "0", "1")
 
 
 class Toolkit(NamedTuple):
@@ -300,14 +394,17 @@ def kernel() -> Extension:
         "dispatch.cpp",
         "gradients.cpp",
         "rows_scalar.cpp",
-        *SIMD_SOURCES.get(platform.machine().lower(), []),
+        "rows_avx512bf16.cpp",
+        "rows_avx512.cpp",
+        "rows_avx2.cpp",
+        "rows_neon.cpp",
     ]
     return Extension(
         "neftune_kernels._C",
         [str(CSRC / "cpu" / name) for name in names],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=COMPILE_FLAGS,
-        libraries=["torch_cpu"],  # loaded long before; no run path
+        libraries=["torch_cpu"],
         language="c++",
         py_limited_api=True,  # no Python in it at all
         optional=True,
@@ -339,6 +436,6 @@ def cuda_kernels() -> Extension:
 if __name__ == "__main__":
     setup(
         ext_modules=[kernel(), cuda_kernels()],
-        cmdclass={"build_ext": BuildKernel},
+        cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

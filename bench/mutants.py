@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import tomllib
 import torch
 
-from setup import COMPILE_FLAGS, SIMD_FLAGS, TORCH_TARGET_VERSION, kernel, torch_folder
+from setup import COMPILE_FLAGS, SIMD_FLAGS, TORCH_INCLUDE, TORCH_TARGET_VERSION, kernel
 
 from .machine import cpu_model
 
@@ -147,7 +147,7 @@ def compile_library(changed: str | None) -> None:
     """The CPU library of the tree from objects: all of them for None or a changed header, which are
     the unchanged code's for None.
     """
-    kept, fresh, torch_headers = WORK / "objects", WORK / "changed", torch_folder()
+    kept, fresh = WORK / "objects", WORK / "changed"
     kept.mkdir(exist_ok=True)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -158,13 +158,13 @@ def compile_library(changed: str | None) -> None:
     for source in again:
         flags = [*COMPILE_FLAGS, "-O1", "-fPIC", *SIMD_FLAGS.get(pathlib.Path(source).name, [])]
         headers = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem"]
-        command = ["g++", *flags, *headers, str(torch_headers / "include"), "-c", source]
+        command = ["g++", *flags, *headers, str(TORCH_INCLUDE.resolve()), "-c", source]
         subprocess.run([*command, "-o", str(object_of(source, into))], cwd=TREE, check=True)
     objects = [
         object_of(source, fresh if object_of(source, fresh).exists() else kept)
         for source in sources
     ]
-    libraries = (f"-L{torch_headers / 'lib'}", "-ltorch_cpu")
+    libraries = (f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
     link = ["g++", "-shared", *map(str, objects), *libraries, "-o", str(TREE / LIBRARY)]
     subprocess.run(link, check=True)
 

@@ -12,12 +12,14 @@
 
 #include <cstdint>
 
+#include "compiler.h"
+
 // Internal linkage matters: a copy compiled for one instruction set must never be the one another
 // set's code is linked to.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define NEFTUNE_INLINE static __host__ __device__ __forceinline__
 #else
-#define NEFTUNE_INLINE static inline __attribute__((always_inline))
+#define NEFTUNE_INLINE NEFTUNE_INLINE_STATIC
 #endif
 
 namespace neftune_kernels {

@@ -13,15 +13,16 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from sanitizers import COMPILERS
 from test_install import run, source_copy
 
-from setup import COMPILE_FLAGS, SIMD_FLAGS, TORCH_TARGET_VERSION, kernel, torch_folder
+from setup import COMPILE_FLAGS, SIMD_FLAGS, TORCH_INCLUDE, TORCH_TARGET_VERSION, kernel
 
 ROOT = pathlib.Path(__file__).parent.parent
 TORCH_OPTIONS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-    *("-isystem", torch_folder() / "include"),
+    *("-isystem", ROOT / TORCH_INCLUDE),
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 SHIM_OPTIONS = [
@@ -98,7 +99,7 @@ def sanitized(request, tmp_path_factory):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, kernel().sources))
     library = folder / "neftune_kernels" / "_C.abi3.so"
-    libraries = (f"-L{torch_folder() / 'lib'}", "-ltorch_cpu")
+    libraries = (f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
     run(compiler.command, "-shared", *compiler.sanitizers, *objects, *libraries, "-o", library)
     return compiler, folder
 

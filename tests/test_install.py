@@ -39,6 +39,7 @@ def source_copy(folder):
     shutil.copytree(ROOT / "neftune_kernels", folder / "neftune_kernels", ignore=keep)
     shutil.copytree(ROOT / "neftune_run", folder / "neftune_run", ignore=keep)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "third_party", folder / "third_party", ignore=keep)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
 

@@ -6,7 +6,9 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__)
+#if defined(NEFTUNE_X86_64) && defined(_MSC_VER)
+#include <intrin.h>
+#elif defined(NEFTUNE_X86_64)
 #include <cpuid.h>
 #endif
 
@@ -18,7 +20,24 @@ struct Level {
   bool (*supported)();
 };
 
-#if defined(__x86_64__)
+#if defined(NEFTUNE_X86_64) && defined(_MSC_VER)
+// Bits of leaf 7, the first word's; what the system saves of the registers counts as well.
+bool has(uint32_t leaf7, uint64_t saved) {
+  int leaf[4];
+  __cpuid(leaf, 0);
+  if (leaf[0] < 7) return false;
+  __cpuid(leaf, 1);
+  constexpr uint32_t kOsXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
+  constexpr uint32_t kNeeded = kOsXsave | kAvx | kF16c;
+  if ((uint32_t(leaf[2]) & kNeeded) != kNeeded || (_xgetbv(0) & saved) != saved) return false;
+  __cpuidex(leaf, 7, 0);
+  return (uint32_t(leaf[1]) & leaf7) == leaf7;
+}
+constexpr uint32_t kAvx2 = 1u << 5;
+constexpr uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+bool has_avx2() { return has(kAvx2, 0x06); }
+bool has_avx512() { return has(kAvx2 | kAvx512, 0xE6); }
+#elif defined(NEFTUNE_X86_64)
 bool has_avx2() {
   unsigned eax, ebx, ecx, edx;
   __builtin_cpu_init();
@@ -35,11 +54,13 @@ bool always() { return true; }
 
 // Best first.
 constexpr Level kLevels[] = {
-#if defined(__x86_64__)
+#if defined(NEFTUNE_X86_64)
+#if !defined(_MSC_VER)
     {&kernels_avx512bf16, has_avx512bf16},
+#endif
     {&kernels_avx512, has_avx512},
     {&kernels_avx2, has_avx2},
-#elif defined(__aarch64__)
+#elif defined(NEFTUNE_AARCH64)
     {&kernels_neon, always},
 #endif
     {&kernels_scalar, always},
@@ -75,8 +96,6 @@ const Kernels& current_kernels() {
 }
 
 }  // namespace neftune_kernels
-
-#define NEFTUNE_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The level in use; "none" when NEFTUNE_SIMD asked for one that is missing.
 NEFTUNE_EXPORT const char* neftune_kernels_simd_level() {

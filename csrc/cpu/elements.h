@@ -6,8 +6,6 @@
 
 #include "../philox.h"
 
-#define NEFTUNE_MEMBER inline __attribute__((always_inline))
-
 namespace neftune_kernels {
 namespace {
 

@@ -1,5 +1,8 @@
 // Compiled with rows_avx512.cpp's flags and -mavx512bf16; dispatch.cpp asks the CPU for the same.
 // Differs in the rounding of bfloat16 sums.
+#include "../compiler.h"
+
+#if defined(NEFTUNE_X86_64) && defined(__AVX512BF16__)  // MSVC has no flag for it
 #define NEFTUNE_AVX512
 #include "rows.h"
 
@@ -57,3 +60,4 @@ void noisy_bfloat16_row(const RowSettings& settings, const Row& row) {
 }  // namespace neftune_kernels
 
 NEFTUNE_DEFINE_KERNELS(avx512bf16, noisy_bfloat16_row)
+#endif
