@@ -76,6 +76,7 @@ native = load_library("_C", "NEFTUNE_DISABLE_CPP", "_build_error.txt")
 native_cuda = load_library(
     "_C_cuda", "NEFTUNE_DISABLE_CUDA", "_build_error_cuda.txt", unfit_for_cuda()
 )
+SWITCHED_OFF = ("switched off by ", "not built: skipped by ")  # the reasons that somebody wanted
 CPP_SERVES = dict.fromkeys(CPP_DTYPES, not native.reason and DEFAULT_BACKEND in (None, "cpp"))
 
 
@@ -447,6 +448,28 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
 _warned_devices: set[str] = set()
 
 
+@asked_outside_the_graph  # a compiled call says it, too
+def _warn_without_cpp() -> str:
+    """At the first call that it would serve; not where somebody switched it off. Always ""."""
+    if "cpu" in _warned_devices or native.reason.startswith(SWITCHED_OFF):
+        return ""
+    _warned_devices.add("cpu")
+    again = "pip install --force-reinstall --no-deps --no-cache-dir . (in its checkout)"
+    remedy = (
+        f"with a C++ compiler (g++, clang++, Visual Studio) install neftune_kernels again, {again}; "
+        "NEFTUNE_BUILD_CPP=1 then makes it fail where the kernel cannot be built"
+        if native.reason.startswith("not built: ")
+        else f"install neftune_kernels again beside this torch, {again}"
+    )
+    warnings.warn(
+        "neftune_kernels has no C++ kernel here: its reference serves the CPU, with the same bits "
+        f"and many times slower. Reason: {native.reason}. Remedy: {remedy}. If that is wanted, "
+        "NEFTUNE_DISABLE_CPP=1 says so",
+        stacklevel=5,
+    )
+    return ""
+
+
 @cache
 def _import_for(device_type: str) -> str:
     reason: str = _triton_reason(device_type)
@@ -506,7 +529,11 @@ def choose_backend(
         backend, said_by = DEFAULT_BACKEND, " (NEFTUNE_BACKEND)"
     if backend is None:
         if device.type == "cpu" or device.type == "meta":
-            return CPP if not native.reason and dtype in CPP_DTYPES else REFERENCE
+            if not native.reason and dtype in CPP_DTYPES:
+                return CPP
+            if device.type == "cpu" and dtype in CPP_DTYPES:
+                _warn_without_cpp()
+            return REFERENCE
         if dtype not in CPP_DTYPES:
             return REFERENCE
         triton, cuda = _triton_fails(device.type), _cuda_reason(device.type)

@@ -379,14 +379,19 @@ def test_switched_off_says_so(built):
 
 @pytest.mark.parametrize("switch", ("auto", "1", "0"))
 def test_build_without_a_toolkit(tmp_path, switch):
-    """1 is an error naming what is missing, auto and 0 leave the reason."""
+    """1 is an error naming what is missing, auto and 0 leave the reason. The torch that the build
+    sees has CUDA.
+    """
     source_copy(tmp_path)
+    (tmp_path / "site/torch").mkdir(parents=True)
+    (tmp_path / "site/torch/version.py").write_text("cuda: Optional[str] = '13.0'")
     (tmp_path / "toolkit/bin").mkdir(parents=True)
     (tmp_path / "toolkit/bin/nvcc").touch()
     environment = {
         "NEFTUNE_BUILD_CUDA": switch,
         "CUDA_HOME": str(tmp_path / "toolkit"),
         "NEFTUNE_BUILD_CPP": "0",
+        "PYTHONPATH": str(tmp_path / "site"),
     }
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(
