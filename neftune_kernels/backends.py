@@ -76,7 +76,7 @@ native = load_library("_C", "NEFTUNE_DISABLE_CPP", "_build_error.txt")
 native_cuda = load_library(
     "_C_cuda", "NEFTUNE_DISABLE_CUDA", "_build_error_cuda.txt", unfit_for_cuda()
 )
-SWITCHED_OFF = ("switched off by ", "not built: skipped by ")  # the reasons that somebody wanted
+SWITCHED_OFF = ("switched off by", "not built: skipped")  # the reasons that somebody wanted
 CPP_SERVES = dict.fromkeys(CPP_DTYPES, not native.reason and DEFAULT_BACKEND in (None, "cpp"))
 
 
