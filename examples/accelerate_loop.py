@@ -8,6 +8,7 @@ The noise belongs to the model, so `accelerator.prepare`, gradient accumulation 
 need nothing; under data parallelism each rank draws its own.
 """
 
+import argparse
 from typing import Any
 
 import torch
@@ -98,4 +99,6 @@ def main(noise_alpha: float = 5.0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     main()

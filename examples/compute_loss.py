@@ -10,6 +10,7 @@ lets gradients through frozen embeddings, and with reentrant checkpointing the l
 grad.
 """
 
+import argparse
 import tempfile
 import warnings
 from typing import Any
@@ -112,4 +113,6 @@ def main(noise_alpha: float = 5.0) -> dict[bool, NoisyTrainer]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     main()

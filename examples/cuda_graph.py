@@ -9,6 +9,7 @@ it is, on the CPU. A tiny model on sequences that count upwards: it shows where 
 that noise helps.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -93,4 +94,6 @@ def main(noise_alpha: float = 10.0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     main()

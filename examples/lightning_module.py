@@ -8,6 +8,7 @@ A model that comes from `from_pretrained` is in eval mode, where Lightning leave
 `train()`, as below, or neither dropout nor noise runs.
 """
 
+import argparse
 import logging
 import warnings
 from typing import Any
@@ -121,4 +122,6 @@ def main(noise_alpha: float = 5.0, **trainer_options: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     main()

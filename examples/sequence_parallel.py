@@ -7,6 +7,8 @@ are said: the whole samples' lengths, each shard's places in them, and one repli
 The shards, put together, are then the result of one process, bit for bit.
 """
 
+import argparse
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +36,8 @@ def main() -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     dist.init_process_group("gloo")
     main()
     dist.destroy_process_group()

@@ -7,6 +7,8 @@ those of one process with the same seed, bit for bit. Give a NEFTuneEmbedding it
 here: torch's hooks drop further positional arguments.
 """
 
+import argparse
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +37,8 @@ def main() -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     dist.init_process_group("gloo")
     main()
     dist.destroy_process_group()

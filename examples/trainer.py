@@ -8,6 +8,7 @@ Both ways train the very same weights, bit for bit. The second is for configurat
 only set the argument; TRL's trainers take either.
 """
 
+import argparse
 import tempfile
 from typing import Any
 
@@ -111,4 +112,6 @@ def main(noise_alpha: float = 5.0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    style = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
     main()

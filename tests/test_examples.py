@@ -114,12 +114,24 @@ def same_weights(one, other):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_as_a_script(name, capsys):
+def test_runs_as_a_script(name, capsys, monkeypatch):
     load(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert "loss" in capsys.readouterr().out
     text = (EXAMPLES / f"{name}.py").read_text()
     assert f".venv/bin/python examples/{name}.py" in text.split('"""')[1]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_help(path, capsys, monkeypatch):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {path.name} [-h]") and len(said.splitlines()) > 6
 
 
 def test_accelerate_loop(embedded, capsys):

@@ -364,3 +364,21 @@ def test_import_is_quiet_and_light():
     heavy = "{'transformers', 'peft', 'trl', 'triton', 'lightning_utilities'}"
     code = f"import sys, neftune_kernels; assert not {heavy} & set(sys.modules), 'heavy import'"
     assert run(sys.executable, "-W", "error", "-c", code) == ""
+
+
+@pytest.mark.parametrize(
+    "integration, packages, extra",
+    [
+        ("transformers", ("transformers",), "transformers"),
+        ("lightning", ("pytorch_lightning", "lightning"), "lightning"),
+    ],
+)
+def test_an_integration_names_the_extra_it_needs(integration, packages, extra):
+    listed = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    assert re.search(rf"^{extra} = \[", listed, re.M)
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
+        f"try: import neftune_kernels.integrations.{integration}\n"
+        "except ImportError as error: print(error)"
+    )
+    assert f"pip install 'neftune_kernels[{extra}]'" in run(sys.executable, "-c", code)

@@ -9,9 +9,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import Trainer, TrainerCallback
+
+try:
+    import transformers
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "neftune_kernels.integrations.transformers is for transformers, whose environment it needs "
+        f"({error}): pip install 'neftune_kernels[transformers]'"
+    ) from error
 
 from ..noise import check_alpha
 from .handle import NEFTuneHandle
