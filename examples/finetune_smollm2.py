@@ -2,7 +2,7 @@
 CPU and without a network.
 
     make demo                              # installs what is needed, then runs this file
-    .venv/bin/python examples/finetune_smollm2.py --noise-alpha 15   # the options: --help
+    make demo ARGS="--noise-alpha 15"      # the options: --help
 
 In your own training script two lines do it, between making the trainer and `trainer.train()`:
 
@@ -37,8 +37,8 @@ try:
     from neftune_kernels import NEFTuneHandle, apply_neftune, available_backends
 except ModuleNotFoundError as error:
     sys.exit(
-        f"{error.name} is not installed here. `make setup` makes .venv with all this demo needs; "
-        f"`make demo` then runs it."
+        f"{error.name} is not installed here. `make demo` installs what this demo needs into "
+        f"build/demo-venv, and runs it."
     )
 
 # transformers, trl, peft and datasets are imported where they are used: they take seconds, and
@@ -136,8 +136,8 @@ def require_packages(names: list[str]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"Not installed here: {', '.join(missing)}. `make setup` makes .venv with all this "
-            f"demo needs; `make demo` then runs it."
+            f"Not installed here: {', '.join(missing)}. `make demo` installs what this demo needs "
+            f"into build/demo-venv, and runs it."
         )
 
 
@@ -147,7 +147,7 @@ def package_folder(name: str) -> Path:
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"{name} is not installed as a folder. `make setup` installs it.")
+        sys.exit(f"{name} is not installed as a folder. `make demo` installs it.")
     return Path(spec.submodule_search_locations[0])
 
 
