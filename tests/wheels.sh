@@ -25,7 +25,7 @@ n.noisy_embedding(torch.zeros(1, 2).long(), torch.zeros(3, 4), 5.0)" 2>&1 | grep
        export NEFTUNE_REQUIRE_CPP=1 ;;
   esac
   $python -m neftune_kernels --check
-  $python -m pytest -q -p no:cacheprovider -m "not long" \
+  $python -m pytest -q -p no:cacheprovider -o "markers=long: rarer cases" -m "not long" \
     tests/test_golden.py tests/test_backends.py tests/test_generator.py
   unset NEFTUNE_REQUIRE_CPP
 done
