@@ -32,11 +32,12 @@ from setuptools.errors import ExecError
 CSRC = pathlib.Path("csrc")
 TORCH_INCLUDE = pathlib.Path("third_party", "torch", "include")
 CUDA_EXTENSION = "neftune_kernels._C_cuda"
+BUILT_FOR = sysconfig.get_platform()  # _PYTHON_HOST_PLATFORM names another machine than this one
 TORCH_TARGET_VERSION = (
     "0x020a000000000000"  # 2.10, the first with everything used here in its stable ABI
 )
-# Contracting x·step + e into an FMA would round once where the specification rounds twice. MSVC
-# does so under no /fp:precise since Visual Studio 2022, which csrc/compiler.h asks for.
+# Contracting x·step + e into an FMA would round once where the specification rounds twice. MSVC's
+# /fp:precise contracts nothing since Visual Studio 2022: csrc/compiler.h refuses older ones.
 COMPILE_FLAGS = (
     ["/O2", "/std:c++17", "/EHsc", "/fp:precise"]
     if sys.platform == "win32"
@@ -48,8 +49,6 @@ def simd_flags() -> dict[str, list[str]]:
     """Each source's own. One source per instruction set, empty on other processors; the choice is
     made at run time: never -march=native, nor -mfma.
     """
-    if sys.platform == "win32":
-        return {"rows_avx512.cpp": ["/arch:AVX512"], "rows_avx2.cpp": ["/arch:AVX2"]}
     # g++ 12 takes the intrinsics' deliberately undefined operands for mistakes.
     silent = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *silent]
@@ -63,8 +62,11 @@ def simd_flags() -> dict[str, list[str]]:
             name: [part for flag in own for part in ("-Xarch_x86_64", flag)]
             for name, own in flags.items()
         }
-    # Of the machine that is built for: _PYTHON_HOST_PLATFORM names another one.
-    return flags if sysconfig.get_platform().endswith(("x86_64", "amd64")) else {}
+    if not BUILT_FOR.endswith(("x86_64", "amd64")):
+        return {}
+    if sys.platform == "win32":
+        return {"rows_avx512.cpp": ["/arch:AVX512"], "rows_avx2.cpp": ["/arch:AVX2"]}
+    return flags
 
 
 SIMD_FLAGS = simd_flags()
@@ -227,8 +229,7 @@ class BuildKernel(build_ext):  # type: ignore[misc]
         compiler, and the sources with flags of their own compiled.
         """
         compiler: Any = self.compiler
-        if compiler.compiler_type == "unix":
-            # setuptools calls the one or, since 84, the other
+        if compiler.compiler_type == "unix":  # setuptools calls the one or, since 84, the other
             compiler.spawn = compiler.call = run_compiler
         ext.include_dirs.append(str(TORCH_INCLUDE))
         ext.library_dirs.append(str(self.link_to_torch()))
@@ -258,8 +259,12 @@ class BuildKernel(build_ext):  # type: ignore[misc]
             if not compiler.initialized:
                 compiler.initialize()
             library = folder / "torch_cpu.lib"
-            compiler.spawn([compiler.lib, "/NOLOGO", f"/DEF:{definitions}", f"/OUT:{library}"])
+            machine = "ARM64" if BUILT_FOR.endswith("arm64") else "X64"
+            made_of = ["/NOLOGO", f"/MACHINE:{machine}", f"/DEF:{definitions}"]
+            compiler.spawn([compiler.lib, *made_of, f"/OUT:{library}"])
             return folder
+        if sys.platform == "win32":
+            raise RuntimeError(f"on Windows MSVC builds it, not {compiler.compiler_type}")
         source = folder / "torch_cpu.cpp"
         source.write_text(
             "".join(
