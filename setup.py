@@ -59,7 +59,7 @@ def simd_flags() -> dict[str, list[str]]:
     }
     if sys.platform == "darwin":  # a universal build compiles every source for both processors
         return {
-            name: [part for flag in own for part in ("-Xarch_x86_64", flag)]
+            name: [part for flag in own if flag not in silent for part in ("-Xarch_x86_64", flag)]
             for name, own in flags.items()
         }
     if not BUILT_FOR.endswith(("x86_64", "amd64")):
