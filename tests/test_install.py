@@ -123,7 +123,8 @@ def test_source_distribution_is_the_whole_project(tmp_path):
     for name in filter(lambda name: (ROOT / name).exists(), tracked):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
-    for stray in ("neftune_kernels/_C.abi3.so", "neftune_kernels/_build_error.txt", "build/x.md"):
+    strays = ("_C.abi3.so", "_build_error.txt", "../build/x.md", "../tests/__pycache__/x.pyc")
+    for stray in (f"neftune_kernels/{name}" for name in (*strays, "../tests/x.so")):
         (tmp_path / stray).parent.mkdir(exist_ok=True)
         (tmp_path / stray).touch()
     code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
