@@ -37,6 +37,11 @@ PASS_REPLICA = (
 )
 
 
+def has_group() -> bool:
+    """The Dynamo of torch 2.10 takes WORLD for something in any case."""
+    return GROUPS.WORLD is not None and dist.is_initialized()
+
+
 def is_dtensor(value: Any) -> bool:
     """torch.distributed.tensor is imported only when somebody has a tensor that is neither a Tensor
     nor a Parameter.
@@ -75,7 +80,7 @@ def data_parallel_index(
         >>> data_parallel_index(torch.zeros(3, 2))
         0
     """
-    if GROUPS.WORLD is None:
+    if not has_group():
         return 0
     if dist.get_world_size() == 1:
         return dist.get_rank()
@@ -105,7 +110,7 @@ def module_replica(embedding: nn.Module) -> int:
         RuntimeError: it cannot be known: beside a weight that is neither a DTensor nor FSDP2's
             there is a process group of some of the ranks; the message names `replica=`.
     """
-    if GROUPS.WORLD is None:
+    if not has_group():
         return 0
     weight: Any = embedding.weight
     if (

@@ -26,7 +26,7 @@ from .noise import (
     refuse_unknown,
     seed_tensor,
 )
-from .samples import Samples, said
+from .samples import Samples, said, says_nothing
 
 Alpha = float | Tensor | None
 
@@ -55,7 +55,7 @@ def check_unused(
     """
     seed, generator, backend = noise
     choose_backend(backend or "reference", tensor.device, tensor.dtype, with_noise=False)
-    if not samples.unsaid:
+    if not says_nothing(samples):
         samples.check(shape, tensor.device)
     if seed is not None:
         seed_tensor(seed, generator, tensor.device)

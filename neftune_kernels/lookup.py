@@ -13,7 +13,14 @@ from .backends import CAPTURABLE, CPP, CPP_SERVES, choose_backend, number_docume
 from .distributed import dtensor_with_noise, is_dtensor
 from .layout import INTEGER_DTYPES, ROWS
 from .noise import Noise, alpha_tensor, draw_on_cpu, make_noise, seed_tensor
-from .samples import UNSAID, Samples, make_layout, real_tokens
+from .samples import (
+    UNSAID,
+    Samples,
+    is_mask_alone,
+    make_layout,
+    real_tokens,
+    says_nothing,
+)
 from .torch_internals import dispatch_modes, transformed
 
 PLAIN_WEIGHTS = (nn.Parameter, Tensor)
@@ -130,11 +137,11 @@ def embed_with_noise(
         embedded = embed_with_noise(input_ids, weight, UNSAID, _no_noise(weight, noise), *how)
         return embeds_with_noise(embedded, real_tokens(input_ids, padding_idx, samples), noise)
     alpha, seed, generator, offsets, _, backend, plain, _ = noise
-    unsaid = samples is UNSAID or samples.unsaid
+    unsaid = says_nothing(samples)
     if (
         plain
         and embed_scale == 1
-        and (padding_idx < 0 if unsaid else samples.is_mask)
+        and (padding_idx < 0 if unsaid else is_mask_alone(samples))
         and (seed is None or isinstance(seed, Tensor))
         and not torch.compiler.is_compiling()
     ):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS
 from .capturable import TO_BE_COMPILED, alpha_on, check_capturable, check_setting, set_alpha
-from .distributed import GROUPS, module_replica
+from .distributed import has_group, module_replica
 from .gradients import asks_for_ours, check_deterministic_grad
 from .lookup import noisy_lookup, plain_lookup
 from .noise import (
@@ -22,7 +22,7 @@ from .noise import (
     make_noise,
     refuse_unknown,
 )
-from .samples import UNSAID, Samples, time_first
+from .samples import UNSAID, Samples, says_nothing, time_first
 
 # transformers' own noise: its hook reads the attribute from the embedding that it noises. The
 # attribute alone is no noise: it stays after `hook.remove()`, and Unsloth sets it without a hook.
@@ -288,7 +288,7 @@ class NEFTuneEmbedding(nn.Embedding):
         if not with_noise:  # checks are host time, but what noise would refuse is refused
             if not own_sign:
                 check_variant(self.distribution, self.equal_variance, sign)
-            if samples is not UNSAID:
+            if not says_nothing(samples):
                 if turn:
                     time_first(samples, input.shape).check(input.t().shape, input.device)
                 else:
@@ -316,7 +316,7 @@ class NEFTuneEmbedding(nn.Embedding):
                 raise RuntimeError(TO_BE_COMPILED.format(there, wanted))
             self._place_alpha()
         noise = self._noise
-        if replica is None and self.replica is None and GROUPS.WORLD is not None:
+        if replica is None and self.replica is None and has_group():
             replica = module_replica(self) or None
         own = replica is None and seed is None and generator is None and own_sign
         own = own and type(sample_offset) is type(position_offset) is int

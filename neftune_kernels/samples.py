@@ -27,36 +27,6 @@ class Samples(NamedTuple):
     time_first: bool = False  # the tokens are stored (T, B); all that is said is of (B, T)
     before: int = 0  # columns of the attention_mask before the tokens: a cache's
 
-    @property
-    def unsaid(self) -> bool:
-        """Whether nothing is said at all."""
-        return self.noise_mask is None and self.padding_unsaid and not self.time_first
-
-    @property
-    def padding_unsaid(self) -> bool:
-        """Whether nothing says which tokens are real."""
-        return (
-            self.attention_mask is None
-            and self.lengths is None
-            and self.cu_seqlens is None
-            and self.position_ids is None
-            and self.padded_ids is None
-        )
-
-    @property
-    def is_mask(self) -> bool:
-        """Whether an attention_mask is all that is said."""
-        return (
-            self.attention_mask is not None
-            and self.lengths is None
-            and self.cu_seqlens is None
-            and self.position_ids is None
-            and self.noise_mask is None
-            and self.padded_ids is None
-            and not self.time_first
-            and not self.before
-        )
-
     def at(self, place: Callable[[Tensor], Tensor], shape: torch.Size, to: torch.Size) -> "Samples":
         """What is said of ids of this shape, said of a lookup of some of them, of shape `to`:
         `place` takes values of the ids to those of the lookup. Rows that are one there stay
@@ -90,6 +60,39 @@ class Samples(NamedTuple):
 
 
 UNSAID = Samples()
+
+
+# Functions and no properties: the Dynamo of torch 2.10 reads no property of a NamedTuple.
+
+
+def says_nothing(samples: Samples) -> bool:
+    """Whether nothing is said at all."""
+    return samples.noise_mask is None and says_no_padding(samples) and not samples.time_first
+
+
+def says_no_padding(samples: Samples) -> bool:
+    """Whether nothing says which tokens are real."""
+    return (
+        samples.attention_mask is None
+        and samples.lengths is None
+        and samples.cu_seqlens is None
+        and samples.position_ids is None
+        and samples.padded_ids is None
+    )
+
+
+def is_mask_alone(samples: Samples) -> bool:
+    """Whether an attention_mask is all that is said."""
+    return (
+        samples.attention_mask is not None
+        and samples.lengths is None
+        and samples.cu_seqlens is None
+        and samples.position_ids is None
+        and samples.noise_mask is None
+        and samples.padded_ids is None
+        and not samples.time_first
+        and not samples.before
+    )
 
 
 def joins_rows(shape: torch.Size, to: torch.Size) -> bool:
@@ -160,7 +163,7 @@ def said(
 
 def real_tokens(input_ids: Tensor, padding_idx: int, samples: Samples) -> Samples:
     """Where nothing else tells padding, tokens equal to padding_idx (-1: none) are padding."""
-    if padding_idx < 0 or not samples.padding_unsaid:
+    if padding_idx < 0 or not says_no_padding(samples):
         return samples
     ids = input_ids.t() if samples.time_first else input_ids
     return samples._replace(padded_ids=ids, padding_idx=padding_idx)
@@ -176,7 +179,7 @@ def make_layout(
     """Check what the caller says and put it as the operators take it, which add the offset to
     positions themselves.
     """
-    if samples.unsaid:
+    if says_nothing(samples):
         return ROWS
     before, is_turned = samples.before, samples.time_first
     if is_turned:
@@ -189,7 +192,7 @@ def make_layout(
     if noise_mask is None and not is_turned and not before:
         return _layout_of_samples(samples, position_ids, backend)
     layout = ROWS
-    if not samples.padding_unsaid:
+    if not says_no_padding(samples):
         layout = _layout_of_samples(samples, position_ids, backend, per_token=True)
     if noise_mask is None:
         noise_mask = torch.ones((), dtype=torch.bool, device=device).expand(shape)

@@ -30,6 +30,8 @@ from ..samples import (
     joins_rows,
     make_layout,
     real_tokens,
+    says_no_padding,
+    says_nothing,
 )
 from ..torch_internals import asked_outside_the_graph
 from .advice import could_tell, paste
@@ -581,17 +583,17 @@ class Site:
                 self.state.warn_once(message)
             if where is not same:
                 prompts = forward.listener.quirks.prompts
-                if prompts is not None and told.padding_unsaid:
+                if prompts is not None and says_no_padding(told):
                     told = told._replace(attention_mask=ids != prompts)
-                if told.padding_unsaid and joins_rows(ids.shape, input.shape):
+                if says_no_padding(told) and joins_rows(ids.shape, input.shape):
                     joined = told, where, ids
-            if where is not same and (not told.unsaid or where is transposed):
+            if where is not same and (not says_nothing(told) or where is transposed):
                 told = _at(told, where, ids, input)
-            if told is not UNSAID and not told.padding_unsaid:
+            if told is not UNSAID and not says_no_padding(told):
                 return self._fitting(told, input, forward), False
             known = known or forward
             decoder = decoder or of_decoder
-            untold = told if untold is UNSAID or untold.unsaid else untold
+            untold = told if untold is UNSAID or says_nothing(untold) else untold
         if known is not None:
             if not (decoder or forwards[0].listener.tells):
                 self._nothing_told(forwards, input)
@@ -617,9 +619,9 @@ class Site:
         claiming = [forward for forward in reversed(forwards) if forward.claims(input)]
         for forward in claiming:
             told = forward.told(0, input)
-            if told.unsaid and not forward.decoder:
+            if says_nothing(told) and not forward.decoder:
                 continue
-            if told.padding_unsaid:
+            if says_no_padding(told):
                 return _untold(told, input, padding_idx, forward.padding, forward.decoder), False
             ids = forward.own.ids
             if ids is not None and ids.shape != input.shape:
