@@ -1,5 +1,5 @@
 // csrc/cuda on the CPU, for the sanitizers: force-included by tests/test_cuda_build.py before
-// kernels.cu and ops.cpp, both compiled as C++.
+// kernels.cu, gradients.cu and ops.cpp, all compiled as C++.
 //
 // The threads of a block run one after another or, where they meet at barriers or in their warp, as
 // fibers of one thread: each runs until it has to wait, and the sanitizers are told of every switch.
@@ -305,6 +305,7 @@ inline float __uint_as_float(uint32_t bits) {
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline uint16_t rounded_to_bfloat16(float value) {
   const uint32_t bits = __float_as_uint(value);
   return std::isnan(value) ? 0x7FFF
@@ -323,8 +324,10 @@ namespace neftune_kernels {
 
 struct DocumentArguments;
 struct TokenArguments;
+struct GradientArguments;
 inline bool meets(const DocumentArguments&) { return true; }
 inline bool meets(const TokenArguments&) { return true; }
+inline bool meets(const GradientArguments&) { return false; }
 template <class RowArguments>
 bool meets(const RowArguments& arguments) {
   return arguments.numbering.words != nullptr;  // and a warp counts the documents before
