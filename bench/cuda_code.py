@@ -1,5 +1,4 @@
-"""What nvcc makes of csrc/cuda/kernels.cu, without a GPU; the rows of bench.codegen beside
-Triton's.
+"""What nvcc makes of csrc/cuda, without a GPU; the rows of bench.codegen beside Triton's.
 
 The kernels take d as an argument, so their columns are a loop. Counted are the instructions that a
 warp issues for a row with noise, at
@@ -21,6 +20,7 @@ from bench.disassembly import Function, Loop, jump, loops, on_binary, opcode, pa
 from setup import CSRC, NVCC_FLAGS, find_toolkit
 
 KERNELS = pathlib.Path(__file__).parent.parent / CSRC / "cuda" / "kernels.cu"
+GRADIENTS = KERNELS.with_name("gradients.cu")
 LANES = 32
 ELEMENTS = {"float32": "Float32", "bfloat16": "BFloat16Pair", "float16": "Float16Pair"}
 LAYOUT_KINDS = {
@@ -42,28 +42,16 @@ def nvcc_version() -> str:
 
 
 @functools.cache
-def compile_kernels(
-    target: str, source: pathlib.Path = KERNELS, *options: str
-) -> tuple[bytes, str]:
-    """(cubin, PTX) of all kernels."""
+def compile_kernels(kind: str, target: str, source: pathlib.Path = KERNELS, *options: str) -> bytes:
+    """The "cubin" or "ptx" of all kernels of a source."""
     nvcc = str(find_toolkit().nvcc)
     flags = [flag for flag in NVCC_FLAGS if flag not in ("-Xfatbin", "-compress-all")]
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("cubin", "ptx"):
-            command = [
-                nvcc,
-                *flags,
-                f"-arch={target}",
-                *options,
-                f"-{kind}",
-                str(source),
-                "-o",
-                f"{folder}/kernels.{kind}",
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(
-            folder, "kernels.ptx"
-        ).read_text()
+        made = pathlib.Path(folder, "kernels")
+        files = [f"-{kind}", str(source), "-o", str(made)]
+        command = [nvcc, *flags, f"-arch={target}", *options, *files]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return made.read_bytes()
 
 
 @functools.cache
@@ -71,7 +59,7 @@ def sections(target: str, source: pathlib.Path = KERNELS, *options: str) -> dict
     """Each kernel's disassembly by its mangled name."""
     parts = re.split(
         r"^\.text\.(\S+):$",
-        on_binary("nvdisasm", compile_kernels(target, source, *options)[0], "-c"),
+        on_binary("nvdisasm", compile_kernels("cubin", target, source, *options), "-c"),
         flags=re.M,
     )
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -219,6 +207,15 @@ def numbering(target: str, shape: tuple[int, int]) -> Numbering:
     return Numbering(plain, any_row, registers, stack, spills, len(kernels), opcodes)
 
 
+def gradient_kernel(kernel: str, target: str, dtype: str, by_freq: bool) -> str:
+    """Its mangled name, of the instance that serves rows read in vectors."""
+    element = rf"VectorsI.*\d{ELEMENTS[dtype]}E+.*NarrowIds.*Lb{int(by_freq)}E"
+    (name,) = [
+        name for name in sections(target, GRADIENTS) if kernel in name and re.search(element, name)
+    ]
+    return name
+
+
 class Measured(NamedTuple):
     instructions: float
     registers: int
@@ -228,9 +225,9 @@ class Measured(NamedTuple):
 
 
 @functools.cache
-def usage(target: str) -> dict[str, dict[str, int]]:
+def usage(target: str, source: pathlib.Path = KERNELS) -> dict[str, dict[str, int]]:
     """cuobjdump's resources of every kernel."""
-    text = on_binary("cuobjdump", compile_kernels(target)[0], "-res-usage")
+    text = on_binary("cuobjdump", compile_kernels("cubin", target, source), "-res-usage")
     found = re.findall(r"Function (\S+):\s+(REG:.*)", text)
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
@@ -265,7 +262,6 @@ def write_artefacts(
 ) -> None:
     """The kernel's code and how launch_rows would launch it."""
     name = kernel_name(target, dtype, layout, scaled)
-    cubin, ptx = compile_kernels(target)
     launch = {
         "target": target,
         "kernel": name,
@@ -276,7 +272,7 @@ def write_artefacts(
         "parameters": [{"name": "arguments", "type": "RowArguments, csrc/cuda/launch.h"}],
         "nvcc": NVCC_FLAGS,
     }
-    (folder / "kernel.cubin").write_bytes(cubin)
-    (folder / "kernel.ptx").write_text(ptx)
+    for kind in ("cubin", "ptx"):
+        (folder / f"kernel.{kind}").write_bytes(compile_kernels(kind, target))
     (folder / "kernel.sass").write_text(sections(target)[name])
     (folder / "launch.json").write_text(json.dumps(launch, indent=1) + "\n")

@@ -29,7 +29,9 @@ def embedding_gradient_out(
         return None
     how = padding_idx, embed_scale, scale_grad_by_freq
     ops.OUT["cuda_sorted_gradient"](*tokens, reference.SUM_CHUNK, *how, out=out)
-    kind = f"gradient of {out.dtype} rows, {scale_grad_by_freq}"
+    chunks = tokens.scratch.shape[0] // 2
+    launches = 1 + (chunks > 1) + (chunks > reference.SUM_CHUNK)
+    kind = f"embedding_gradient {out.dtype} {scale_grad_by_freq} {launches}"
     done = "cuda", out.device.type, kind
     if done not in self_check.passed and self_check.wanted(out.device):
         if not self_check.gradient_agrees("cuda", out, tokens.grad, input_ids, *how):

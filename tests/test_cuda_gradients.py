@@ -1,5 +1,5 @@
-"""The weight's gradient in CUDA C++ against the oracle, bit for bit: the tests of Triton's, on a GPU
-or, without one, in this machine's memory as test_cuda.py says.
+"""The weight's gradient in CUDA C++ against the oracle, bit for bit: the tests of Triton's,
+on a GPU or, without one, in this machine's memory as test_cuda.py says.
 """
 
 import ctypes

@@ -5,6 +5,8 @@
 // A warp has 256 columns of a chunk, or of a run that goes on from one; a lane 8 of them. A run
 // within a chunk is added and written there. carry_over adds up the parts of the others within a
 // group, leaves what goes beyond it in the same places, and then adds up groups.
+#include <type_traits>
+
 #include "kernel.h"
 #include "launch.h"
 
@@ -15,9 +17,18 @@ constexpr int kWarps = 4;                    // of a block
 constexpr int kBlocksPerMultiprocessor = 7;  // 28 warps: at most 72 registers a thread
 constexpr int kColumns = 8;                  // of a lane
 constexpr int kStrip = kLanes * kColumns;
-// Rows, or parts, that are asked for before the first is added; fewer where 72 registers do not hold
-// them: of single values, and of float32 values where sums are divided.
+// Rows, or parts, that are asked for before the first is added; fewer where 72 registers do not
+// hold them: of single values, and of float32 values where sums are divided.
 constexpr int kAheadOfFew = 4, kAheadOfMany = 2;
+
+template <class T>
+NEFTUNE_DEVICE const T* bytes_on(const T* values, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(values) + bytes);
+}
+template <class T>
+NEFTUNE_DEVICE T* bytes_on(T* values, int64_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(values) + bytes);
+}
 
 // ---- how a lane reads and writes its columns
 
@@ -41,10 +52,11 @@ struct Vectors {
     of_row = kVectors == 1 ? first + column : first;
   }
 
+  // From the lane's first column on.
   __device__ __forceinline__ Row row(const Storage* grad) const {
     Row row;
-    row.values[0] = *vectors(grad + of_row);
-    if (kVectors == 2) row.values[kVectors - 1] = *vectors(grad + second);
+    row.values[0] = *vectors(grad);
+    if (kVectors == 2) row.values[kVectors - 1] = *vectors(grad + (second - first));
     return row;
   }
   NEFTUNE_DEVICE void add(const Row& row, float (&sum)[kColumns]) {
@@ -91,7 +103,7 @@ struct Singles {
     Row row{};
 #pragma unroll
     for (int i = 0; i < kColumns; ++i)
-      if (i * kLanes < end) row.values[i] = grad[first + i * kLanes];
+      if (i * kLanes < end) row.values[i] = grad[i * kLanes];
     return row;
   }
   NEFTUNE_DEVICE void add(const Row& row, float (&sum)[kColumns]) {
@@ -115,7 +127,7 @@ struct Singles {
       if (i * kLanes < end) part[first + i * kLanes] = sum[i];
   }
 
-  int64_t first;
+  int64_t first, of_row = first;
   bool are_there;
   int end;  // of the columns, from the lane's first on
 };
@@ -142,7 +154,9 @@ constexpr int kNoId = -1;  // has no row
 // Not padding, and in range.
 template <class Id>
 NEFTUNE_DEVICE bool has_row(const GradientArguments& a, Id id) {
-  return id >= 0 && id < static_cast<Id>(a.num_embeddings) && id != static_cast<Id>(a.padding_idx);
+  using Unsigned = std::make_unsigned_t<Id>;  // in which -1 is the largest
+  return static_cast<Unsigned>(id) < static_cast<Unsigned>(a.num_embeddings) &&
+         id != static_cast<Id>(a.padding_idx);
 }
 
 // The first of the places in [low, high), `step` ids apart, with an id beyond that one, by
@@ -176,15 +190,18 @@ NEFTUNE_DEVICE uint32_t unit_of_warp(const GradientArguments& a) {
 }
 
 // The id's row: cast(sum · scale / count).
-template <class Columns, bool kByFreq>
-NEFTUNE_DEVICE void store_sum(const GradientArguments& a, const Columns& columns, int64_t id,
-                              float (&sum)[kColumns], int64_t count) {
+template <class Columns, bool kByFreq, class Id>
+NEFTUNE_DEVICE void store_sum(const GradientArguments& a, const Columns& columns, Id id,
+                              const float (&sum)[kColumns], int64_t count) {
+  float value[kColumns];
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    sum[i] = __fmul_rn(sum[i], a.scale);
-    if (kByFreq) sum[i] = __fdiv_rn(sum[i], static_cast<float>(count));
+    value[i] = __fmul_rn(sum[i], a.scale);
+    if (kByFreq) value[i] = __fdiv_rn(value[i], static_cast<float>(count));
   }
-  columns.store(static_cast<typename Columns::Storage*>(a.out) + id * a.embedding_dim, sum);
+  auto* out = static_cast<typename Columns::Storage*>(a.out);
+  const Id row = static_cast<Id>(a.embedding_dim * sizeof *out);  // of 32 bits for vectors
+  columns.store(bytes_on(out, int64_t{id} * row), value);
 }
 
 template <class Columns, class Ids, bool kByFreq>
@@ -197,7 +214,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, kBlocksPerMultiprocessor)
   const int64_t begin = chunk * a.chunk;
   const Columns columns(strip_of_warp(a), a.embedding_dim);
   if (begin >= a.tokens || !columns.are_there) return;
-  const auto* grad = static_cast<const typename Columns::Storage*>(a.grad);
+  using Storage = typename Columns::Storage;
+  const Storage* grad = static_cast<const Storage*>(a.grad) + columns.of_row;
   const Ids ids(a.ids);
   const int64_t left = a.tokens - begin;
   const int end = static_cast<int>(left < a.chunk ? left : a.chunk),  // places count from `begin`
@@ -219,25 +237,24 @@ __global__ void __launch_bounds__(kWarps* kLanes, kBlocksPerMultiprocessor)
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       rows[k] = {};
-      if (has_row(a, k == 0 ? id : following[k - 1])) rows[k] = columns.row(grad + source[k] * a.grad_row);
+      if (has_row(a, k == 0 ? id : following[k - 1]))
+        rows[k] = columns.row(bytes_on(grad, source[k] * a.grad_row));
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       Columns::add(rows[k], sum);
-      const bool goes = following[k] == id;
-      if (place + k + 1 == end || !goes) {
-        if (has_row(a, id)) {
-          if (comes || goes) {
-            columns.store_part(a.scratch + (2 * int64_t{chunk} + !comes) * a.embedding_dim, sum);
-          } else {
-            store_sum<Columns, kByFreq>(a, columns, id, sum, place + k + 1 - start);
-          }
+      const bool goes = following[k] == id, ends = place + k + 1 == end || !goes;
+      if (ends && has_row(a, id)) {
+        if (comes || goes) {
+          columns.store_part(a.scratch + (2 * int64_t{chunk} + !comes) * a.embedding_dim, sum);
+        } else {
+          store_sum<Columns, kByFreq>(a, columns, id, sum, place + k + 1 - start);
         }
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) sum[i] = 0.0f;
-        comes = false;
-        start = place + k + 1;
       }
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) sum[i] = ends ? 0.0f : sum[i];
+      comes = comes && !ends;
+      start = ends ? place + k + 1 : start;
       id = following[k];
     }
   }
@@ -300,7 +317,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, kBlocksPerMultiprocessor)
 // Blocks of units beyond a grid's y are folded into its z.
 template <class Kernel>
 const char* launch_units(Kernel kernel, const GradientArguments& a, int64_t units, void* stream) {
-  const int64_t strips = (a.embedding_dim + kStrip - 1) / kStrip, of_block = int64_t{1} << a.strip_bits,
+  const int64_t strips = (a.embedding_dim + kStrip - 1) / kStrip,
+                of_block = int64_t{1} << a.strip_bits,
                 blocks = (units * of_block + kWarps - 1) / kWarps;
   const int64_t rows = blocks < NEFTUNE_GRID_ROWS ? blocks : NEFTUNE_GRID_ROWS;
   const dim3 grid((strips + of_block - 1) / of_block, rows, (blocks + rows - 1) / rows);

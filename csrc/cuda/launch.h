@@ -107,7 +107,7 @@ struct GradientArguments {
   bool vectors;            // ids are int32; rows and parts may be accessed 16 bytes at a time
   bool by_freq;            // sums are divided by their number of tokens
   float scale;             // embed_scale
-  int64_t grad_row;        // stride, in elements
+  int64_t grad_row;        // stride, in bytes
   int64_t tokens;          // > 0
   int64_t chunk;           // tokens of a chunk, a multiple of 4, at most 2³⁰
   int64_t embedding_dim;   // > 0

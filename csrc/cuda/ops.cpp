@@ -368,8 +368,8 @@ std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padd
 
 // ---- the weight's gradient
 
-constexpr int64_t kSmallestChunk = 4;           // rows that a kernel asks for at a time
-constexpr int64_t kMostColumns = int64_t{1} << 28;  // of rows that are read in vectors
+constexpr int64_t kSmallestChunk = 4;               // rows that a kernel asks for at a time
+constexpr int64_t kMostColumns = int64_t{1} << 28;  // whose rows are read in vectors
 
 void check_sorted(const Device& device, const Tensor& tensor, const char* name, int64_t tokens) {
   device.check(tensor, name);
@@ -405,8 +405,8 @@ void sorted_gradient_out(Tensor grad, Tensor ids, Tensor order, Tensor scratch, 
   check_apart(out, ids, "ids");
   check_apart(out, order, "order");
   if (chunk < kSmallestChunk || chunk % kSmallestChunk != 0 || chunk > INT32_MAX / 2)
-    fail<std::invalid_argument>("chunk must be a multiple of ", kSmallestChunk, " below 2**30, got ",
-                                chunk);
+    fail<std::invalid_argument>("chunk must be a multiple of ", kSmallestChunk,
+                                " below 2**30, got ", chunk);
   const int64_t parts = 2 * ((tokens + chunk - 1) / chunk);
   device.check(scratch, "scratch");
   if (scratch.scalar_type() != ScalarType::Float || !scratch.is_contiguous() ||
@@ -428,7 +428,7 @@ void sorted_gradient_out(Tensor grad, Tensor ids, Tensor order, Tensor scratch, 
   arguments.order = static_cast<const int64_t*>(order.const_data_ptr());
   arguments.by_freq = scale_grad_by_freq;
   arguments.scale = static_cast<float>(embed_scale);
-  arguments.grad_row = tokens > 1 ? grad.stride(0) : 0;
+  arguments.grad_row = tokens > 1 ? grad.stride(0) * grad.element_size() : 0;
   arguments.tokens = tokens;
   arguments.chunk = chunk;
   arguments.embedding_dim = embedding_dim;
@@ -436,8 +436,8 @@ void sorted_gradient_out(Tensor grad, Tensor ids, Tensor order, Tensor scratch, 
   arguments.padding_idx = padding_idx >= 0 && padding_idx < out.size(0) ? padding_idx : -1;
   arguments.vectors = !wide_ids && out.size(0) <= INT32_MAX && aligned(arguments.out) &&
                       aligned(arguments.grad) && aligned(arguments.scratch) &&
-                      arguments.grad_row % kColumnsPerBlock == 0 &&
-                      embedding_dim % kColumnsPerBlock == 0 && embedding_dim <= kMostColumns;
+                      arguments.grad_row % 16 == 0 && embedding_dim % kColumnsPerBlock == 0 &&
+                      embedding_dim <= kMostColumns;
   check_launch(launch_gradient(arguments, type, device.stream()));
 }
 
