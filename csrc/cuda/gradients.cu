@@ -13,7 +13,8 @@
 namespace neftune_kernels {
 namespace {
 
-constexpr int kWarps = 4;                    // of a block
+constexpr int kThreads = 128;                // of a block
+constexpr int kWarps = kThreads / kLanes;
 constexpr int kBlocksPerMultiprocessor = 7;  // 28 warps: at most 72 registers a thread
 constexpr int kColumns = 8;                  // of a lane
 constexpr int kStrip = kLanes * kColumns;
@@ -205,7 +206,7 @@ NEFTUNE_DEVICE void store_sum(const GradientArguments& a, const Columns& columns
 }
 
 template <class Columns, class Ids, bool kByFreq>
-__global__ void __launch_bounds__(kWarps* kLanes, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     sum_chunks(const GradientArguments a) {
   using Id = typename Ids::Id;
   constexpr bool are_many = Columns::kVectors > (kByFreq ? 1 : 2);  // accesses of a row
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, kBlocksPerMultiprocessor)
 // there, or the head where it came into the group. A unit's head is its first chunk's, its tail its
 // last chunk's.
 template <class Columns, class Ids, bool kByFreq>
-__global__ void __launch_bounds__(kWarps* kLanes, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     carry_over(const GradientArguments a) {
   using Id = typename Ids::Id;
   constexpr int kAhead = kByFreq ? kAheadOfMany : kAheadOfFew;  // parts are float32
