@@ -49,18 +49,9 @@ def compile_kernels(
     nvcc = str(find_toolkit().nvcc)
     flags = [flag for flag in NVCC_FLAGS if flag not in ("-Xfatbin", "-compress-all")]
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("cubin", "ptx"):
-            command = [
-                nvcc,
-                *flags,
-                f"-arch={target}",
-                *options,
-                f"-{kind}",
-                str(source),
-                "-o",
-                f"{folder}/kernels.{kind}",
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        command = [nvcc, *flags, f"-arch={target}", *options, "-cubin", str(source)]
+        kept = ["-keep", "-keep-dir", folder, "-o", f"{folder}/kernels.cubin"]
+        subprocess.run([*command, *kept], check=True, capture_output=True, text=True)
         return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(
             folder, "kernels.ptx"
         ).read_text()
