@@ -42,16 +42,19 @@ def nvcc_version() -> str:
 
 
 @functools.cache
-def compile_kernels(kind: str, target: str, source: pathlib.Path = KERNELS, *options: str) -> bytes:
-    """The "cubin" or "ptx" of all kernels of a source."""
+def compile_kernels(
+    target: str, source: pathlib.Path = KERNELS, *options: str
+) -> tuple[bytes, str]:
+    """(cubin, PTX) of all kernels of a source."""
     nvcc = str(find_toolkit().nvcc)
     flags = [flag for flag in NVCC_FLAGS if flag not in ("-Xfatbin", "-compress-all")]
     with tempfile.TemporaryDirectory() as folder:
-        made = pathlib.Path(folder, "kernels")
-        files = [f"-{kind}", str(source), "-o", str(made)]
-        command = [nvcc, *flags, f"-arch={target}", *options, *files]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        return made.read_bytes()
+        command = [nvcc, *flags, f"-arch={target}", *options, "-cubin", str(source)]
+        kept = ["-keep", "-keep-dir", folder, "-o", f"{folder}/kernels.cubin"]
+        subprocess.run([*command, *kept], check=True, capture_output=True, text=True)
+        return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(
+            folder, f"{source.stem}.ptx"
+        ).read_text()
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def sections(target: str, source: pathlib.Path = KERNELS, *options: str) -> dict
     """Each kernel's disassembly by its mangled name."""
     parts = re.split(
         r"^\.text\.(\S+):$",
-        on_binary("nvdisasm", compile_kernels("cubin", target, source, *options), "-c"),
+        on_binary("nvdisasm", compile_kernels(target, source, *options)[0], "-c"),
         flags=re.M,
     )
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -207,6 +210,12 @@ def numbering(target: str, shape: tuple[int, int]) -> Numbering:
     return Numbering(plain, any_row, registers, stack, spills, len(kernels), opcodes)
 
 
+def ptx_of(name: str, target: str, source: pathlib.Path = KERNELS) -> str:
+    """That kernel's alone."""
+    _, text = compile_kernels(target, source)
+    return text.split(f".entry {name}(", 1)[1].split("\n}", 1)[0]
+
+
 def gradient_kernel(kernel: str, target: str, dtype: str, by_freq: bool) -> str:
     """Its mangled name, of the instance that serves rows read in vectors."""
     element = rf"VectorsI.*\d{ELEMENTS[dtype]}E+.*NarrowIds.*Lb{int(by_freq)}E"
@@ -227,7 +236,7 @@ class Measured(NamedTuple):
 @functools.cache
 def usage(target: str, source: pathlib.Path = KERNELS) -> dict[str, dict[str, int]]:
     """cuobjdump's resources of every kernel."""
-    text = on_binary("cuobjdump", compile_kernels("cubin", target, source), "-res-usage")
+    text = on_binary("cuobjdump", compile_kernels(target, source)[0], "-res-usage")
     found = re.findall(r"Function (\S+):\s+(REG:.*)", text)
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
@@ -272,7 +281,8 @@ def write_artefacts(
         "parameters": [{"name": "arguments", "type": "RowArguments, csrc/cuda/launch.h"}],
         "nvcc": NVCC_FLAGS,
     }
-    for kind in ("cubin", "ptx"):
-        (folder / f"kernel.{kind}").write_bytes(compile_kernels(kind, target))
+    cubin, ptx = compile_kernels(target)
+    (folder / "kernel.cubin").write_bytes(cubin)
+    (folder / "kernel.ptx").write_text(ptx)
     (folder / "kernel.sass").write_text(sections(target)[name])
     (folder / "launch.json").write_text(json.dumps(launch, indent=1) + "\n")

@@ -31,6 +31,11 @@ def check_embeds(inputs_embeds: Tensor) -> None:
             f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}: pass "
             "torch.as_tensor(inputs_embeds)"
         )
+    if inputs_embeds.is_nested:
+        raise TypeError(
+            "inputs_embeds must be a dense tensor, got a nested one: pass inputs_embeds.values(), "
+            "with cu_seqlens=inputs_embeds.offsets()"
+        )
     if inputs_embeds.dim() == 0:
         raise ValueError("inputs_embeds must have shape (..., embedding_dim), got ()")
 
@@ -40,6 +45,11 @@ def check_ids(input_ids: Tensor) -> None:
         raise TypeError(
             f"input_ids must be a tensor, got {type(input_ids).__name__}: pass "
             "torch.as_tensor(input_ids)"
+        )
+    if input_ids.is_nested:
+        raise TypeError(
+            "input_ids must be a dense tensor, got a nested one: pass input_ids.values(), with "
+            "cu_seqlens=input_ids.offsets()"
         )
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")

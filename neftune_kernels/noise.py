@@ -99,8 +99,10 @@ def refuse_unknown(function: str, unknown: dict[str, Any]) -> None:
         raise TypeError(
             f"{function}() takes no stream=: the number of a data-parallel replica is replica="
         )
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {next(iter(unknown))!r}")
+    name = next(iter(unknown), None)
+    if name is not None:
+        remedy = ": its name is noise_alpha" if name in ("alpha", "neftune_noise_alpha") else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{remedy}")
 
 
 def check_scale(embed_scale: float) -> float:

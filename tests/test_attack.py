@@ -320,7 +320,7 @@ def test_negative_bits_reach_no_launcher(monkeypatch, name):
         out.fill_(7)
 
     stub = types.SimpleNamespace(noisy_embedding_out=launcher, add_noise_out=launcher)
-    monkeypatch.setattr(backends, "load_triton", lambda: stub)
+    monkeypatch.setattr(backends, "load_triton", lambda *_: stub)
     call = getattr(backends.TRITON, f"{name}_out")
     ids, value = torch.tensor([0, 4, 1, 2, 3]), lazily_negated()
     dense = value.resolve_neg()

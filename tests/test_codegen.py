@@ -172,6 +172,20 @@ def test_places_of_the_gradient_have_64_bits(kernel, dtype):
     assert re.search(r"arith\.muli .* : i64 ", code)
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("kernel", gradient_code.KERNELS)
+def test_places_of_the_cuda_gradient_have_64_bits(kernel, dtype):
+    """Likewise: the number of a warp's unit alone is made of products of 32 bits."""
+    needs_nvcc(gradient_code.Configuration("sm_90", dtype, backend="cuda"))
+    name = cuda_code.gradient_kernel(kernel, "sm_90", dtype, False)
+    code = cuda_code.ptx_of(name, "sm_90", cuda_code.GRADIENTS)
+    grid = dict(re.findall(r"mov\.u32\s+(%r\d+), %(\w+\.\w);", code))
+    narrow = re.findall(r"(?:mul|mad)\.lo\.[su]32\s+(%r\d+), (%r\d+), (%r\d+)", code)
+    (block, *fold), (_, *warps) = narrow
+    assert {grid.get(one) for one in fold} == {"ctaid.z", "nctaid.y"} and block in warps
+    assert re.search(r"(?:mul|mad)\.lo\.s64", code)
+
+
 @pytest.mark.parametrize("case", gradient_code.CASES, ids=lambda case: case.name)
 def test_bytes_of_the_gradient(case):
     moved = gradient_code.moved(case)

@@ -123,12 +123,28 @@ def in_shim(operators, compiler):
     return run_python
 
 
-def test_equality_matrix_under_sanitizers(in_shim):
-    options = ("-q", "-m", "gpu", "-p", "no:cacheprovider")
-    done = in_shim("-m", "pytest", *options, "tests/test_cuda.py", "tests/test_cuda_gradients.py")
+LONG_ROWS = "long_rows or more_pieces or long_calls"
+
+
+def passed_in(in_shim, *options):
+    done = in_shim("-m", "pytest", "-q", "-p", "no:cacheprovider", *options)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= 150, done.stdout[-2000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+def test_equality_matrix_under_sanitizers(in_shim, compiler):
+    """Rows of several pieces take clang++'s sanitizers three times as long as g++'s."""
+    some = () if compiler.command == "g++" else ("-k", f"not ({LONG_ROWS})")
+    assert passed_in(in_shim, "-m", "gpu", *some, "tests/test_cuda.py") >= 300
+
+
+@pytest.mark.long
+def test_long_rows_under_sanitizers(in_shim):
+    assert passed_in(in_shim, "-m", "gpu", "-k", LONG_ROWS, "tests/test_cuda.py") >= 20
+
+
+def test_gradients_under_sanitizers(in_shim):
+    assert passed_in(in_shim, "-m", "gpu", "tests/test_cuda_gradients.py") >= 55
 
 
 @pytest.mark.long
@@ -139,21 +155,8 @@ def test_cpu_matrix_under_sanitizers(in_shim):
     left_out = (
         "not out_of_range and not empty_table and not no_columns and not knows_its_instruction_sets"
     )
-    done = in_shim(
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not long",
-        "-k",
-        left_out,
-        "-p",
-        "no:cacheprovider",
-        "tests/test_backends.py",
-        "tests/test_numbering.py",
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 450, done.stdout[-2000:]
+    chosen = ("-m", "not long", "-k", left_out)
+    assert passed_in(in_shim, *chosen, "tests/test_backends.py", "tests/test_numbering.py") >= 450
 
 
 MUTATIONS = {
@@ -270,7 +273,7 @@ OUTSIDE = {
         "tables.record",
     ),
 }
-QUICK = ("multiplier", "mask dropped", "real token of the pieces before", "id at the end")
+QUICK = ("mask dropped", "real token of the pieces before", "id at the end")
 
 
 BY_GCC = pytest.mark.parametrize("compiler", ["g++"], indirect=True)

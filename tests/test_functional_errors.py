@@ -525,6 +525,18 @@ REMEDIES = [
 ]
 
 
+def test_nested_tensors_are_told_their_dense_form():
+    ids = torch.nested.nested_tensor([IDS[0], IDS[1, :2]], layout=torch.jagged)
+    refused(
+        TypeError, r"input_ids must be a dense tensor.*\.values", noisy_embedding, ids, WEIGHT, 5
+    )
+    embeds = torch.nested.nested_tensor([WEIGHT, WEIGHT[:2]], layout=torch.jagged)
+    refused(TypeError, r"inputs_embeds must be a dense tensor.*\.values", add_noise, embeds, 5.0)
+    dense = {"cu_seqlens": ids.offsets(), "seed": 3}
+    expected = noisy_embedding(torch.cat((IDS[0], IDS[1, :2])), WEIGHT, 5.0, **dense)
+    assert torch.equal(noisy_embedding(ids.values(), WEIGHT, 5.0, **dense), expected)
+
+
 @pytest.mark.parametrize("message, given", REMEDIES, ids=[message for message, _ in REMEDIES])
 def test_errors_name_the_remedy(message, given):
     shape, given = given.get("shape", tuple(IDS.shape)), {"noise_alpha": 5.0, **given}

@@ -172,6 +172,26 @@ def test_a_second_batch_of_one_forward_does_not_take_the_firsts_mask():
     assert torch.equal(out[1], noisy(OTHER, weight, seeds[1]))
 
 
+PARTS = {
+    "columns": lambda ids: [ids[:, column] for column in range(8)],
+    "columns that keep their axis": lambda ids: ids.split(1, 1),
+    "chunks": lambda ids: ids.split(4, 1),
+    "copies of chunks": lambda ids: [part.clone() for part in ids.split(4, 1)],
+}
+
+
+@pytest.mark.parametrize("is_masked", (False, True))
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_sequence_are_not_taken_for_whole_in_silence(name, is_masked):
+    said = {} if is_masked else {"attention_mask": None}
+    heard(lambda ids, _: PARTS[name](ids), warns="some columns at a time", **said)
+
+
+def test_columns_that_meet_are_no_parts():
+    """Inputs and the targets behind them; the same half again, as a checkpoint looks it up."""
+    heard(lambda ids, _: [ids[:, :-1], ids[:, 1:], ids[:, :4], ids[:, :4]])
+
+
 def test_ids_that_the_forward_makes_twice():
     """The first count as its own by their shape, the second are other ones."""
     out, seeds, weight, _ = heard(

@@ -363,9 +363,7 @@ def test_default_operators_of_a_gpu(monkeypatch, served_by):
             return "triton"
 
     monkeypatch.setattr(
-        backends,
-        "load_triton",
-        lambda module: Triton if served_by == "triton" else backends.NO_TRITON,
+        backends, "load_triton", lambda _: Triton if served_by == "triton" else backends.NO_TRITON
     )
     cuda = None if served_by == "reference" else lambda *args: "cuda"
     assert (
@@ -375,7 +373,7 @@ def test_default_operators_of_a_gpu(monkeypatch, served_by):
 
 
 def test_overlap_is_refused_before_a_gpu_is_asked(monkeypatch):
-    monkeypatch.setattr(backends, "load_triton", lambda module: backends.NO_TRITON)
+    monkeypatch.setattr(backends, "load_triton", lambda _: backends.NO_TRITON)
     serve = backends.on_gpu("add_noise_out", lambda *args, out: "served", None)
     memory = torch.zeros(80)
     out, beside = memory[:64].view(1, 4, 16), memory[4:68].view(1, 4, 16)

@@ -802,7 +802,8 @@ def test_bad_arguments_of_the_callback():
     with pytest.raises(ValueError, match="finite and >= 0, got -1.0"):
         NEFTuneCallback(-1.0)
     with pytest.raises(
-        TypeError, match=r"NEFTuneCallback\(\) got an unexpected keyword argument 'alpha'"
+        TypeError,
+        match=r"NEFTuneCallback.* unexpected keyword argument 'alpha': its name is noise_alpha",
     ):
         NEFTuneCallback(5.0, alpha=3)
     with pytest.raises(ValueError, match="num_steps must be >= 1, got 0"):

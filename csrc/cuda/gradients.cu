@@ -13,7 +13,7 @@
 namespace neftune_kernels {
 namespace {
 
-constexpr int kThreads = 128;                // of a block
+constexpr int kThreads = 128;  // of a block
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kBlocksPerMultiprocessor = 7;  // 28 warps: at most 72 registers a thread
 constexpr int kColumns = 8;                  // of a lane

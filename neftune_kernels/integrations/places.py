@@ -3,6 +3,7 @@ by its ids, not by its shape.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +28,23 @@ def transposed(values: Tensor) -> Tensor:
 def behind(others: int) -> Place:
     """The place of ids that have others before them, which are padding to the noise."""
     return lambda values: torch.nn.functional.pad(values, (others, 0))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The place of some columns of the sequence, or of one that has lost its axis."""
+
+    start: int
+    width: int
+    is_kept: bool = True  # the axis
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if self.is_kept:
+            return values[..., self.start : self.start + self.width]
+        return values[..., self.start]
+
+    def meets(self, other: "Columns") -> bool:
+        return self.start < other.start + other.width and other.start < self.start + self.width
 
 
 def values_cost_nothing(input: Tensor) -> bool:
@@ -88,6 +106,12 @@ def _by_storage(input: Tensor, ids: Tensor) -> Place | None:
     )
     if not ids.is_contiguous() or offset < 0 or last >= ids.numel():
         return None
+    if ids.dim() > 1 and offset < ids.shape[-1]:
+        leading, steps = ids.shape[:-1], ids.stride()[:-1]
+        if input.shape == leading and input.stride() == steps:
+            return Columns(int(offset), 1, is_kept=False)
+        if input.shape[:-1] == leading and input.stride()[:-1] == steps and input.stride(-1) == 1:
+            return Columns(int(offset), input.shape[-1])
     number = torch.arange(ids.numel(), device=ids.device)
     return _taken(number.as_strided(input.shape, input.stride(), offset))
 
@@ -133,12 +157,8 @@ def _chunk(input: Tensor, ids: Tensor) -> Place | None:
     could = could & (row[own - 1 :] == wanted[-1])
     for start in could.nonzero().flatten()[:CHUNKS].tolist():
         if torch.equal(input, ids[..., start : start + own]):
-            return _columns(start, own)
+            return Columns(start, own)
     return None
-
-
-def _columns(start: int, own: int) -> Place:
-    return lambda values: values[..., start : start + own]
 
 
 def _shifted(input: Tensor, ids: Tensor) -> Place | None:

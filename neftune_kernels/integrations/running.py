@@ -36,6 +36,7 @@ from .advice import could_tell, paste
 from .arguments import Padding, from_arguments, tail
 from .checkpoints import FirstPasses, drawn_in_compiled_code
 from .places import (
+    Columns,
     Place,
     behind,
     padded,
@@ -221,6 +222,7 @@ class Forward:
     _others: list[Sequence] | None = None  # found when a site asks for other ids than its own
     _looked_up: Tensor | None = None  # the first ids that came as none of them
     _lookups: Counter["Site"] | None = None  # of sites that were looked at
+    _columns: dict[tuple["Site", int], Columns] | None = None  # that a site read first, of each
 
     def __init__(self, listener: Any, given: dict[str, Any], frame: int = 0) -> None:
         """frame: the id of the frame that has called the model's hook and will call its forward."""
@@ -315,6 +317,13 @@ class Forward:
             return padded(input, ids)
         others = input.shape[-1] - ids.shape[-1] if input.dim() == ids.dim() else 0
         return behind(others) if quirks.prompts is not None and others > 0 else None
+
+    def in_parts(self, site: "Site", index: int, where: Columns) -> str:
+        """What is to be said where a site has read other columns of that sequence before."""
+        if self._columns is None:
+            self._columns = {}
+        first = self._columns.setdefault((site, index), where)
+        return "" if where.meets(first) else IN_PARTS.format(self.listener.name)
 
     def claims(self, input: Tensor) -> bool:
         """Whether ids that are no argument, nor a part of one, are taken for the forward's own by
@@ -449,6 +458,11 @@ UNTOLD = (
     "no forward around the embedding takes an attention_mask, so every token but padding_idx "
     "counts as real"
 )
+IN_PARTS = (
+    "{} looks its tokens up some columns at a time, and to NEFTune each of these parts is samples "
+    "of its own, of the part's length: louder than the paper's noise of a whole sample. Where the "
+    "parts are one sample, look it up in one call, embedding(input_ids), and cut its output"
+)
 
 
 def does_not_fit(mask: Tensor, input: Tensor) -> str:
@@ -563,6 +577,8 @@ class Site:
             if decoder and not of_decoder:
                 continue  # a decoder's own ids are not the encoder's, even where they are alike
             told = forward.told(index, input)
+            if isinstance(where, Columns) and (message := forward.in_parts(self, index, where)):
+                self.state.warn_once(message)
             if where is not same:
                 prompts = forward.listener.quirks.prompts
                 if prompts is not None and told.padding_unsaid:
