@@ -31,8 +31,8 @@ def embedding_gradient_out(
     ops.OUT["cuda_sorted_gradient"](*tokens, reference.SUM_CHUNK, *how, out=out)
     chunks = tokens.scratch.shape[0] // 2
     launches = 1 + (chunks > 1) + (chunks > reference.SUM_CHUNK)
-    kind = f"embedding_gradient {out.dtype} {scale_grad_by_freq} {launches}"
-    done = "cuda", out.device.type, kind
+    kind = "gradient", out.dtype, scale_grad_by_freq, launches
+    done = "cuda", out.device.type, repr(kind)
     if done not in self_check.passed and self_check.wanted(out.device):
         if not self_check.gradient_agrees("cuda", out, tokens.grad, input_ids, *how):
             return NotImplemented

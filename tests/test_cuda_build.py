@@ -332,7 +332,7 @@ def test_stray_accesses_are_seen(in_shim, tmp_path, name):
 
 
 def races(sources, program):
-    """What ThreadSanitizer says of the kernels that number documents: a fiber to each thread."""
+    """What ThreadSanitizer says of the kernels that this program runs: a fiber to each thread."""
     flags = (
         "-std=c++20",
         "-O1",
@@ -345,22 +345,31 @@ def races(sources, program):
         "-I",
         ROOT / "tests",
     )
-    run("g++", *flags, ROOT / "tests/cuda_races.cpp", "-o", program)
+    run("g++", *flags, ROOT / "tests" / f"{program.name}.cpp", "-o", program)
     plain_addresses = (
         ["setarch", "-R"] if shutil.which("setarch") else []
     )  # some kernels place code where the sanitizer wants its own
     return subprocess.run([*plain_addresses, str(program)], capture_output=True, text=True)
 
 
-def test_threads_of_a_block_do_not_race(tmp_path):
+@pytest.mark.parametrize(
+    "program, file, needed",
+    [
+        ("cuda_races", "documents.h", "__syncthreads();"),
+        ("cuda_gradient_races", "gradients.cu", "if (comes && unit != opening) return;"),
+    ],
+)
+def test_threads_of_a_block_do_not_race(tmp_path, program, file, needed):
     if shutil.which("g++") is None:
         skip_or_fail("no g++ here: races are not looked for")
-    done = races(ROOT / "csrc", tmp_path / "races")
+    done = races(ROOT / "csrc", tmp_path / program)
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc/cuda/documents.h"
-    path.write_text(path.read_text().replace("__syncthreads();", "", 1))
-    done = races(tmp_path / "csrc", tmp_path / "races")
+    path = tmp_path / "csrc/cuda" / file
+    text = path.read_text()
+    assert needed in text
+    path.write_text(text.replace(needed, "", 1))
+    done = races(tmp_path / "csrc", tmp_path / program)
     assert done.returncode != 0 and "ThreadSanitizer: data race" in done.stderr
 
 

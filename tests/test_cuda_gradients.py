@@ -15,6 +15,7 @@ from test_cuda import device, gpu, grid_limit  # noqa: F401  (fixtures)
 from test_gradients import assert_equal
 from test_triton_gradients import (  # noqa: F401  (a fixture, and tests that are collected here, too)
     FEW,
+    RUNS,
     agree,
     by_kernel,
     expected,
@@ -109,6 +110,23 @@ def test_grids_smaller_than_the_chunks(small_chunks, grid_limit):  # noqa: F811
     for columns in (8, 300, 600):
         ids = runs_of(1, 20, 3, 9)
         agree(small_chunks, torch.randn(33, columns), ids, 4)
+
+
+@pytest.fixture
+def backwards(device):  # noqa: F811
+    if cuda_shim is None:
+        pytest.skip("a GPU has its own order")
+    cuda_shim.neftune_shim_backwards(ctypes.c_bool(True))
+    yield
+    cuda_shim.neftune_shim_backwards(ctypes.c_bool(False))
+
+
+@pytest.mark.parametrize("columns", (8, 600, 9))
+def test_any_order_of_warps(small_chunks, backwards, columns):  # noqa: F811
+    """What is left for others is theirs in the next launch: the last warps may come first."""
+    for name in RUNS:
+        ids = runs_of(*RUNS[name])
+        agree(small_chunks, torch.randn(ids.numel(), columns), ids, len(RUNS[name]))
 
 
 def sorted_call(device, **changed):  # noqa: F811
