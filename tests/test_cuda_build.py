@@ -233,6 +233,7 @@ GRADIENTS = {
     "order of the carry": ("parts[k][i])", "parts[kAhead - 1 - k][i])"),
     "parts of a group": ("other + k < stop", "other + k + 1 < stop"),
     "a run that comes into a group": ("comes && unit != opening", "comes"),
+    "a run taken up twice": ("if (comes && unit != opening) return;", ""),
     "a run that leaves a group": ("if (comes || leaves)", "if (comes)"),
     "groups added at once": (
         "a.group = last ? a.units : static_cast<uint32_t>(a.chunk)",
@@ -248,7 +249,7 @@ GRADIENTS = {
     "folds of chunks": ("blockIdx.y + blockIdx.z * gridDim.y", "blockIdx.y"),
 }
 OUTSIDE_GRADIENTS = {
-    "id at the end": ("<Unsigned>(id) < static", "<Unsigned>(id) <= static"),
+    "row at the end": ("<Unsigned>(id) < static", "<Unsigned>(id) <= static"),
     "columns past a row": ("are_there = column < half", "are_there = column < half + 4"),
     "single columns past a row": ("left < kStrip ? left : kStrip)", "kStrip)"),
     "tokens past the last": ("place + k < end ? a.order", "place + k <= end ? a.order"),
@@ -273,7 +274,13 @@ OUTSIDE = {
         "tables.record",
     ),
 }
-QUICK = ("mask dropped", "real token of the pieces before", "id at the end")
+QUICK = (
+    "multiplier",
+    "mask dropped",
+    "real token of the pieces before",
+    "id at the end",
+    "order of the carry",
+)
 
 
 BY_GCC = pytest.mark.parametrize("compiler", ["g++"], indirect=True)
