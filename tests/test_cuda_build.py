@@ -275,7 +275,6 @@ OUTSIDE = {
     ),
 }
 QUICK = (
-    "multiplier",
     "mask dropped",
     "real token of the pieces before",
     "id at the end",
