@@ -148,7 +148,7 @@ def sorted_call(device, **changed):  # noqa: F811
 
 
 def test_ids_of_64_bits(device):  # noqa: F811
-    """As they are where a table has 2**31 rows; its own are as far apart as can be."""
+    """As they are where a table has 2**31 rows; and a padding_idx that no 32 bits hold is none."""
     wide = sorted_call(device, ids=torch.tensor([-1, 0, 0, 2, 2, 3], device=device))
     assert wide[:, 0].tolist() == [2.0, 0.0, 2.0]
     assert sorted_call(device, padding_idx=2**32 + 1)[:, 0].tolist() == [2.0, 3.0, 1.0]
