@@ -4,11 +4,10 @@ VENV ?= .venv
 JOBS ?= 2
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-TRITON_TESTS = tests/test_triton.py tests/test_triton_gradients.py
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 DEMO = build/demo-venv
 
-.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels cibuildwheel test-triton test-triton-interpreter test-triton-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
+.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
 
 setup: $(READY)
 
@@ -45,15 +44,18 @@ test: setup
 # The Triton kernels without a GPU: as Python, and as the IR that the compiler's front end makes of them.
 test-triton: setup
 	@if $(BIN)/python -c "import triton, ttsem" 2>/dev/null; then \
-	  $(MAKE) --no-print-directory --output-sync=target -j$(JOBS) test-triton-interpreter test-triton-ir; \
+	  $(MAKE) --no-print-directory --output-sync=target -j$(JOBS) test-triton-interpreter test-triton-ir test-triton-gradients-ir; \
 	else echo "NOT RUN: the Triton kernels' tests without a GPU need triton and ttsem (requirements-triton.txt)"; \
 	  test "$$NEFTUNE_REQUIRE_TRITON" != 1; fi
 
 test-triton-interpreter: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "gpu and not long" $(TRITON_TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "gpu and not long" tests/test_triton.py tests/test_triton_gradients.py
 
 test-triton-ir: setup
-	$(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" $(TRITON_TESTS)
+	$(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" tests/test_triton.py
+
+test-triton-gradients-ir: setup
+	$(BIN)/python -m ttsem.sanitize pytest -m "gpu and not long" tests/test_triton_gradients.py
 
 test-long: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile

@@ -31,6 +31,7 @@ from setuptools.errors import ExecError
 
 CSRC = pathlib.Path("csrc")
 TORCH_INCLUDE = pathlib.Path("third_party", "torch", "include")
+CUDA_SOURCES = ("kernels.cu", "gradients.cu")
 CUDA_EXTENSION = "neftune_kernels._C_cuda"
 BUILT_FOR = sysconfig.get_platform()  # _PYTHON_HOST_PLATFORM names another machine than this one
 TORCH_TARGET_VERSION = (
@@ -202,27 +203,21 @@ class BuildKernel(build_ext):  # type: ignore[misc]
                 )
 
     def compile_cuda(self, ext: Extension) -> None:
-        """kernels.cu by nvcc; the rest, with the CUDA runtime linked in, is an extension like the
+        """The kernels by nvcc; the rest, with the CUDA runtime linked in, is an extension like the
         other.
         """
         if sys.platform != "linux":
             raise RuntimeError(f"the CUDA kernels are built on Linux, not on {sys.platform}")
         toolkit = find_toolkit()
-        target = pathlib.Path(self.build_temp, "kernels.cu.o")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            toolkit.nvcc,
-            *NVCC_FLAGS,
-            *arch_flags(toolkit),
-            "--threads",
-            "0",
-            "-c",
-            CSRC / "cuda" / "kernels.cu",
-            "-o",
-            target,
-        ]
-        run_compiler([str(part) for part in command])
-        ext.extra_objects = [str(target), str(toolkit.runtime)]
+        flags = [*NVCC_FLAGS, *arch_flags(toolkit), "--threads", "0"]
+        objects = []
+        for name in CUDA_SOURCES:
+            target = pathlib.Path(self.build_temp, f"{name}.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files = ["-c", CSRC / "cuda" / name, "-o", target]
+            run_compiler([str(part) for part in (toolkit.nvcc, *flags, *files)])
+            objects.append(str(target))
+        ext.extra_objects = [*objects, str(toolkit.runtime)]
 
     def configure(self, ext: Extension) -> None:
         """What both libraries need: torch's headers, something to link to, the messages of a

@@ -518,7 +518,8 @@ def main() -> None:
         f"The row kernel has so many instructions more than with lengths: {reading}, at most "
         f"{numbering_code.READING}\n"
     )
-    gradients = gradient_code.report({name: TARGETS[name] for name in NVIDIA})
+    nvidia = {name: TARGETS[name] for name in NVIDIA}
+    gradients = gradient_code.report(nvidia, with_cuda="cuda" in backends)
     rivals = inductor_code.rivals()
     print(
         f"\nWhat torch.compile (torch {torch.__version__}) makes of the same on sm_90, bfloat16, d "

@@ -1,5 +1,4 @@
-"""What nvcc makes of csrc/cuda/kernels.cu, without a GPU; the rows of bench.codegen beside
-Triton's.
+"""What nvcc makes of csrc/cuda, without a GPU; the rows of bench.codegen beside Triton's.
 
 The kernels take d as an argument, so their columns are a loop. Counted are the instructions that a
 warp issues for a row with noise, at
@@ -21,6 +20,7 @@ from bench.disassembly import Function, Loop, jump, loops, on_binary, opcode, pa
 from setup import CSRC, NVCC_FLAGS, find_toolkit
 
 KERNELS = pathlib.Path(__file__).parent.parent / CSRC / "cuda" / "kernels.cu"
+GRADIENTS = KERNELS.with_name("gradients.cu")
 LANES = 32
 ELEMENTS = {"float32": "Float32", "bfloat16": "BFloat16Pair", "float16": "Float16Pair"}
 LAYOUT_KINDS = {
@@ -45,24 +45,15 @@ def nvcc_version() -> str:
 def compile_kernels(
     target: str, source: pathlib.Path = KERNELS, *options: str
 ) -> tuple[bytes, str]:
-    """(cubin, PTX) of all kernels."""
+    """(cubin, PTX) of all kernels of a source."""
     nvcc = str(find_toolkit().nvcc)
     flags = [flag for flag in NVCC_FLAGS if flag not in ("-Xfatbin", "-compress-all")]
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("cubin", "ptx"):
-            command = [
-                nvcc,
-                *flags,
-                f"-arch={target}",
-                *options,
-                f"-{kind}",
-                str(source),
-                "-o",
-                f"{folder}/kernels.{kind}",
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        command = [nvcc, *flags, f"-arch={target}", *options, "-cubin", str(source)]
+        kept = ["-keep", "-keep-dir", folder, "-o", f"{folder}/kernels.cubin"]
+        subprocess.run([*command, *kept], check=True, capture_output=True, text=True)
         return pathlib.Path(folder, "kernels.cubin").read_bytes(), pathlib.Path(
-            folder, "kernels.ptx"
+            folder, f"{source.stem}.ptx"
         ).read_text()
 
 
@@ -219,6 +210,21 @@ def numbering(target: str, shape: tuple[int, int]) -> Numbering:
     return Numbering(plain, any_row, registers, stack, spills, len(kernels), opcodes)
 
 
+def ptx_of(name: str, target: str, source: pathlib.Path = KERNELS) -> str:
+    """That kernel's alone."""
+    _, text = compile_kernels(target, source)
+    return text.split(f".entry {name}(", 1)[1].split("\n}", 1)[0]
+
+
+def gradient_kernel(kernel: str, target: str, dtype: str, by_freq: bool) -> str:
+    """Its mangled name, of the instance that serves rows read in vectors."""
+    element = rf"VectorsI.*\d{ELEMENTS[dtype]}E+.*NarrowIds.*Lb{int(by_freq)}E"
+    (name,) = [
+        name for name in sections(target, GRADIENTS) if kernel in name and re.search(element, name)
+    ]
+    return name
+
+
 class Measured(NamedTuple):
     instructions: float
     registers: int
@@ -228,9 +234,9 @@ class Measured(NamedTuple):
 
 
 @functools.cache
-def usage(target: str) -> dict[str, dict[str, int]]:
+def usage(target: str, source: pathlib.Path = KERNELS) -> dict[str, dict[str, int]]:
     """cuobjdump's resources of every kernel."""
-    text = on_binary("cuobjdump", compile_kernels(target)[0], "-res-usage")
+    text = on_binary("cuobjdump", compile_kernels(target, source)[0], "-res-usage")
     found = re.findall(r"Function (\S+):\s+(REG:.*)", text)
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
@@ -265,7 +271,6 @@ def write_artefacts(
 ) -> None:
     """The kernel's code and how launch_rows would launch it."""
     name = kernel_name(target, dtype, layout, scaled)
-    cubin, ptx = compile_kernels(target)
     launch = {
         "target": target,
         "kernel": name,
@@ -276,6 +281,7 @@ def write_artefacts(
         "parameters": [{"name": "arguments", "type": "RowArguments, csrc/cuda/launch.h"}],
         "nvcc": NVCC_FLAGS,
     }
+    cubin, ptx = compile_kernels(target)
     (folder / "kernel.cubin").write_bytes(cubin)
     (folder / "kernel.ptx").write_text(ptx)
     (folder / "kernel.sass").write_text(sections(target)[name])

@@ -1,5 +1,5 @@
-"""What Triton makes of the kernels of the weight's gradient, and what they and others move, for
-bench.codegen.
+"""What Triton and nvcc make of the kernels of the weight's gradient, and what they and others move,
+for bench.codegen.
 
 Instructions are those of the longest way: every token ends a run whose row is written, so that no
 branch is left out. Bytes are a model: what an algorithm reads and writes once each, in no cache;
@@ -7,6 +7,7 @@ that of the others by what their sources do. Nothing of it was timed.
 """
 
 import functools
+import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.disassembly import Function, jump, opcode, parsed, resources, sass
+from bench import cuda_code
+from bench.disassembly import Function, loops, opcode, parsed, resources, sass
 from bench.gradient import CASES, Case, make_ids
 from bench.numbering_code import amd_figure, ways
 from neftune_kernels import triton_gradients, triton_kernels
@@ -34,10 +36,12 @@ class Configuration(NamedTuple):
     embedding_dim: int = 4096
     scaled: bool = False
     by_freq: bool = False
+    backend: str = "triton"  # "cuda": the scale is always a product, and d no constant
 
     @property
     def name(self) -> str:
-        what = f"{self.target}-{self.dtype}-d{self.embedding_dim}"
+        prefix = "" if self.backend == "triton" else f"{self.backend}-"
+        what = f"{prefix}{self.target}-{self.dtype}-d{self.embedding_dim}"
         return what + "-scaled" * self.scaled + "-by_freq" * self.by_freq
 
 
@@ -87,13 +91,50 @@ def compiled(kernel: str, configuration: Configuration, target: GPUTarget) -> An
     )
 
 
-def trips(code: Function) -> tuple[int, int]:
-    """Instructions before the loop over tokens, and of the longest way through one trip. The jump
-    back stands behind the last EXIT.
-    """
-    first = min(place for place in code.labels.values())
-    assert not any(jump(line, code.labels) == first for line in code.lines[:first])
-    return first, ways(code)[1] - first + 1
+ROW_LOADS = {"float32": 2, "bfloat16": 1, "float16": 1}  # of 16 bytes, by a thread
+
+
+def row_loads(code: Function) -> list[int]:
+    """Where sum_chunks asks for rows, whose sums it has in registers."""
+    return [i for i, line in enumerate(code.lines) if re.match(r"LDG\S*128", opcode(line))]
+
+
+def issued(code: Function, dtype: str) -> float:
+    """Instructions of a chunk on the longest way."""
+    longest = ways(code)[1]
+    found = loops(code)
+    if found:
+        (loop,) = found
+        first, trip = loop.first, longest - loop.first - 1
+    else:  # Triton's jump back stands behind the last EXIT
+        first = min(code.labels.values())
+        trip = longest - first + 1
+    return first + trip * SUM_CHUNK * ROW_LOADS[dtype] / len(row_loads(code))
+
+
+@functools.cache
+def function(kernel: str, configuration: Configuration, target: GPUTarget) -> Function:
+    """Its machine code for an NVIDIA target."""
+    if configuration.backend == "cuda":
+        name, dtype, *_, by_freq, _ = configuration
+        found = cuda_code.gradient_kernel(kernel, name, dtype, by_freq)
+        return cuda_code.function(name, found, cuda_code.GRADIENTS)
+    return parsed(kernel, sass(compiled(kernel, configuration, target).asm["cubin"]))
+
+
+def used(kernel: str, configuration: Configuration, target: GPUTarget) -> tuple[int, int, int]:
+    """Registers, bytes of the stack, bytes of shared memory."""
+    if configuration.backend == "cuda":
+        name = function(kernel, configuration, target).name
+        found = cuda_code.usage(configuration.target, cuda_code.GRADIENTS)[name]
+        return found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"]
+    triton_kernel = compiled(kernel, configuration, target)
+    shared = triton_kernel.metadata.shared
+    if target.backend == "hip":
+        text = triton_kernel.asm["amdgcn"]
+        stack = amd_figure(text, "private_segment_fixed_size")
+        return amd_figure(text, "vgpr_count"), stack, shared
+    return *resources(triton_kernel.asm["cubin"]), shared
 
 
 @functools.cache
@@ -101,23 +142,17 @@ def measure(configuration: Configuration, target: GPUTarget) -> Code:
     per_element, registers, stack, shared, wide = 0.0, 0, 0, 0, 0
     opcodes: Counter[str] = Counter()
     for name in KERNELS:
-        kernel = compiled(name, configuration, target)
-        shared = max(shared, kernel.metadata.shared)
+        own = used(name, configuration, target)
+        registers, stack, shared = max(registers, own[0]), stack + own[1], max(shared, own[2])
         if target.backend == "hip":
-            text = kernel.asm["amdgcn"]
-            registers = max(registers, amd_figure(text, "vgpr_count"))
-            stack += amd_figure(text, "private_segment_fixed_size")
             continue
-        code, used = parsed(name, sass(kernel.asm["cubin"])), resources(kernel.asm["cubin"])
-        registers, stack = max(registers, used.registers), stack + used.stack_bytes
+        code = function(name, configuration, target)
         found = Counter(map(opcode, code.lines))
         opcodes.update(found)
         wide += sum(n for what, n in found.items() if what[:3] in ("LDG", "STG") and "128" in what)
         if name == "sum_chunks":
-            before, trip = trips(code)
-            ahead, columns = triton_gradients.AHEAD.value, 2 * triton_gradients.HALF.value
-            issued = before + trip * SUM_CHUNK / ahead
-            per_element = issued / (SUM_CHUNK * columns / target.warp_size)
+            elements = SUM_CHUNK * 2 * triton_gradients.HALF.value / target.warp_size
+            per_element = issued(code, configuration.dtype) / elements
     return Code(per_element, registers, stack, shared, wide, opcodes)
 
 
@@ -204,29 +239,41 @@ def configurations(targets: tuple[str, ...]) -> list[Configuration]:
     ]
 
 
-def report(targets: dict[str, GPUTarget]) -> dict[str, list[dict[str, Any]]]:
+def cuda_configurations(targets: tuple[str, ...]) -> list[Configuration]:
+    return [
+        Configuration(target, dtype, by_freq=by_freq, backend="cuda")
+        for by_freq in (False, True)
+        for target in targets
+        for dtype in TYPES
+    ]
+
+
+def report(targets: dict[str, GPUTarget], with_cuda: bool) -> dict[str, list[dict[str, Any]]]:
     """Two tables, printed; their rows."""
     print(
         "\nThe weight's gradient (deterministic_grad=True): instructions per element, longest way\n"
     )
     titles = ("/element", "at most", "regs", "128-bit", "stack", "shared")
-    print(f"{'target':8}{'dtype':10}{'d':>6}  {'':8}" + "".join(f"{t:>9}" for t in titles))
-    rows = []
-    for configuration in configurations(tuple(targets)):
+    head = f"{'':7}{'target':8}{'dtype':10}{'d':>6}  {'':8}"
+    print(head + "".join(f"{t:>9}" for t in titles))
+    rows, chosen = [], configurations(tuple(targets))
+    chosen += cuda_configurations(tuple(targets)) if with_cuda else []
+    for configuration in chosen:
         target = targets[configuration.target]
         code, wrong = measure(configuration, target), missed(configuration, target)
         rows.append({**configuration._asdict(), **code._asdict(), "missed": wrong})
         how = "by_freq" if configuration.by_freq else "scaled" if configuration.scaled else ""
         most = BY_FREQ if configuration.by_freq else PER_ELEMENT
         print(
-            f"{configuration.target:8}{configuration.dtype:10}{configuration.embedding_dim:6}"
+            f"{configuration.backend:7}{configuration.target:8}{configuration.dtype:10}"
+            f"{configuration.embedding_dim:6}"
             f"  {how:8}{code.per_element:9.2f}{most:9}{code.registers:9}{code.wide:9}"
             f"{code.stack_bytes:9}{code.shared_bytes:9}"
             f"  {'missed: ' + ', '.join(wrong) if wrong else 'met'}"
         )
     print(
         f"\nBytes over the floor (the gradient read, (V, d) written), modelled from what each "
-        f"algorithm reads and writes; at most {TIMES_FLOOR} of ours\n"
+        f"algorithm reads and writes; at most {TIMES_FLOOR} of ours, in both languages\n"
     )
     print(f"{'':42}{'floor, MB':>10}" + "".join(f"{n:>10}" for n in list(moved(CASES[0]))[1:]))
     bytes_rows = []

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import cuda_gradients, ops, reference_ops, self_check
 from . import layout as layouts
-from . import ops, reference_ops, self_check
 from .noise import Offsets
 from .torch_internals import asked_outside_the_graph, dispatch_modes, entry
 
@@ -235,6 +235,16 @@ def on_gpu(
             return cuda(*args, **kwargs)
         return otherwise(*args, **kwargs)
 
+    return for_any_out(name, serve, otherwise)
+
+
+def for_any_out(
+    name: str, serve: Callable[..., Any], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`serve`, which takes a contiguous `out` of a kernel's dtype apart from what that launcher
+    reads: others it is not given, and they are written all the same.
+    """
+
     def call(*args: Any, **kwargs: Any) -> Any:
         out = kwargs.get("out")
         if out is not None and out.dtype not in CPP_DTYPES:
@@ -287,15 +297,28 @@ register_on_gpus(
     ops.padding_by_mask("reference_number_documents"),
     CUDA_NUMBER_PADDING,
 )
-# the CUDA library has neither
-register_on_gpus("untailed", "untailed", layouts.untailed, None)
+register_on_gpus("untailed", "untailed", layouts.untailed, None)  # the CUDA library has none
+
+
+def cuda_gradient(*args: Any, out: Tensor) -> None:
+    """`cuda_embedding_gradient.out` on a GPU, for a contiguous `out`."""
+    failed = self_check.failure("cuda", out.device.type)
+    if failed or cuda_gradients.embedding_gradient_out(*args, out=out) is NotImplemented:
+        reference_ops.embedding_gradient_out(*args, out=out)
+
+
 register_on_gpus(
     "embedding_gradient.out",
     "embedding_gradient_out",
     reference_ops.embedding_gradient_out,
-    None,
+    cuda_gradient,
     "triton_gradients",
 )
+if not native_cuda.reason:
+    by_cuda = for_any_out(
+        "embedding_gradient_out", cuda_gradient, reference_ops.embedding_gradient_out
+    )
+    ops.library.impl("cuda_embedding_gradient.out", by_cuda, "CUDA")
 
 
 @asked_outside_the_graph

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import reference_ops
 from .torch_internals import applied_quickly, dispatch_modes, entry, transformed
 
+BEST = "embedding_gradient"  # the operator: by the device's best kernel
 LAZY_BYTES = 1 << 20  # from here on pages that nobody writes are not worth a page of zeros
 HAS_PAGES = hasattr(mmap, "MAP_ANONYMOUS")  # not on Windows
 
@@ -83,12 +84,15 @@ def deterministic(
     padding_idx: int = -1,
     embed_scale: float = 1.0,
     scale_grad_by_freq: bool = False,
+    operator: str = BEST,
 ) -> Tensor:
-    """What `deterministic_grad=True` asks for; eager CPUs have no other."""
+    """What `deterministic_grad=True` asks for, by the operator of that name; eager CPUs have no
+    other.
+    """
     how = padding_idx, embed_scale, scale_grad_by_freq
+    add = getattr(torch.ops.neftune_kernels, operator).out
     if torch.compiler.is_compiling():
         out = grad.new_zeros((num_embeddings, grad.shape[-1]))
-        add = torch.ops.neftune_kernels.embedding_gradient.out
         add(grad.contiguous(), input_ids, *how, out=out)
         return out
     if grad.device.type == "cpu":
@@ -99,7 +103,7 @@ def deterministic(
             "where create_graph=True or torch.func needs one"
         )
     out = torch.zeros((num_embeddings, grad.shape[-1]), dtype=grad.dtype, device=grad.device)
-    entry(torch.ops.neftune_kernels.embedding_gradient.out)(grad, input_ids, *how, out=out)
+    entry(add)(grad, input_ids, *how, out=out)
     return out
 
 

@@ -187,6 +187,8 @@ def embed_with_noise(
     if by_function:
         _refuse_forward_mode(weight)
     if deterministic_grad and gradients.asks_for_ours(weight):
+        if chosen.name == "cuda":
+            return ops.CudaDeterministicNoisyEmbedding.apply(chosen.noisy_embedding, *args)
         return ops.DeterministicNoisyEmbedding.apply(chosen.noisy_embedding, *args)
     if by_function or needs_graph:
         return ops.NoisyEmbedding.apply(chosen.noisy_embedding, *args)

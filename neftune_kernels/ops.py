@@ -96,6 +96,10 @@ def fake_embedding_gradient_out(*args: Any, out: Tensor) -> None:
     check_devices(("out", "grad", "input_ids"), (out, *args))
 
 
+def fake_sorted_gradient_out(*args: Any, out: Tensor) -> None:
+    check_devices(("out", "grad", "ids", "order", "scratch"), (out, *args))
+
+
 def fake_mask_layout(
     attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +189,7 @@ def setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.num_embeddings = weight.shape[0]
     ctx.padding_idx = padding_idx
     ctx.embed_scale = embed_scale
-    ctx.deterministic_grad = False  # the operators do not know the word
+    ctx.gradient = None  # deterministic_grad's operator; these do not know the word
     ctx.save_for_backward(input_ids)
 
 
@@ -226,8 +230,10 @@ class AddGradients(NamedTuple):
 
 def weight_gradient(ctx: Any, grad: Tensor) -> Tensor:
     (input_ids,) = ctx.saved_tensors
-    make = gradients.deterministic if ctx.deterministic_grad else gradients.dense
-    return make(grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale)
+    how = grad, input_ids, ctx.num_embeddings, ctx.padding_idx, ctx.embed_scale
+    if ctx.gradient is None:
+        return gradients.dense(*how)
+    return gradients.deterministic(*how, operator=ctx.gradient)
 
 
 def backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -332,6 +338,15 @@ def number_padding_operator(name: str, number_operator: str) -> Operator:
     return Operator(name, schema, padding_by_mask(number_operator), fake_number_padding)
 
 
+def gradient_operator(name: str) -> Operator:
+    schema = (
+        "(Tensor grad, Tensor input_ids, SymInt padding_idx, float embed_scale, "
+        "bool scale_grad_by_freq, *, Tensor(a!) out) -> ()"
+    )
+    by_reference = reference_ops.embedding_gradient_out
+    return Operator(f"{name}.out", schema, by_reference, fake_embedding_gradient_out)
+
+
 BY_DEVICE = (
     # the device's best kernel
     *embedding_operators("noisy_embedding"),
@@ -357,14 +372,17 @@ BY_DEVICE = (
     padding_operator("cuda_padding_layout", "cuda_mask_layout"),
     number_operator("cuda_number_documents"),
     number_padding_operator("cuda_number_padding", "cuda_number_documents"),
-    # one for all
+    gradient_operator("cuda_embedding_gradient"),
+    # of tokens that cuda_gradients.py has sorted
     Operator(
-        "embedding_gradient.out",
-        "(Tensor grad, Tensor input_ids, SymInt padding_idx, float embed_scale, "
-        "bool scale_grad_by_freq, *, Tensor(a!) out) -> ()",
-        reference_ops.embedding_gradient_out,
-        fake_embedding_gradient_out,
+        "cuda_sorted_gradient.out",
+        "(Tensor grad, Tensor ids, Tensor order, Tensor(a!) scratch, SymInt chunk, "
+        "SymInt padding_idx, float embed_scale, bool scale_grad_by_freq, *, Tensor(b!) out) -> ()",
+        reference_ops.sorted_gradient_out,
+        fake_sorted_gradient_out,
     ),
+    # one for all
+    gradient_operator("embedding_gradient"),
     Operator(
         "noisy_documents",
         f"(Tensor noise_mask, {LAYOUT}, SymInt position_offset=0) -> Tensor",
@@ -424,6 +442,7 @@ OUT: dict[str, Callable[..., None]] = {
         "reference_add_noise",
         "cuda_noisy_embedding",
         "cuda_add_noise",
+        "cuda_sorted_gradient",
     )
 }
 
@@ -456,7 +475,16 @@ class DeterministicNoisyEmbedding(NoisyEmbedding):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         setup_embedding(ctx, inputs[1:], output)
-        ctx.deterministic_grad = True
+        ctx.gradient = gradients.BEST
+
+
+class CudaDeterministicNoisyEmbedding(NoisyEmbedding):
+    """The same of backend="cuda"."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        setup_embedding(ctx, inputs[1:], output)
+        ctx.gradient = "cuda_embedding_gradient"
 
 
 class AddNoise(torch.autograd.Function):

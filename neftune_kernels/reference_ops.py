@@ -243,6 +243,23 @@ def check_gradient(grad: Tensor, input_ids: Tensor, out: Tensor) -> None:
         )
 
 
+def sorted_gradient_out(
+    grad: Tensor,
+    ids: Tensor,
+    order: Tensor,
+    scratch: Tensor,
+    chunk: int,
+    padding_idx: int,
+    embed_scale: float,
+    scale_grad_by_freq: bool,
+    *,
+    out: Tensor,
+) -> None:
+    """embedding_gradient_out of tokens that are sorted by id, stably."""
+    how = padding_idx, embed_scale, scale_grad_by_freq
+    embedding_gradient_out(grad[order], ids, *how, out=out)
+
+
 def embedding_gradient_out(
     grad: Tensor,
     input_ids: Tensor,

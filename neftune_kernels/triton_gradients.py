@@ -13,13 +13,12 @@ A program is one warp with 256 columns: what threads share are only loads and st
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference_ops, self_check
-from .reference import SUM_CHUNK
+from . import reference, self_check
+from .sorted_tokens import sorted_tokens
 from .triton_kernels import Launcher, row_kind, unpacked
 
 HALF = tl.constexpr(128)  # of a program's columns
@@ -327,28 +326,25 @@ def embedding_gradient_out(
 
     NotImplemented where its first sums are wrong.
     """
-    reference_ops.check_gradient(grad, input_ids, out)
-    num_embeddings, embedding_dim = out.shape
-    tokens, device = input_ids.numel(), out.device
-    if tokens == 0 or out.numel() == 0:
+    found = sorted_tokens(grad, input_ids, out)
+    if found is None:
         return None
-    rows = grad.reshape(tokens, embedding_dim)
-    rows = rows if embedding_dim < 2 or rows.stride(1) == 1 else rows.contiguous()
-    ids, order = sorted_ids(input_ids, num_embeddings)
-    chunks, strips = -(-tokens // SUM_CHUNK), -(-embedding_dim // (2 * HALF.value))
-    scratch = torch.empty(2 * chunks, embedding_dim, dtype=torch.float32, device=device)
+    rows, ids, order, scratch = found
+    chunk, device, (num_embeddings, embedding_dim) = reference.SUM_CHUNK, out.device, out.shape
+    tokens = rows.shape[0]
+    chunks, strips = -(-tokens // chunk), -(-embedding_dim // (2 * HALF.value))
     aligned = (out.data_ptr() | rows.data_ptr()) % 16 == 0
     kind = row_kind(rows.dtype, embedding_dim, rows.stride(0), 1, aligned)
     form = (kind == "pairs", embed_scale != 1, scale_grad_by_freq)
     memory = out.get_device(), out.data_ptr() & 15, rows.data_ptr() & 15
-    key: tuple[Any, ...] = (*memory, rows.dtype, ids.dtype, embedding_dim, SUM_CHUNK, kind, *form)
+    key: tuple[Any, ...] = (*memory, rows.dtype, ids.dtype, embedding_dim, chunk, kind, *form)
     numbers = tokens, num_embeddings, padding_idx
 
     def launch(launcher: Launcher, key: Any, programs: int, args: tuple[Any, ...]) -> None:
         found = launcher.compiled.get(key)
         launcher(key, found, memory[0], (programs * strips, 1, 1), args, 1)
 
-    sizes = embedding_dim, SUM_CHUNK
+    sizes = embedding_dim, chunk
     launch(
         launch_chunks,
         key,
@@ -359,7 +355,7 @@ def embedding_gradient_out(
         ),
     )
     levels = 0
-    for unit, group in ((SUM_CHUNK, SUM_CHUNK**2), (SUM_CHUNK**2, 0)):
+    for unit, group in ((chunk, chunk**2), (chunk**2, 0)):
         crossed = (tokens - 1) // unit
         if crossed:
             args = (out, scratch, ids, *numbers, embed_scale, *sizes, unit, group, *form)
@@ -371,12 +367,3 @@ def embedding_gradient_out(
         if not self_check.gradient_agrees("triton", out, rows, input_ids, *how):
             return NotImplemented
     return None
-
-
-def sorted_ids(input_ids: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
-    """(N,) ids in order, -1 or num_embeddings where out of range, and (N,) int64 the tokens they
-    belong to, those of one id in their own order.
-    """
-    dtype = torch.int32 if num_embeddings < 2**31 else torch.int64  # half the passes of a sort
-    ids, order = input_ids.reshape(-1).clamp(-1, num_embeddings).to(dtype).sort(stable=True)
-    return ids, order

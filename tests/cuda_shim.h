@@ -1,5 +1,5 @@
 // csrc/cuda on the CPU, for the sanitizers: force-included by tests/test_cuda_build.py before
-// kernels.cu and ops.cpp, both compiled as C++.
+// kernels.cu, gradients.cu and ops.cpp, all compiled as C++.
 //
 // The threads of a block run one after another or, where they meet at barriers or in their warp, as
 // fibers of one thread: each runs until it has to wait, and the sanitizers are told of every switch.
@@ -85,6 +85,12 @@ extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim
     int64_t limit) {
   grid_limit = limit;
 }
+inline bool backwards = false;  // blocks, and threads that do not meet, run last to first
+extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_backwards(
+    bool are_backwards) {
+  backwards = are_backwards;
+}
+inline bool as_fibers = false;  // threads that do not meet, too
 inline int64_t row_tokens = 4096, piece_tokens = 2048;
 extern "C" inline __attribute__((visibility("default"), used)) void neftune_shim_numbering(
     int64_t row, int64_t piece) {
@@ -305,6 +311,7 @@ inline float __uint_as_float(uint32_t bits) {
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline uint16_t rounded_to_bfloat16(float value) {
   const uint32_t bits = __float_as_uint(value);
   return std::isnan(value) ? 0x7FFF
@@ -323,8 +330,10 @@ namespace neftune_kernels {
 
 struct DocumentArguments;
 struct TokenArguments;
+struct GradientArguments;
 inline bool meets(const DocumentArguments&) { return true; }
 inline bool meets(const TokenArguments&) { return true; }
+inline bool meets(const GradientArguments&) { return as_fibers; }
 template <class RowArguments>
 bool meets(const RowArguments& arguments) {
   return arguments.numbering.words != nullptr;  // and a warp counts the documents before
@@ -336,21 +345,21 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void*,
   gridDim = grid;
   blockDim = block;
   const std::function<void()> run = [&] { kernel(arguments); };
-  for (dim3 b{0, 0, 0}; b.z < grid.z; ++b.z) {
-    for (b.y = 0; b.y < grid.y; ++b.y) {
-      for (b.x = 0; b.x < grid.x; ++b.x) {
-        blockIdx = b;
-        if (meets(arguments)) {
-          shim::run_block(block, run);
-          continue;
-        }
-        for (uint32_t y = 0; y < block.y; ++y) {
-          for (uint32_t x = 0; x < block.x; ++x) {
-            shim::running->thread = {x, y, 0};
-            run();
-          }
-        }
-      }
+  const auto place = [](uint64_t number, uint64_t count, dim3 size) {
+    const uint64_t i = backwards ? count - 1 - number : number;
+    return dim3{static_cast<uint32_t>(i % size.x), static_cast<uint32_t>(i / size.x % size.y),
+                static_cast<uint32_t>(i / size.x / size.y)};
+  };
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = block.x * block.y;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    blockIdx = place(i, blocks, grid);
+    if (meets(arguments)) {
+      shim::run_block(block, run);
+      continue;
+    }
+    for (uint64_t j = 0; j < threads; ++j) {
+      shim::running->thread = place(j, threads, block);
+      run();
     }
   }
   return nullptr;

@@ -250,8 +250,15 @@ def check_training(trained, checkpointing, outcome):
     )  # √d times the largest noise
 
 
-@pytest.mark.parametrize("checkpointing", ("reentrant", "non-reentrant"))
-@pytest.mark.parametrize("bf16", (False, True), ids=("fp32", "bf16"))
+@pytest.mark.parametrize(
+    "bf16, checkpointing",
+    [
+        pytest.param(False, "reentrant", id="fp32-reentrant"),
+        pytest.param(True, "non-reentrant", id="bf16-non-reentrant"),
+        pytest.param(False, "non-reentrant", id="fp32-non-reentrant", marks=pytest.mark.long),
+        pytest.param(True, "reentrant", id="bf16-reentrant", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize(
     "attempt", ("apply_neftune", "compute_loss", "neftune_noise_alpha", "NEFTuneCallback")

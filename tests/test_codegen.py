@@ -130,25 +130,32 @@ QUICK_GRADIENTS = {
 @pytest.mark.parametrize(
     "configuration",
     [
-        pytest.param(c, id=c.name, marks=() if c in QUICK_GRADIENTS else pytest.mark.long)
-        for c in gradient_code.configurations(codegen.NVIDIA)
+        *(
+            pytest.param(c, id=c.name, marks=() if c in QUICK_GRADIENTS else pytest.mark.long)
+            for c in gradient_code.configurations(codegen.NVIDIA)
+        ),
+        *(pytest.param(c, id=c.name) for c in gradient_code.cuda_configurations(codegen.NVIDIA)),
     ],
 )
 def test_gradient_targets(configuration):
     """Instructions per element, registers, no spills, shared memory, shuffles, barriers or atomics;
-    four rows asked for before the first is added.
+    four rows asked for before the first is added (two of float32 where CUDA C++ divides).
     """
+    needs_nvcc(configuration)
     target = codegen.TARGETS[configuration.target]
     missed = gradient_code.missed(configuration, target)
-    if missed and not triton.__version__.startswith(f"{codegen.FIGURES_OF}."):
+    is_triton = configuration.backend == "triton"
+    if missed and is_triton and not triton.__version__.startswith(f"{codegen.FIGURES_OF}."):
         missed = [what for what in missed if " per element" not in what]
     assert not missed
-    kernel = gradient_code.compiled("sum_chunks", configuration, target)
-    code = disassembly.parsed("sum_chunks", disassembly.sass(kernel.asm["cubin"]))
+    code = gradient_code.function("sum_chunks", configuration, target)
+    rows = gradient_code.row_loads(code)
+    is_divided = configuration.by_freq and not is_triton
+    assert len(rows) == (8 if configuration.dtype == "float32" and not is_divided else 4)
     names = [disassembly.opcode(line) for line in code.lines]
-    rows = [place for place, name in enumerate(names) if re.match(codegen.ROW_LOAD, name)]
-    assert len(rows) == (8 if configuration.dtype == "float32" else 4)
+    adds = [place for place, name in enumerate(names) if name == "FADD"]
     assert max(rows) < min(i for i, name in enumerate(names) if name.startswith("STG"))
+    assert is_triton or max(rows) < min(adds)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -163,6 +170,20 @@ def test_places_of_the_gradient_have_64_bits(kernel, dtype):
     narrow = re.findall(r"arith\.(?:muli|addi|subi|shli) (%\w+), .* : i32 ", code)
     assert narrow and all(made[value].startswith("arith.remsi") for value in narrow)
     assert re.search(r"arith\.muli .* : i64 ", code)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("kernel", gradient_code.KERNELS)
+def test_places_of_the_cuda_gradient_have_64_bits(kernel, dtype):
+    """Likewise: the number of a warp's unit alone is made of products of 32 bits."""
+    needs_nvcc(gradient_code.Configuration("sm_90", dtype, backend="cuda"))
+    name = cuda_code.gradient_kernel(kernel, "sm_90", dtype, False)
+    code = cuda_code.ptx_of(name, "sm_90", cuda_code.GRADIENTS)
+    grid = dict(re.findall(r"mov\.u32\s+(%r\d+), %(\w+\.\w);", code))
+    narrow = re.findall(r"(?:mul|mad)\.lo\.[su]32\s+(%r\d+), (%r\d+), (%r\d+)", code)
+    (block, *fold), (_, *warps) = narrow
+    assert {grid.get(one) for one in fold} == {"ctaid.z", "nctaid.y"} and block in warps
+    assert re.search(r"(?:mul|mad)\.lo\.s64", code)
 
 
 @pytest.mark.parametrize("case", gradient_code.CASES, ids=lambda case: case.name)
@@ -306,16 +327,17 @@ def test_cuda_contraction_would_be_seen(tmp_path):
     needs_nvcc(Configuration("sm_90", "float32", 4096, "nothing", True, "cuda"))
     shutil.copytree(cuda_code.KERNELS.parent.parent, tmp_path / "csrc")
     changed = tmp_path / "csrc/cuda/kernels.cu"
-    text = re.sub(
-        r"__fadd_rn\((.*?), (noise(?:\[\d\])?|__fmul_rn\(.*?\))\)",
-        r"((\1) + (\2))",
-        changed.read_text(),
-    )
-    text = text.replace(
-        "__float_as_uint(__fmul_rn(__uint_as_float(word), scale))",
-        "__float_as_uint(__uint_as_float(word) * scale)",
-    )
-    changed.write_text(text)
+    for path in (changed, changed.with_name("kernel.h")):
+        text = re.sub(
+            r"__fadd_rn\((.*?), (noise(?:\[\d\])?|__fmul_rn\(.*?\))\)",
+            r"((\1) + (\2))",
+            path.read_text(),
+        )
+        text = text.replace(
+            "__float_as_uint(__fmul_rn(__uint_as_float(word), scale))",
+            "__float_as_uint(__uint_as_float(word) * scale)",
+        )
+        path.write_text(text)
     name = cuda_code.kernel_name("sm_90", "float32", "nothing", True, changed, "-fmad=true")
     code = cuda_code.function("sm_90", name, changed, "-fmad=true")
     loop = cuda_code.noisy_loop(code)

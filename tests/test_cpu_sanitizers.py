@@ -17,7 +17,14 @@ import torch
 from sanitizers import COMPILERS
 from test_install import run, source_copy
 
-from setup import COMPILE_FLAGS, SIMD_FLAGS, TORCH_INCLUDE, TORCH_TARGET_VERSION, kernel
+from setup import (
+    COMPILE_FLAGS,
+    CUDA_SOURCES,
+    SIMD_FLAGS,
+    TORCH_INCLUDE,
+    TORCH_TARGET_VERSION,
+    kernel,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 TORCH_OPTIONS = [
@@ -69,7 +76,7 @@ def test_no_warnings(compiler, tmp_path):
     assert "unused" in warnings_of(compiler, wrong, options_of(wrong, compiler))
 
 
-@pytest.mark.parametrize("source", ["ops.cpp", "kernels.cu"])
+@pytest.mark.parametrize("source", ["ops.cpp", *CUDA_SOURCES])
 def test_no_warnings_of_the_cuda_bodies(source):
     """By clang++; tests/test_cuda_build.py runs what g++ makes of them."""
     require("clang++")

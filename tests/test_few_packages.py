@@ -83,6 +83,7 @@ def test_collects_with_few_packages():
     collected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert collected == {
         "tests/test_cuda.py",
+        "tests/test_cuda_gradients.py",
         "tests/test_triton.py",
         "tests/test_triton_gradients.py",
     }

@@ -307,6 +307,35 @@ def test_every_lookup_can_be_asked_for_it(name, monkeypatch):
     assert not asked, "torch's own is the default"
 
 
+@pytest.mark.parametrize(
+    "backend, operator",
+    [("cuda", "cuda_embedding_gradient"), ("reference", "embedding_gradient")],
+)
+def test_by_whose_kernels(backend, operator, monkeypatch):
+    """Noise of the CUDA C++ kernels has their sums; others have the device's best."""
+    called = []
+    monkeypatch.setattr(gradients, "asks_for_ours", lambda weight, is_sparse=False: True)
+    monkeypatch.setattr(gradients, "deterministic", lambda *_, operator: called.append(operator))
+    monkeypatch.setattr(lookup, "_embed_quickly", lambda *args: None)
+    monkeypatch.setattr(lookup, "IN_PLACE_LIMIT", 0)
+    weight = torch.randn(9, 16, requires_grad=True)
+    with running(backend) as name:
+        asked = {"deterministic_grad": True, "backend": name}
+        noisy_embedding(torch.arange(9), weight, 5.0, **asked).sum().backward()
+    assert called == [operator] and weight.grad is None
+
+
+@pytest.mark.parametrize("operator", ["cuda_embedding_gradient", "embedding_gradient"])
+def test_the_operator_that_is_named(operator, monkeypatch):
+    """On another device than the CPU, eager; nothing is computed there."""
+    called = []
+    monkeypatch.setattr(gradients, "entry", lambda overload: called.append(overload) or overload)
+    grad, ids = torch.ones(3, 4, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        assert gradients.deterministic(grad, ids, 5, operator=operator).shape == (5, 4)
+    assert called == [getattr(torch.ops.neftune_kernels, operator).out]
+
+
 @pytest.mark.parametrize("name", lookups())
 def test_eager_cpus_have_it_anyway(name):
     ids, values, grad = torch.randint(0, 9, (4, 30)), torch.randn(9, 16), torch.randn(4, 30, 16)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from neftune_kernels import NEFTuneEmbedding, add_noise, backends, noisy_embedding
+from neftune_kernels import NEFTuneEmbedding, add_noise, backends, noisy_embedding, self_check
 from neftune_kernels.layout import Layout
 
 OPS = torch.ops.neftune_kernels
@@ -370,6 +370,45 @@ def test_default_operators_of_a_gpu(monkeypatch, served_by):
         backends.on_gpu("mask_layout", lambda *args: "reference", cuda)(torch.ones(1, 2), None)
         == served_by
     )
+
+
+def test_gradients_of_a_gpu_without_triton(monkeypatch):
+    """The CUDA library's, whatever out is; the reference's where they are wrong, and of float64."""
+    served, answers = [], [None, None, NotImplemented]
+
+    def noted(name, answer=lambda: None):
+        def call(grad, ids, *how, out):
+            assert how == (-1, 1.0, False) and (name == "reference" or out.is_contiguous())
+            served.append(name)
+            out.fill_(len(served))
+            return answer()
+
+        return call
+
+    by_reference = noted("reference")
+    monkeypatch.setattr(backends, "load_triton", lambda _: backends.NO_TRITON)
+    monkeypatch.setattr(self_check, "_failures", {})
+    launcher = noted("cuda", lambda: answers.pop(0))
+    monkeypatch.setattr(backends.cuda_gradients, "embedding_gradient_out", launcher)
+    monkeypatch.setattr(backends.reference_ops, "embedding_gradient_out", by_reference)
+    name, cuda = "embedding_gradient_out", backends.cuda_gradient
+    add = backends.on_gpu(name, by_reference, cuda, "triton_gradients")
+    grad, ids = torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
+
+    def result(out):
+        served.clear()
+        add(grad, ids, -1, 1.0, False, out=out)
+        assert (out == len(served)).all()
+        return list(served)
+
+    assert result(torch.zeros(5, 4)) == ["cuda"]
+    assert result(torch.zeros(4, 5).t()) == ["cuda"]
+    assert result(torch.zeros(5, 4, dtype=torch.float64)) == ["reference"]
+    assert result(torch.zeros(5, 4)) == ["cuda", "reference"]
+    self_check._failures["cuda", "cpu"] = "wrong"
+    assert result(torch.zeros(5, 4)) == ["reference"]
+    add = cuda  # by its own name
+    assert result(torch.zeros(5, 4)) == ["reference"]
 
 
 def test_overlap_is_refused_before_a_gpu_is_asked(monkeypatch):

@@ -10,12 +10,12 @@
 
 #include <cstdint>
 
+#include "kernel.h"
 #include "launch.h"
 
 namespace neftune_kernels {
 namespace {
 
-constexpr int kLanes = 32;  // of a warp
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr int32_t kFar = 0x7FFFFFFF;
 constexpr int kMostWarps = 16;  // of a block: at 4 cycles an instruction no warp waits for a turn

@@ -9,114 +9,16 @@
 // add.rn.f32x2 even under -fmad=false.
 #include <cmath>
 
-#include "launch.h"
-
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#define NEFTUNE_GRID_COLUMNS 0x7FFFFFFF
-#define NEFTUNE_GRID_ROWS 65535
-#define NEFTUNE_GRID_BLOCKS 0x7FFFFFFF
-#define NEFTUNE_MANY_TOKENS 4097  // which fill a GPU
-#define NEFTUNE_SHORT_ROW 64      // tokens
-#endif
-
-#define NEFTUNE_DEVICE static __device__ __forceinline__
-
 #include "documents.h"
+#include "kernel.h"
+#include "launch.h"
 
 namespace neftune_kernels {
 namespace {
 
 constexpr int kThreads = 128;                // of a block
 constexpr int kBlocksPerMultiprocessor = 8;  // 32 warps: at most 64 registers a thread
-// 16-byte loads of a row under way before the first is used; of 16-bit values sm_80 would spill one
-// of 64 registers with four.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kPairsAhead = 3;
-#else
-constexpr int kPairsAhead = 4;
-#endif
 constexpr int64_t kFewTokens = 512;  // which leave most of a GPU idle
-
-// ---- element types: vectors of 16 bytes, or single values
-
-struct Float32 {
-  using Storage = float;
-  static constexpr int kVectors = 2;             // of one block of 8 columns
-  static constexpr int kAhead = 2;               // blocks
-  static constexpr uint32_t kNaN = 0x7FC00000u;  // in every element of a word
-
-  NEFTUNE_DEVICE float wide(float value) { return value; }
-  NEFTUNE_DEVICE float narrow(float value) { return value; }
-  NEFTUNE_DEVICE uint32_t times(uint32_t word, float scale) {
-    return __float_as_uint(__fmul_rn(__uint_as_float(word), scale));
-  }
-  NEFTUNE_DEVICE uint32_t plus(uint32_t word, float noise) {
-    return __float_as_uint(__fadd_rn(__uint_as_float(word), noise));
-  }
-  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) {
-    return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)};
-  }
-  NEFTUNE_DEVICE uint4 noisy(uint4 v, const float* noise) {
-    return {plus(v.x, noise[0]), plus(v.y, noise[1]), plus(v.z, noise[2]), plus(v.w, noise[3])};
-  }
-};
-
-// Two values to a word; Pair brings low, high and pack.
-template <class Pair>
-struct Sixteen {
-  using Storage = uint16_t;
-  static constexpr int kVectors = 1;
-  static constexpr int kAhead = kPairsAhead;
-  static constexpr uint32_t kNaN = Pair::kNaN;
-
-  NEFTUNE_DEVICE float wide(uint16_t value) { return Pair::low(value); }
-  NEFTUNE_DEVICE uint16_t narrow(float value) {
-    return static_cast<uint16_t>(Pair::pack(value, 0.0f));
-  }
-  NEFTUNE_DEVICE uint32_t times(uint32_t word, float scale) {
-    return Pair::pack(__fmul_rn(Pair::low(word), scale), __fmul_rn(Pair::high(word), scale));
-  }
-  NEFTUNE_DEVICE uint32_t plus(uint32_t word, const float* noise) {
-    return Pair::pack(__fadd_rn(Pair::low(word), noise[0]), __fadd_rn(Pair::high(word), noise[1]));
-  }
-  NEFTUNE_DEVICE uint4 scaled(uint4 v, float scale) {
-    return {times(v.x, scale), times(v.y, scale), times(v.z, scale), times(v.w, scale)};
-  }
-  NEFTUNE_DEVICE uint4 noisy(uint4 v, const float* noise) {
-    return {plus(v.x, noise), plus(v.y, noise + 2), plus(v.z, noise + 4), plus(v.w, noise + 6)};
-  }
-};
-
-struct BFloat16Pair {
-  static constexpr uint32_t kNaN = 0x7FC07FC0u;
-  NEFTUNE_DEVICE float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-  NEFTUNE_DEVICE float high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-  NEFTUNE_DEVICE uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
-
-struct Float16Pair {
-  static constexpr uint32_t kNaN = 0x7E007E00u;
-  NEFTUNE_DEVICE float low(uint32_t pair) {
-    return __low2float(reinterpret_cast<const __half2&>(pair));
-  }
-  NEFTUNE_DEVICE float high(uint32_t pair) {
-    return __high2float(reinterpret_cast<const __half2&>(pair));
-  }
-  NEFTUNE_DEVICE uint32_t pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
-
-using BFloat16 = Sixteen<BFloat16Pair>;
-using Float16 = Sixteen<Float16Pair>;
 
 // ---- where a token is
 
@@ -124,11 +26,6 @@ struct TokenNoise {
   uint32_t sample, position;
   float step;  // 0: no noise
 };
-
-NEFTUNE_DEVICE int64_t value_at(const Integers& values, int64_t index) {
-  return values.wide ? static_cast<const int64_t*>(values.data)[index]
-                     : static_cast<const int32_t*>(values.data)[index];
-}
 
 // What a kernel can be given of a layout: nothing; document, position and lengths; cu_seqlens; a
 // numbering; any of these; any of these, and alpha on the device.
@@ -206,11 +103,6 @@ NEFTUNE_DEVICE int64_t offset_of(const RowArguments& a, Index row, Index column)
 }
 
 // ---- one row
-
-NEFTUNE_DEVICE const uint4* vectors(const void* values) {
-  return static_cast<const uint4*>(values);
-}
-NEFTUNE_DEVICE uint4* vectors(void* values) { return static_cast<uint4*>(values); }
 
 struct RowNoise {
   uint32_t sample, position, replica;
@@ -383,16 +275,6 @@ __global__ void __launch_bounds__(kThreads) noisy_rows(const RowArguments a) {
 }
 
 // ---- launches
-
-#if defined(__CUDACC__) || defined(__HIPCC__)
-template <class Arguments>
-const char* launch(void (*kernel)(Arguments), dim3 grid, dim3 block, void* stream,
-                   const Arguments& arguments) {
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-#endif
 
 // Threads of one token: a part of a warp for narrow rows of long calls, so that no lane is idle and
 // what finds a row is done for several at once; up to four warps in short calls.

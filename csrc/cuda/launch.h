@@ -1,4 +1,4 @@
-// What the operators know of the CUDA kernels: their arguments and two launch functions. No torch
+// What the operators know of the CUDA kernels: their arguments and launch functions. No torch
 // here and no CUDA header.
 #pragma once
 
@@ -95,6 +95,31 @@ struct TokenArguments {
   int64_t columns;
 };
 
+// Sums of rows by id, of tokens that are sorted by id; the order of reference.chunked_gradient. A
+// run is the tokens of one id. A run that crosses chunks leaves a part in each: at its head where
+// it comes in, at its tail where it begins there.
+struct GradientArguments {
+  void* out;               // (num_embeddings, embedding_dim) of the ElementType
+  float* scratch;          // (2 · chunks, embedding_dim) heads and tails
+  const void* grad;        // (tokens, embedding_dim) of the ElementType, columns side by side
+  Integers ids;            // (tokens,) sorted; out of range: -1 or num_embeddings
+  const int64_t* order;    // (tokens,) the rows of grad
+  bool vectors;            // ids are int32; rows and parts may be accessed 16 bytes at a time
+  bool by_freq;            // sums are divided by their number of tokens
+  float scale;             // embed_scale
+  int64_t grad_row;        // stride, in bytes
+  int64_t tokens;          // > 0
+  int64_t chunk;           // tokens of a chunk, a multiple of 4, at most 2³⁰
+  int64_t embedding_dim;   // > 0
+  int64_t num_embeddings;
+  int64_t padding_idx;     // in range, or -1 for none
+  // Set by the launch:
+  uint32_t strip_bits;     // a block has 2^strip_bits strips of a chunk
+  uint32_t units;          // of tokens whose parts are there: chunks, or groups of them
+  uint32_t group;          // units that are added up here
+  int64_t unit;            // chunks of one
+};
+
 #ifndef NEFTUNE_ROW_TOKENS  // tests on the CPU have smaller ones
 #define NEFTUNE_ROW_TOKENS 4096    // of a block that has a whole row
 #define NEFTUNE_PIECE_TOKENS 2048  // of a block that has a piece of a longer row
@@ -109,5 +134,7 @@ inline int64_t pieces_of(int64_t columns) {
 const char* launch_noisy_rows(const RowArguments& arguments, ElementType type, void* stream);
 const char* launch_number_documents(const DocumentArguments& arguments, void* stream);
 const char* launch_number_tokens(const TokenArguments& arguments, void* stream);
+// Up to three launches.
+const char* launch_gradient(const GradientArguments& arguments, ElementType type, void* stream);
 
 }  // namespace neftune_kernels

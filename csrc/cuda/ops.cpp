@@ -366,6 +366,81 @@ std::tuple<Tensor, Tensor, Tensor> padding_layout(Tensor input_ids, int64_t padd
   return per_token(input_ids, number_padding(input_ids, padding_idx));
 }
 
+// ---- the weight's gradient
+
+constexpr int64_t kSmallestChunk = 4;               // rows that a kernel asks for at a time
+constexpr int64_t kMostColumns = int64_t{1} << 28;  // whose rows are read in vectors
+
+void check_sorted(const Device& device, const Tensor& tensor, const char* name, int64_t tokens) {
+  device.check(tensor, name);
+  if (tensor.dim() != 1 || tensor.numel() != tokens || !tensor.is_contiguous())
+    fail<std::invalid_argument>(name, " must be contiguous and of shape (", tokens,
+                                ",), one of each row of grad, got ", tensor.numel(),
+                                " elements on ", tensor.dim(), " axes");
+}
+
+// Of tokens that are sorted by id. Their values are not looked at: an order that is none reads
+// memory of others.
+void sorted_gradient_out(Tensor grad, Tensor ids, Tensor order, Tensor scratch, int64_t chunk,
+                         int64_t padding_idx, double embed_scale, bool scale_grad_by_freq,
+                         Tensor out) {
+  const Device device(grad);
+  const ElementType type = element_type(grad, "grad", "CUDA kernel");
+  if (grad.dim() != 2)
+    fail<std::runtime_error>("grad must have shape (tokens, embedding_dim), got ", grad.dim(),
+                             " axes");
+  const int64_t tokens = grad.size(0), embedding_dim = grad.size(1);
+  if (embedding_dim > 1 && grad.stride(1) != 1)
+    fail<std::runtime_error>("grad must have consecutive columns");
+  check_sorted(device, ids, "ids", tokens);
+  check_sorted(device, order, "order", tokens);
+  if (order.scalar_type() != ScalarType::Long)
+    fail<std::runtime_error>("order must be int64, got ",
+                             torch::headeronly::toString(order.scalar_type()));
+  device.check(out, "out");
+  if (out.dim() != 2)
+    fail<std::runtime_error>("out must have shape (num_embeddings, embedding_dim), got ", out.dim(),
+                             " axes");
+  check_out(out, grad, "grad", false, {out.size(0), embedding_dim});
+  check_apart(out, ids, "ids");
+  check_apart(out, order, "order");
+  if (chunk < kSmallestChunk || chunk % kSmallestChunk != 0 || chunk > INT32_MAX / 2)
+    fail<std::invalid_argument>("chunk must be a multiple of ", kSmallestChunk,
+                                " below 2**30, got ", chunk);
+  const int64_t parts = 2 * ((tokens + chunk - 1) / chunk);
+  device.check(scratch, "scratch");
+  if (scratch.scalar_type() != ScalarType::Float || !scratch.is_contiguous() ||
+      scratch.numel() < parts * embedding_dim)
+    fail<std::invalid_argument>("scratch must be contiguous and hold (", parts, ", ", embedding_dim,
+                                ") float32, got ", scratch.numel(), " elements of ",
+                                torch::headeronly::toString(scratch.scalar_type()));
+  if (overlap(scratch, out) || overlap(scratch, grad) || overlap(scratch, ids) ||
+      overlap(scratch, order))
+    fail<std::runtime_error>("scratch must not overlap another argument");
+  const bool wide_ids = is_wide(ids, "ids");
+  if (tokens == 0 || out.numel() == 0) return;
+
+  GradientArguments arguments{};
+  arguments.out = out.mutable_data_ptr();
+  arguments.scratch = static_cast<float*>(scratch.mutable_data_ptr());
+  arguments.grad = grad.const_data_ptr();
+  arguments.ids = {ids.const_data_ptr(), wide_ids};
+  arguments.order = static_cast<const int64_t*>(order.const_data_ptr());
+  arguments.by_freq = scale_grad_by_freq;
+  arguments.scale = static_cast<float>(embed_scale);
+  arguments.grad_row = tokens > 1 ? grad.stride(0) * grad.element_size() : 0;
+  arguments.tokens = tokens;
+  arguments.chunk = chunk;
+  arguments.embedding_dim = embedding_dim;
+  arguments.num_embeddings = out.size(0);
+  arguments.padding_idx = padding_idx >= 0 && padding_idx < out.size(0) ? padding_idx : -1;
+  arguments.vectors = !wide_ids && out.size(0) <= INT32_MAX && aligned(arguments.out) &&
+                      aligned(arguments.grad) && aligned(arguments.scratch) &&
+                      arguments.grad_row % 16 == 0 && embedding_dim % kColumnsPerBlock == 0 &&
+                      embedding_dim <= kMostColumns;
+  check_launch(launch_gradient(arguments, type, device.stream()));
+}
+
 }  // namespace
 }  // namespace neftune_kernels
 
@@ -379,4 +454,5 @@ STABLE_TORCH_LIBRARY_IMPL(neftune_kernels, NEFTUNE_CUDA_DISPATCH_KEY, m) {
   m.impl("cuda_number_padding", TORCH_BOX(&number_padding));
   m.impl("cuda_mask_layout", TORCH_BOX(&mask_layout));
   m.impl("cuda_padding_layout", TORCH_BOX(&padding_layout));
+  m.impl("cuda_sorted_gradient.out", TORCH_BOX(&sorted_gradient_out));
 }

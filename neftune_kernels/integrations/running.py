@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backends import Backend, choose_backend
 from ..capturable import alpha_on, check_setting, set_alpha
-from ..distributed import GROUPS, data_parallel_index
+from ..distributed import data_parallel_index, has_group
 from ..layout import per_token
 from ..modules import has_other_noise
 from ..noise import UNIFORM, Noise, Variant, check_alpha
@@ -190,7 +190,7 @@ class State:
     def resolve_replica(self, embedding: nn.Module) -> int:
         if self.replica is not None:
             return self.replica
-        if GROUPS.WORLD is None:
+        if not has_group():
             return 0
         return data_parallel_index(
             getattr(embedding, "weight", None),  # type: ignore[arg-type]
