@@ -1,9 +1,10 @@
 """The weight's gradient on the CPU beside torch's: `python -m bench.gradient` writes
 bench/results/gradient.md.
 
-Alone, and with all of it read afterwards, as an optimizer does. The ways are interleaved, each
-round in a new random order; ratios are taken within a round over torch's dense gradient. How many
-elements are the exact sum's rounding is counted on some columns of every case.
+Alone, with all of it read afterwards, as an optimizer does, and in a whole training step. The ways
+are interleaved, each round in a new random order; ratios are taken within a round over torch's
+dense gradient. How many elements are the exact sum's rounding is counted on some columns of every
+case. Needs transformers for the steps.
 """
 
 import argparse
@@ -12,13 +13,14 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
-from neftune_kernels import gradients
+from neftune_kernels import NEFTuneEmbedding, gradients
 from neftune_kernels.reference import rounded_once
 
 from .machine import Load, describe, describe_load
@@ -161,6 +163,73 @@ HEAD = [
 ]
 
 
+# ---- a whole step: forward, loss, backward and AdamW, every weight trained, in float32
+
+SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+LARGE_VOCABULARY: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "tie_word_embeddings": False,
+}
+STEPS = {"SmolLM2-135M, tied": SMOLLM2, "Llama of 4 layers, V = 128256, d = 1024": LARGE_VOCABULARY}
+BATCH = 4, 128
+FILLS = 1.0, 0.7, 0.5, 0.3  # of a row, which padding follows
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, mask: Tensor) -> Taken:
+    wall, cpu = time.perf_counter(), time.process_time()
+    optimizer.zero_grad(set_to_none=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    optimizer.step()
+    return Taken(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def measure_step(name: str, rounds: int) -> list[str]:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**STEPS[name])
+    model = transformers.LlamaForCausalLM(config).train()
+    plain = model.get_input_embeddings()
+    exact = NEFTuneEmbedding.from_embedding(plain, noise_alpha=0, deterministic_grad=True)
+    assert exact.weight is plain.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    rows, columns = BATCH
+    lengths = torch.tensor([int(fill * columns) for fill in FILLS])
+    mask = (torch.arange(columns) < lengths[:, None]).long()
+    taken: dict[str, list[Taken]] = {TORCH: [], OURS: []}
+    for number in range(rounds + 1):
+        ids = torch.randint(config.vocab_size, (rows, columns))
+        for index in torch.randperm(2).tolist():
+            way = (TORCH, OURS)[index]
+            model.set_input_embeddings(exact if way == OURS else plain)
+            once = step_of(model, optimizer, ids, mask)
+            if number:
+                taken[way].append(once)
+    ratios = [a.wall / b.wall for a, b in zip(taken[TORCH], taken[OURS], strict=True)]
+    spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
+    seconds = statistics.median(one.wall for one in taken[TORCH])
+    return [name, f"{seconds:.2f}", f"{statistics.median(ratios):.3f} {spread}"]
+
+
+STEP_HEAD = ["model", "step with torch's gradient, s", "step with ours, times faster"]
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    rule = f"|---|{'---:|' * (len(head) - 1)}"
+    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
@@ -169,20 +238,27 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chosen = [case for case in CASES if all(word in case.name for word in options.names)]
-    load, bar, rows = Load(), Bar(len(chosen), 0), []
+    steps = [name for name in STEPS if all(word in name for word in options.names)]
+    load, bar, rows, of_steps = Load(), Bar(len(chosen) + len(steps), 0), [], []
     with torch.no_grad():
         for case in chosen:
             rows.append(measure(case, options.rounds))
             bar.show(len(rows), case.name)
+    for name in steps:
+        of_steps.append(measure_step(name, options.rounds))
+        bar.show(len(rows) + len(of_steps), name)
     lines = [
         "# The weight's gradient on the CPU",
         "",
         "Medians of ratios within a round, least and most in brackets; more than 1 is faster than",
         "torch's. Exact: the share of elements that are the unlimited sum, rounded once.",
         "",
-        f"| {' | '.join(HEAD)} |",
-        f"|---|{'---:|' * (len(HEAD) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *table(HEAD, rows),
+        "",
+        f"A whole step of {BATCH[0]} rows of up to {BATCH[1]} tokens, an attention_mask, every",
+        "weight trained in float32: forward, loss, backward, AdamW.",
+        "",
+        *table(STEP_HEAD, of_steps),
         "",
         f"{time.strftime('%Y-%m-%d')}, {', '.join(describe(options.threads).values())};",
         "written by `python -m bench.gradient`.",
