@@ -25,7 +25,6 @@ import sysconfig
 from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
@@ -277,17 +276,23 @@ class BuildKernel(build_ext):  # type: ignore[misc]
         return folder
 
 
-class Wheel(bdist_wheel):  # type: ignore[misc]
-    """A wheel in which no library ended is for every machine, and its name says so."""
+def wheel_command() -> type:
+    """bdist_wheel, asked for here alone: who only compiles by this file's functions may lack it."""
+    from setuptools.command.bdist_wheel import bdist_wheel
 
-    def run(self) -> None:
-        if not self.skip_build:
-            self.run_command("build")
-        built = pathlib.Path(self.get_finalized_command("build").build_lib, "neftune_kernels")
-        if not [*built.glob("_C*.so"), *built.glob("_C*.pyd")]:
-            self.root_is_pure = True
-            self.distribution.ext_modules = []
-        super().run()
+    class Wheel(bdist_wheel):  # type: ignore[misc]
+        """A wheel in which no library ended is for every machine, and its name says so."""
+
+        def run(self) -> None:
+            if not self.skip_build:
+                self.run_command("build")
+            built = pathlib.Path(self.get_finalized_command("build").build_lib, "neftune_kernels")
+            if not [*built.glob("_C*.so"), *built.glob("_C*.pyd")]:
+                self.root_is_pure = True
+                self.distribution.ext_modules = []
+            super().run()
+
+    return Wheel
 
 
 def reason(library: pathlib.Path) -> pathlib.Path:
@@ -436,6 +441,6 @@ def cuda_kernels() -> Extension:
 if __name__ == "__main__":
     setup(
         ext_modules=[kernel(), cuda_kernels()],
-        cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": BuildKernel, "bdist_wheel": wheel_command()},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
