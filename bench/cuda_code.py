@@ -271,6 +271,7 @@ def write_artefacts(
 ) -> None:
     """The kernel's code and how launch_rows would launch it."""
     name = kernel_name(target, dtype, layout, scaled)
+    cubin, ptx = compile_kernels(target)
     launch = {
         "target": target,
         "kernel": name,
@@ -281,7 +282,6 @@ def write_artefacts(
         "parameters": [{"name": "arguments", "type": "RowArguments, csrc/cuda/launch.h"}],
         "nvcc": NVCC_FLAGS,
     }
-    cubin, ptx = compile_kernels(target)
     (folder / "kernel.cubin").write_bytes(cubin)
     (folder / "kernel.ptx").write_text(ptx)
     (folder / "kernel.sass").write_text(sections(target)[name])

@@ -56,14 +56,13 @@ class Bar:
 
 
 def judged_one_by_one(
-    names: Iterable[str],
+    names: list[str],
     file: pathlib.Path,
     sources: str,
     judge: Callable[[str], dict[str, Any]],
     anew: bool,
 ) -> dict[str, Any]:
     """What `judge` says of each, by name: of those that the file does not hold yet, or of all."""
-    names = list(names)
     done = {} if anew else before_now(file, sources)
     bar = Bar(len(names), len(done))
     for name in names:

@@ -472,10 +472,10 @@ _warned_devices: set[str] = set()
 
 
 @asked_outside_the_graph  # a compiled call says it, too
-def _warn_without_cpp() -> str:
-    """At the first call that it would serve; not where somebody switched it off. Always ""."""
+def _warn_without_cpp() -> None:
+    """At the first call that it would serve; not where somebody switched it off."""
     if "cpu" in _warned_devices or native.reason.startswith(SWITCHED_OFF):
-        return ""
+        return
     _warned_devices.add("cpu")
     again = "pip install --force-reinstall --no-deps --no-cache-dir . (in its checkout)"
     remedy = (
@@ -490,7 +490,6 @@ def _warn_without_cpp() -> str:
         "NEFTUNE_DISABLE_CPP=1 says so",
         stacklevel=5,
     )
-    return ""
 
 
 @cache

@@ -59,6 +59,13 @@ def rows_and_columns(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     return rows, (shape[-1] if len(shape) else 1)
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(value).__name__}: pass torch.as_tensor({name})"
+        )
+
+
 def check_layout(
     shape: torch.Size | tuple[int, ...],
     device: torch.device,
@@ -86,10 +93,7 @@ def check_layout(
     for name, value in (*given.items(), ("position_ids", position_ids), ("noise_mask", noise_mask)):
         if value is None:
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor, got {type(value).__name__}: pass torch.as_tensor({name})"
-            )
+        check_tensor(name, value)
         if value.device != device:
             raise ValueError(
                 f"{name} is on {value.device}, the tokens are on {device}: they must be on one "

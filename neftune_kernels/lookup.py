@@ -11,7 +11,7 @@ from torch.autograd.forward_ad import unpack_dual
 from . import gradients, ops
 from .backends import CAPTURABLE, CPP, CPP_SERVES, choose_backend, number_documents
 from .distributed import dtensor_with_noise, is_dtensor
-from .layout import INTEGER_DTYPES, ROWS
+from .layout import INTEGER_DTYPES, ROWS, check_tensor
 from .noise import Noise, alpha_tensor, draw_on_cpu, make_noise, seed_tensor
 from .samples import (
     UNSAID,
@@ -32,32 +32,23 @@ IN_PLACE_LIMIT = (
 )
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: pass {name}.values(), with "
+            f"cu_seqlens={name}.offsets()"
+        )
+
+
 def check_embeds(inputs_embeds: Tensor) -> None:
-    if not isinstance(inputs_embeds, Tensor):
-        raise TypeError(
-            f"inputs_embeds must be a tensor, got {type(inputs_embeds).__name__}: pass "
-            "torch.as_tensor(inputs_embeds)"
-        )
-    if inputs_embeds.is_nested:
-        raise TypeError(
-            "inputs_embeds must be a dense tensor, got a nested one: pass inputs_embeds.values(), "
-            "with cu_seqlens=inputs_embeds.offsets()"
-        )
+    check_dense("inputs_embeds", inputs_embeds)
     if inputs_embeds.dim() == 0:
         raise ValueError("inputs_embeds must have shape (..., embedding_dim), got ()")
 
 
 def check_ids(input_ids: Tensor) -> None:
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(
-            f"input_ids must be a tensor, got {type(input_ids).__name__}: pass "
-            "torch.as_tensor(input_ids)"
-        )
-    if input_ids.is_nested:
-        raise TypeError(
-            "input_ids must be a dense tensor, got a nested one: pass input_ids.values(), with "
-            "cu_seqlens=input_ids.offsets()"
-        )
+    check_dense("input_ids", input_ids)
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
 

@@ -109,7 +109,7 @@ struct GradientArguments {
   float scale;             // embed_scale
   int64_t grad_row;        // stride, in bytes
   int64_t tokens;          // > 0
-  int64_t chunk;           // tokens of a chunk, a multiple of 4, at most 2³⁰
+  int64_t chunk;           // tokens of a chunk, a multiple of 4 below 2³⁰
   int64_t embedding_dim;   // > 0
   int64_t num_embeddings;
   int64_t padding_idx;     // in range, or -1 for none
