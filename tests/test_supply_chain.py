@@ -122,3 +122,109 @@ def test_nothing_of_it_is_in_the_source():
         file = path.relative_to(ROOT).as_posix()
         found |= {(file, name) for name in names & (FOREIGN | BUILT_IN | CALLS)}
     assert found == set(ALLOWED)
+
+
+# ---- what CI installs
+
+PINNED = re.compile(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==[A-Za-z0-9.!+]+")
+FILES = sorted([*ROOT.glob("requirements-*.txt"), ROOT / "constraints.txt"])
+BY_CI = ("Makefile", ".ci/run", "tests/wheels.sh", *map(str, ROOT.glob(".github/workflows/*.yml")))
+# What a command of pip installs beside pins: this tree, a torch that is pinned where it is named, a
+# wheel of ours, a version that a target is about.
+ALSO = {".", "$TORCH", "$(TORCH)", "${wheel}[test]", "transformers==$$version"}
+# Targets that CI does not call, about versions whose own requirements are not ours to choose.
+NOT_CI = ("transformers==$$version",)
+
+
+def lines_of(path):
+    lines = (line.partition(" #")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_every_requirement_is_pinned():
+    assert len(FILES) > 9
+    for path in FILES:
+        for line in lines_of(path):
+            if not line.startswith("-r "):
+                assert PINNED.fullmatch(line.partition(";")[0]), f"{path.name}: {line}"
+            else:
+                assert ROOT / line.removeprefix("-r ") in FILES, f"{path.name}: {line}"
+
+
+def test_every_install_is_of_pins():
+    """And of nothing that a pinned package asks for itself: -c names these, --no-deps has none."""
+    installs = [
+        (name, command)
+        for name in BY_CI
+        for command in re.findall(r"pip (?:install|wheel)\b(.*)", (ROOT / name).read_text())
+    ]
+    assert len(installs) > 12
+    for name, command in installs:
+        command = re.split(r" 2>/dev/null| \|\| | && | \\$|;", command)[0]
+        words = [word.strip("\"'") for word in command.split()]
+        given = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-r", "-c")]
+        assert "--no-deps" in words or "-c" in words or any(one in words for one in NOT_CI), command
+        others = [
+            word
+            for i, word in enumerate(words)
+            if not word.startswith("-")
+            and (i == 0 or words[i - 1] not in ("-r", "-c", "--wheel-dir"))
+            and word not in (*ALSO, "$(ARGS)", "dist/*.tar.gz")
+        ]
+        assert all(map(PINNED.fullmatch, others)), f"{name}: {others}"
+        known = {path.name for path in FILES} | {"pins.txt"}
+        assert set(given) <= known, f"{name}: {given}"
+
+
+def test_torch_is_pinned_wherever_it_is_named():
+    makefile = (ROOT / "Makefile").read_text()
+    named = re.findall(r"^TORCH \?= (.*)$", makefile, re.M)
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        named += re.findall(r"torch: ([^}\s]+)", text.replace("torch: ${{", ""))
+        named += re.findall(r"TORCH=(\S+)", text.replace('TORCH="$TORCH"', ""))
+    assert len(named) == 5 and all(map(PINNED.fullmatch, named)), named
+
+
+def test_actions_are_pinned_by_commit():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for used in re.findall(r"uses: (\S+)", path.read_text()):
+            ours = used.startswith("$/")
+            assert ours or re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", used), f"{path.name}: {used}"
+
+
+def of_this_python(path):
+    for line in lines_of(path):
+        if line.startswith("-r "):
+            yield from of_this_python(ROOT / line.removeprefix("-r "))
+        elif (one := Requirement(line)).marker is None or one.marker.evaluate():
+            yield one
+
+
+def test_what_pins_ask_for_is_pinned_too():
+    """Every package that `make setup` brings, as far as it is installed here."""
+    asked = [Requirement("torch"), *of_this_python(ROOT / "requirements-dev.txt")]
+    pinned = {canonicalize_name(one.name) for one in asked}
+    for name in ("constraints.txt", "requirements-triton.txt"):
+        pinned |= {canonicalize_name(one.name) for one in of_this_python(ROOT / name)}
+    seen, missing = set(), set()
+    while asked:
+        one = asked.pop()
+        name = canonicalize_name(one.name)
+        if (name, *sorted(one.extras)) in seen:
+            continue
+        seen.add((name, *sorted(one.extras)))
+        by_torch = name.startswith(("nvidia-", "cuda-"))  # which pins them itself
+        if name not in pinned and not by_torch:
+            missing.add(name)
+        try:
+            requires = importlib.metadata.requires(name) or ()
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        extras = ("", *one.extras)
+        for further in map(Requirement, requires):
+            marker = further.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+                asked.append(further)
+    assert len(seen) > 50 or "transformers" not in {name for name, *_ in seen}
+    assert not missing, "constraints.txt has no " + ", ".join(sorted(missing))
