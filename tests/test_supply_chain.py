@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 import watched
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -214,7 +213,7 @@ def test_what_pins_ask_for_is_pinned_too():
         if (name, *sorted(one.extras)) in seen:
             continue
         seen.add((name, *sorted(one.extras)))
-        by_torch = name.startswith(("nvidia-", "cuda-"))  # which pins them itself
+        by_torch = name.startswith(("nvidia-", "cuda-"))  # constraints.txt says which it pins not
         if name not in pinned and not by_torch:
             missing.add(name)
         try:

@@ -9,6 +9,7 @@ itself and what the standard library, torch or numpy do for it; what a package d
 imported, and what a model or a trainer does around us, is theirs.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -119,16 +120,12 @@ def launcher(folder: str) -> None:
 
     tempfile.tempdir = os.environ["NEFTUNE_RUN_REPORTS"] = folder
     site = ROOT / "neftune_run" / "site" / "sitecustomize.py"
-    try:
+    with contextlib.suppress(KeyError):  # it takes its own place among the modules
         runpy.run_path(str(site), run_name="sitecustomize")
-    except KeyError:  # it takes its own place among the modules
-        pass
     del os.environ["NEFTUNE_RUN_REPORTS"]
     sys.argv = ["neftune-run", sys.executable, "-c", "pass"]
-    try:
+    with contextlib.suppress(SystemExit):
         neftune_run.main()
-    except SystemExit:
-        pass
 
 
 INTRUSIONS = {
@@ -151,18 +148,13 @@ INTRUSIONS = {
 
 
 def intrude() -> None:
-    import socket
-    import urllib.request
-
     file = str(ROOT / "neftune_kernels" / "intruder.py")
     codes = {name: compile(text, file, "exec") for name, text in INTRUSIONS.items()}
     sys.addaudithook(watch)
     for name, code in codes.items():
         print(f"INTRUSION {name}")
-        try:
+        with contextlib.suppress(OSError):
             exec(code, {"__name__": "neftune_kernels.intruder"})
-        except OSError:
-            pass
 
 
 if __name__ == "__main__":
