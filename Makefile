@@ -169,7 +169,8 @@ wheel-pure: sdist
 wheels: wheel-pure
 	rm -rf build/wheels
 	NEFTUNE_BUILD_CPP=1 NEFTUNE_BUILD_CUDA=0 $(WHEEL_OF_SDIST) --wheel-dir build/wheels dist/*.tar.gz
-	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-315532800} PATH=$(WHEELS)/bin:$$PATH $(WHEELS)/bin/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheels/*.whl
+	PATH=$(WHEELS)/bin:$$PATH $(WHEELS)/bin/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheels/*.whl
+	$(WHEELS)/bin/python -c "import pathlib, setup; [*map(setup.settle_wheel, pathlib.Path('dist').glob('*.whl'))]"
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash tests/wheels.sh dist
 
 # The sdist and both wheels, each built twice in other folders, at other times, under other umasks:
