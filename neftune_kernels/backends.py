@@ -449,6 +449,9 @@ def available_backends(device_type: str | None = None) -> dict[str, str]:
     Args:
         device_type: "cpu", "cuda", ...: judge for tensors of that device; None: for any device.
 
+    Raises:
+        ValueError: torch knows no such device.
+
     Example:
         >>> available_backends("cpu")["reference"]
         'available'

@@ -164,6 +164,8 @@ def noisy_embedding(
             above; the message names both.
         IndexError: an id outside [0, V), on the CPU (an accelerator gives a NaN row without a
             sync).
+        NotImplementedError: forward-mode differentiation; with deterministic_grad also torch.func,
+            and a backward with create_graph=True.
 
     Source: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning", arXiv
         2310.05914.

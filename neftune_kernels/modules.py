@@ -91,6 +91,9 @@ class NEFTuneEmbedding(nn.Embedding):
     Shape:
         input (..., T) int32 or int64 → (..., T, embedding_dim).
 
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; the message names both.
+
     Source: arXiv 2310.05914.
 
     Example:
@@ -270,6 +273,10 @@ class NEFTuneEmbedding(nn.Embedding):
         :func:`noisy_embedding`'s.
 
         noise_mask (..., T) says which tokens get noise, sign=-1 negates it exactly.
+
+        Raises:
+            TypeError, ValueError, IndexError, NotImplementedError: as :func:`noisy_embedding`.
+            RuntimeError: the replica cannot be known; transformers' own noise is on, too.
         """
         if unknown:
             refuse_unknown("forward", unknown)
@@ -352,6 +359,7 @@ class NEFTuneEmbedding(nn.Embedding):
         Raises:
             TypeError: not an nn.Embedding, or a subclass with a forward of its own, which this
                 class would replace (use apply_neftune).
+            ValueError: a keyword breaks a rule of the class.
 
         Example:
             >>> plain = nn.Embedding(10, 4)
@@ -434,6 +442,10 @@ class NEFTuneEmbedding(nn.Embedding):
     ) -> "NEFTuneEmbedding":
         """nn.Embedding.from_pretrained with our keywords: noise_alpha, embed_scale, distribution,
         equal_variance, replica, backend, batch_first, capturable, deterministic_grad.
+
+        Raises:
+            TypeError: embeddings is no tensor.
+            ValueError: it is not (num_embeddings, embedding_dim).
 
         Example:
             >>> NEFTuneEmbedding.from_pretrained(torch.ones(3, 2), noise_alpha=10.0).noise_alpha

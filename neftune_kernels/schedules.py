@@ -54,6 +54,7 @@ def linear_schedule(start: float, end: float, num_steps: int) -> Schedule:
 
     Raises:
         ValueError: an alpha below 0 or not finite, num_steps below 1.
+        TypeError: an alpha that is no number, num_steps that is no integer.
 
     Example:
         >>> schedule = linear_schedule(10.0, 0.0, num_steps=4)
@@ -72,7 +73,10 @@ def cosine_schedule(start: float, end: float, num_steps: int) -> Schedule:
     """Alpha from `start` to `end` along half a cosine, as the learning rate of Loshchilov and
     Hutter 2017 (arXiv 1608.03983).
 
-    Arguments, result and errors as :func:`linear_schedule`.
+    Arguments and result as :func:`linear_schedule`.
+
+    Raises:
+        ValueError, TypeError: as :func:`linear_schedule`.
 
     Example:
         >>> schedule = cosine_schedule(10.0, 0.0, num_steps=4)
@@ -95,7 +99,10 @@ def warmup_schedule(num_warmup_steps: int, after: float | Schedule) -> Schedule:
         num_warmup_steps: optimizer steps, >= 0.
         after: alpha, finite and >= 0, or a schedule.
 
-    Returns and raises as :func:`linear_schedule`.
+    Returns as :func:`linear_schedule`.
+
+    Raises:
+        ValueError, TypeError: as :func:`linear_schedule`.
 
     Example:
         >>> schedule = warmup_schedule(2, linear_schedule(5.0, 0.0, num_steps=4))
@@ -109,6 +116,9 @@ def warmup_schedule(num_warmup_steps: int, after: float | Schedule) -> Schedule:
 
 def constant_schedule(noise_alpha: float | None) -> Schedule:
     """The same alpha at every step.
+
+    Raises:
+        ValueError, TypeError: as :func:`linear_schedule`.
 
     Example:
         >>> constant_schedule(5.0)(100)

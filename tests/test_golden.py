@@ -65,26 +65,29 @@ def test_oracle_agrees(case):
     """The vectors came from the reference; the oracle's plain loops share no arithmetic with it."""
     for dtype in golden_vectors.dtypes(case):
         ids, weight, keywords = golden_vectors.call(case, dtype)
-        alpha, seed = keywords.pop("noise_alpha"), keywords.pop("seed")
-        noise_mask = keywords.pop("noise_mask", torch.ones_like(ids))
-        of_place = {
-            word: flat(keywords.pop(word), word, ids)
-            for word in (*LAYOUT_WORDS, "padding_idx", "sample_offset", "position_offset")
-            if word in keywords
-        }
-        places = oracle.places(ids.shape, input_ids=ids.flatten().tolist(), **of_place)
-        noisy = noise_mask.flatten().tolist()
-        places = [place if noise else None for place, noise in zip(places, noisy, strict=True)]
+        places = places_of(ids, keywords)
+        alpha, seed = keywords["noise_alpha"], keywords["seed"]
+        of_noise = {word: keywords[word] for word in NOISE_WORDS if word in keywords}
         wide = (weight.double() if dtype == torch.float64 else weight.float()).numpy()
         name = str(dtype).removeprefix("torch.")
         out = oracle.noisy_embedding(
-            places, ids.flatten().tolist(), wide, name, alpha, seed, **keywords
+            places, ids.flatten().tolist(), wide, name, alpha, seed, **of_noise
         )
         exact = torch.from_numpy(out).to(dtype).reshape(*ids.shape, weight.shape[1])
         assert golden_vectors.spelled(exact) == golden_vectors.expected(case, dtype), dtype
 
 
 LAYOUT_WORDS = ("attention_mask", "lengths", "cu_seqlens", "position_ids")
+PLACE_WORDS = (*LAYOUT_WORDS, "padding_idx", "sample_offset", "position_offset")
+NOISE_WORDS = ("replica", "embed_scale", "sign", "distribution", "equal_variance")
+
+
+def places_of(ids: torch.Tensor, keywords: dict) -> list[tuple[int, int, int] | None]:
+    """The oracle's (sample, position, length) of every token, None where it gets no noise."""
+    said = {word: flat(keywords[word], word, ids) for word in PLACE_WORDS if word in keywords}
+    places = oracle.places(ids.shape, input_ids=ids.flatten().tolist(), **said)
+    noisy = keywords.get("noise_mask", torch.ones_like(ids)).flatten().tolist()
+    return [place if noise else None for place, noise in zip(places, noisy, strict=True)]
 
 
 def flat(value: torch.Tensor | int, word: str, ids: torch.Tensor) -> list | int:

@@ -4,14 +4,20 @@ build for macOS compiles, sources that are empty where they do not belong.
 NEFTUNE_REQUIRE_NEON=1 makes a missing cross compiler or emulator a failure instead of a skip.
 """
 
+import math
 import os
 import pathlib
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
 
+import golden_vectors
+import numpy as np
 import pytest
+import test_golden
+import torch
 from sanitizers import COMPILERS
 from test_install import run, source_copy
 
@@ -23,18 +29,18 @@ CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"  # g++-aarch64-linux-gnu a
 NATIVE = "g++"
 
 
-def rows_test(compiler, folder, source_folder=CPU.parent):
-    """tests/rows_test.cpp with the kernels of that compiler's processor, linked statically."""
+def rows_test(compiler, folder, source_folder=CPU.parent, program="rows_test"):
+    """That program of tests/ with the kernels of that compiler's processor, linked statically."""
     flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-I", source_folder)
     objects = []
-    for source in (ROOT / "tests/rows_test.cpp", *sorted((source_folder / "cpu").glob("*.cpp"))):
+    for source in (ROOT / f"tests/{program}.cpp", *sorted((source_folder / "cpu").glob("*.cpp"))):
         if source.name in ("ops.cpp", "gradients.cpp"):
             continue  # the operators, which need torch
         own = setup.SIMD_FLAGS.get(source.name, []) if compiler == NATIVE else []
         objects.append(folder / f"{source.stem}.o")
         run(compiler, *flags, *own, "-c", source, "-o", objects[-1])
-    run(compiler, "-static", *objects, "-o", folder / "rows_test")
-    return folder / "rows_test"
+    run(compiler, "-static", *objects, "-o", folder / program)
+    return folder / program
 
 
 def require_emulator():
@@ -78,6 +84,89 @@ def test_wrong_neon_is_seen(tmp_path, old, new):
         [QEMU, rows_test(CROSS, tmp_path, tmp_path / "csrc")], capture_output=True, text=True
     )
     assert done.returncode == 1 and "WRONG: a row, neon" in done.stdout
+
+
+# ---- the golden vectors, row by row
+
+UNIFORM = [
+    case
+    for case in golden_vectors.read()["cases"]
+    if case["arguments"].get("distribution", "uniform") == "uniform"
+]
+OUTPUTS = [  # of the kernels' dtypes, in an order of their element types
+    (case, dtype)
+    for case in UNIFORM
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if dtype in golden_vectors.dtypes(case)
+]
+
+
+def bits(value):
+    """A float32's, of a Python float."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def rows_of(case, dtype):
+    """Of each token its line for golden_rows.cpp, None where no kernel is needed: no noise, no
+    scale; and its row of the weight.
+    """
+    element = (torch.float32, torch.bfloat16, torch.float16).index(dtype)
+    ids, weight, keywords = golden_vectors.call(case, dtype)
+    scale, columns = keywords.get("embed_scale", 1.0), weight.shape[1]
+    alpha = keywords["noise_alpha"] * keywords.get("sign", 1)
+    lines, rows = [], []
+    for id, place in zip(ids.flatten().tolist(), test_golden.places_of(ids, keywords), strict=True):
+        row = weight[id].contiguous()
+        sample, position, length = place or (0, 0, 0)
+        with np.errstate(over="ignore"):
+            magnitude = np.float32(alpha / math.sqrt(length * columns)) if length else 0.0
+        step = float(magnitude) * 2.0**-31 if abs(magnitude) >= 2.0**-90 else 0.0
+        kind = ("n" if scale == 1 else "s") if step else "p"
+        words = (keywords["seed"] % 2**64, keywords.get("replica", 0), bits(scale), bits(step))
+        numbers = (element, columns, *words, position, sample)
+        source = row.view(torch.uint8).numpy().tobytes().hex()
+        line = " ".join((kind, *(f"{number:x}" for number in numbers), source))
+        lines.append(None if kind == "p" and scale == 1 else line)
+        rows.append(row)
+    return lines, rows
+
+
+def judge(printed):
+    """The levels that gave the bits of every golden vector; AssertionError at one that did not."""
+    levels = []
+    calls = [(case, dtype, *rows_of(case, dtype)) for case, dtype in OUTPUTS]
+    printed = iter(printed.splitlines())
+    for level in printed:
+        levels.append(level)
+        for case, dtype, lines, rows in calls:
+            out = [
+                row
+                if line is None
+                else torch.frombuffer(bytearray.fromhex(next(printed)), dtype=dtype)
+                for line, row in zip(lines, rows, strict=True)
+            ]
+            if out:
+                spelled = golden_vectors.spelled(torch.stack(out))
+                assert spelled == golden_vectors.expected(case, dtype), (level, case["name"])
+    return levels
+
+
+def golden_rows(folder, source_folder=CPU.parent):
+    """What the program printed under the emulator."""
+    program = rows_test(CROSS, folder, source_folder, "golden_rows")
+    lines = [line for call in OUTPUTS for line in rows_of(*call)[0] if line is not None]
+    assert len(lines) > 2000
+    done = subprocess.run([QEMU, program], input="\n".join(lines), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_neon_gives_the_golden_rows(tmp_path):
+    """Of all cases with uniform noise, scalar code beside it; the other distributions are no
+    kernels.
+    """
+    require_emulator()
+    assert judge(golden_rows(tmp_path)) == ["scalar", "neon"]
 
 
 # ---- other systems, as far as they go without one

@@ -10,11 +10,13 @@ cp -r "$tests" "$folder/tests"
 cd "$folder"
 "$PYTHON" -m venv venv
 python=$folder/venv/bin/python
-$python -m pip install --quiet "$TORCH"
+# Every pin but those with extras, which pip takes for no constraint.
+grep -hE '^[A-Za-z0-9_.-]+==' "$tests"/../{constraints,requirements-demo,requirements-dev}.txt > pins.txt
+$python -m pip install --quiet -c pins.txt "$TORCH"
 for wheel in "$wheels"/*.whl; do
   echo "== $(basename "$wheel")"
   $python -m pip uninstall --quiet --yes neftune_kernels
-  $python -m pip install --quiet "${wheel}[test]"
+  $python -m pip install --quiet -c pins.txt "${wheel}[test]"
   $python -c "import neftune_kernels as n, sys; assert n.__file__.startswith(sys.prefix), n.__file__"
   case $wheel in
     *-py3-none-any.whl)

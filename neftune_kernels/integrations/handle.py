@@ -94,6 +94,11 @@ class NEFTuneHandle:
     samples, fused, batch_first, embedding_multiplier and capturable, as apply_neftune takes them.
     Any other attribute is refused. Also a context manager: on exit the noise is gone, or is again
     what it was before this apply_neftune.
+
+    Raises:
+        TypeError, ValueError: a setting is assigned what apply_neftune would refuse.
+        AttributeError: an attribute that is no setting is assigned.
+        RuntimeError: it was removed, and is asked or told anything but remove() and removed.
     """
 
     __slots__ = (
@@ -568,8 +573,10 @@ class NEFTuneHandle:
         return self._state is None
 
     def check_single_noise(self) -> None:
-        """Raises RuntimeError where transformers' own NEFTune hook is active on an embedding of
-        ours.
+        """One noise for every embedding of ours.
+
+        Raises:
+            RuntimeError: transformers' own NEFTune hook is active on one.
         """
         for module in (reference() for reference in self._noisy):
             if module is None or (site := module.__dict__.get("_neftune")) is None:
