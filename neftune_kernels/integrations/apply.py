@@ -13,7 +13,7 @@ from torch import nn
 
 from ..capturable import check_capturable, check_setting
 from ..modules import check_batch_first
-from ..noise import check_alpha, check_variant, check_word, refuse_unknown
+from ..noise import check_alpha, check_word, refuse_unknown, said_variant
 from .find import Found, chains, find_embeddings, path_of
 from .handle import NEFTuneHandle, check_backend, check_fused, check_multiplier
 from .running import Said, Settings, State
@@ -126,7 +126,7 @@ def apply_neftune(
         replica=None if replica is None else check_word("replica", replica),
         noise_without_grad=noise_without_grad,
         backend=backend,
-        variant=check_variant(distribution, equal_variance, 1),
+        variant=said_variant(distribution, equal_variance, 1),
         samples=check_samples(samples),
         fused=check_fused(fused),
         batch_first=check_batch_first(batch_first),

@@ -14,7 +14,7 @@ from ..backends import BACKENDS, choose_backend
 from ..capturable import check_capturable
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..modules import TWO_NOISES, check_batch_first, has_other_noise
-from ..noise import check_alpha, check_variant, check_word
+from ..noise import check_alpha, check_word, said_variant
 from .arguments import Padding
 from .axes import Axes, reads_time_first, watch, watches
 from .check import Check, check, clean_lookup, ratio_of_rms
@@ -447,7 +447,7 @@ class NEFTuneHandle:
     @sign.setter
     def sign(self, value: int) -> None:
         distribution, equal_variance, _ = self._live_state().variant
-        self._set(variant=check_variant(distribution, equal_variance, value))
+        self._set(variant=said_variant(distribution, equal_variance, value))
 
     @property
     def distribution(self) -> str:
@@ -456,7 +456,7 @@ class NEFTuneHandle:
     @distribution.setter
     def distribution(self, value: str) -> None:
         _, equal_variance, sign = self._live_state().variant
-        self._set(variant=check_variant(value, equal_variance, sign))
+        self._set(variant=said_variant(value, equal_variance, sign))
 
     @property
     def equal_variance(self) -> bool:
@@ -465,7 +465,7 @@ class NEFTuneHandle:
     @equal_variance.setter
     def equal_variance(self, value: bool) -> None:
         distribution, _, sign = self._live_state().variant
-        self._set(variant=check_variant(distribution, value, sign))
+        self._set(variant=said_variant(distribution, value, sign))
 
     @property
     def replica(self) -> int | None:
@@ -826,6 +826,6 @@ def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float,
     ratio = None
     if clean is not None:
         ratio = ratio_of_rms(noise, clean.reshape(-1, last.embedding_dim)[real])
-    bound = float(last.noise.alpha) / (length[real].double() * last.embedding_dim).sqrt()
+    bound = abs(float(last.noise.alpha)) / (length[real].double() * last.embedding_dim).sqrt()
     largest = float((noise.abs().amax(-1) / bound).max()) if alpha else 0.0
     return lengths.cpu(), magnitudes.cpu(), largest, ratio
