@@ -309,10 +309,20 @@ def arrival(kind, model, weight, batch, noise=None):
 # ---- a model without noise and its twin
 
 
+MARKS = ("_is_torch_compile",)  # that torch leaves on what was compiled
+
+
 def everything(model):
     """Class, hooks and attributes of every module, so that models can be compared."""
     return {
-        name: (_kind(module), {key: _value(one, module) for key, one in vars(module).items()})
+        name: (
+            _kind(module),
+            {
+                key: _value(one, module)
+                for key, one in vars(module).items()
+                if key not in MARKS and not key.startswith("__composable")
+            },
+        )
         for name, module in model.named_modules(remove_duplicate=False)
     }
 

@@ -110,6 +110,16 @@ def begin_group():
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
+class Struck(Interrupt):
+    """Knows in which function it was."""
+
+    function = None
+
+    def line(self, frame, event, arg):
+        self.function = frame.f_code.co_name
+        return super().line(frame, event, arg)
+
+
 class Histories(RuleBasedStateMachine):
     """`model` has what apply_neftune did; `twin` what everybody else did. `settings` is what the
     last apply that is in force said, None without noise.
@@ -596,10 +606,15 @@ class Histories(RuleBasedStateMachine):
             else:
                 self.handle.noise_alpha = 1.0
 
+        struck = Struck(1 + int(where * LINES[what]))
         torch.manual_seed(self.seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Interrupt(1 + int(where * LINES[what])).run(run)
+            was_struck = struck.run(run)
+        if what == "apply" and (not was_struck or struck.function == "apply_neftune"):
+            then = "remove"  # it may have come to its end, and is what a `with` puts back
+        elif what != "apply" or self.settings is not None:
+            then = "remove" if then == "with" else then
         assert torch.is_grad_enabled()
         self.model.zero_grad()
         self.same_buffers()

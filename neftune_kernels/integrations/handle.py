@@ -98,6 +98,7 @@ class NEFTuneHandle:
 
     __slots__ = (
         "__weakref__",
+        "_applied",
         "_before",
         "_doubted",
         "_entered",
@@ -115,6 +116,7 @@ class NEFTuneHandle:
         state.handle_key = str(next(next_key))
         handles[state.handle_key] = self
         self._state: State | None = state
+        self._applied = False  # an apply_neftune came to its end; an interrupted one is no "before"
         self._before: _Before | None = None
         self._entered: list[_Before | None] = []
         self._roots: list[Root] = []
@@ -181,7 +183,7 @@ class NEFTuneHandle:
     def _apply(self, model: nn.Module, path: str | None, settings: Settings) -> None:
         """What a call of apply_neftune does; it leaves all as it was where it raises."""
         state = self._live_state()
-        self._before = _Before(state.settings(), self._roots) if self._roots else None
+        self._before = _Before(state.settings(), self._roots) if self._applied else None
         try:
             state.assign(settings)
             self._roots = [(root, at) for root, at in self._roots if root() not in (None, model)]
@@ -193,6 +195,7 @@ class NEFTuneHandle:
             else:
                 self._restore(self._before)
             raise
+        self._applied = True
 
     def _restore(self, before: _Before) -> None:
         self._live_state().assign(before.settings)
