@@ -375,7 +375,9 @@ class Histories(RuleBasedStateMachine):
             self.check_forward(batch, "eager", None, None)
         ARRIVED.clear()
         state = torch.get_rng_state()
-        self.loss(out).backward()
+        loss = self.loss(out)
+        if loss.requires_grad:  # else PEFT has frozen all there is
+            loss.backward()
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(one, found) for one in ARRIVED), "recomputed with other noise"
         self.model.zero_grad()
@@ -598,7 +600,9 @@ class Histories(RuleBasedStateMachine):
             if what == "apply":
                 apply_neftune(self.target(inner), **said)
             elif what == "forward":
-                self.loss(self.call(self.model, "eager", batch)).backward()
+                loss = self.loss(self.call(self.model, "eager", batch))
+                if loss.requires_grad:
+                    loss.backward()
             elif what == "remove":
                 self.handle.remove()
             elif what == "exit":

@@ -405,6 +405,15 @@ class NEFTuneHandle:
                 return True
         return False
 
+    def has_lost(self, places: Collection[tuple[nn.Module, str]]) -> bool:
+        """Whether something was put in one of these places that led to our sites."""
+        return any(
+            (module := parent()) is not None
+            and (module, name) in places
+            and module._modules.get(name) is not child()
+            for parent, name, child in self._places
+        )
+
     def _live_state(self) -> State:
         if self._state is None:
             raise RuntimeError("this NEFTuneHandle was removed: call apply_neftune again")
