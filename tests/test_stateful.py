@@ -63,7 +63,11 @@ peft = pytest.importorskip("peft")
 OURS = re.compile("neftune|noise|multiplies its embeddings", re.IGNORECASE)
 FOUND = "multiplies its embeddings by 4 after looking them up"
 COPIED = "copied or unpickled while it had NEFTune noise"
-LINES = {"apply": 900, "forward": 300, "remove": 500, "exit": 700, "alpha": 120}
+# of ours, about as many as run: in models of one's own, whose first forward is looked at, and others
+LINES = {
+    True: {"apply": 1450, "forward": 2000, "remove": 330, "exit": 1030, "alpha": 80},
+    False: {"apply": 2750, "forward": 450, "remove": 780, "exit": 2250, "alpha": 80},
+}
 ADAPTERS = {
     "Llama": {
         "LoRA": {"target_modules": ["q_proj"]},
@@ -580,7 +584,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.steered)
     @rule(
         data=st.data(),
-        what=st.sampled_from(sorted(LINES)),
+        what=st.sampled_from(sorted(LINES[True])),
         where=st.floats(0, 1),
         then=st.sampled_from(["apply", "remove", "with"]),
         inner=st.booleans(),
@@ -610,7 +614,7 @@ class Histories(RuleBasedStateMachine):
             else:
                 self.handle.noise_alpha = 1.0
 
-        struck = Struck(1 + int(where * LINES[what]))
+        struck = Struck(1 + int(where * LINES[self.how.own][what]))
         torch.manual_seed(self.seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -149,6 +149,7 @@ def apply_neftune(
             "padding_idx counts as real: tell NEFTune the "
             "samples with apply_neftune(..., samples=...)"
         )
+    handle._applied = True
     return handle
 
 

@@ -116,7 +116,7 @@ class NEFTuneHandle:
         state.handle_key = str(next(next_key))
         handles[state.handle_key] = self
         self._state: State | None = state
-        self._applied = False  # an apply_neftune came to its end; an interrupted one is no "before"
+        self._applied = False  # an apply_neftune came to its end: an interrupted one is no "before"
         self._before: _Before | None = None
         self._entered: list[_Before | None] = []
         self._roots: list[Root] = []
@@ -195,7 +195,6 @@ class NEFTuneHandle:
             else:
                 self._restore(self._before)
             raise
-        self._applied = True
 
     def _restore(self, before: _Before) -> None:
         self._live_state().assign(before.settings)
