@@ -292,9 +292,12 @@ def noise_of(settings, batch, told, seed, factor):
 
 def arrival(kind, model, weight, batch, noise=None):
     """What enters the first block of a model whose table is `weight`."""
-    rows = weight[batch.ids.flatten()].numpy()
-    embeds = rows if noise is None else oracle.embedded_with_noise(rows, noise, "float32")
-    out = torch.from_numpy(np.ascontiguousarray(embeds)).view(*batch.ids.shape, HIDDEN)
+    rows = weight[batch.ids.flatten()]
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).numpy()
+    name = str(rows.dtype).removeprefix("torch.")
+    embeds = wide if noise is None else oracle.embedded_with_noise(wide, noise, name)
+    out = torch.from_numpy(np.ascontiguousarray(embeds)).to(rows.dtype)
+    out = out.view(*batch.ids.shape, HIDDEN)
     if KINDS[kind].factor != 1:
         out = out * KINDS[kind].factor
     if kind == "GPT-2":
@@ -309,7 +312,7 @@ def arrival(kind, model, weight, batch, noise=None):
 # ---- a model without noise and its twin
 
 
-MARKS = ("_is_torch_compile",)  # that torch leaves on what was compiled
+MARKS = ("_is_torch_compile", "_torchdynamo_wrapper_id")  # that torch leaves on what was compiled
 
 
 def everything(model):

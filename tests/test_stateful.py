@@ -62,6 +62,7 @@ peft = pytest.importorskip("peft")
 
 OURS = re.compile("neftune|noise|multiplies its embeddings", re.IGNORECASE)
 FOUND = "multiplies its embeddings by 4 after looking them up"
+TAKEN_OFF = "NEFTune was taken off|number of tensors"
 COPIED = "copied or unpickled while it had NEFTune noise"
 # of ours, about as many as run: in models of one's own, whose first forward is looked at, and others
 LINES = {
@@ -310,24 +311,26 @@ class Histories(RuleBasedStateMachine):
         word=st.sampled_from(
             [None, None, None, "attention_mask", "key_padding_mask", "lengths"]
         ),
-        change=st.sampled_from([None, None, "alpha", "mode", "forward"]),
+        change=st.sampled_from([None, "alpha", "mode", "forward", "apply", "remove"]),
     )
     def forward(self, data, how, word, change):
-        self.check_forward(self.batch(data), how, word, change)
+        batch = self.batch(data)
+        said = data.draw(settings_of(self.kind)) if change == "apply" else None
+        self.check_forward(batch, how, word, change, said)
 
-    @precondition(lambda self: self.compiles and self.how.own and self.has_noise)
+    @precondition(lambda self: self.compiles and self.how.own and self.steered)
     @precondition(lambda self: not self.moved and not self.around)
     @rule(data=st.data(), word=st.sampled_from([None, None, "attention_mask", "lengths"]))
     def compiled_forward(self, data, word):
         if not self.compiled:
             torch.compiler.reset()
             self.compiled = True
-        if self.settings.get("embedding_multiplier") is None:
+        if self.settings is not None and self.settings.get("embedding_multiplier") is None:
             self.handle.embedding_multiplier = 1.0  # else its first forward would have to be eager
             self.settings = {**self.settings, "embedding_multiplier": 1.0}
-        self.check_forward(self.batch(data), "compiled", word, None)
+        self.check_forward(self.batch(data), "compiled", word)
 
-    def check_forward(self, batch, how, word, change):
+    def check_forward(self, batch, how, word=None, change=None, said=None):
         """One forward of the model and of its twin: what enters the first block, the generator, the
         statistics, what is said, and what a checkpoint runs again.
         """
@@ -343,7 +346,7 @@ class Histories(RuleBasedStateMachine):
         expected = arrival(self.kind, self.twin, self.weight, batch, noise)
 
         ARRIVED.clear()
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             within = self.handle.told(**{told.word: told.value}) if told else None
             with within or contextlib.nullcontext():
@@ -357,7 +360,7 @@ class Histories(RuleBasedStateMachine):
             torch.manual_seed(self.seed)
             behind = torch.get_rng_state()
         assert torch.equal(state, behind), "one draw for a noisy forward, none for another"
-        self.hear([str(one.message) for one in said], not reason)
+        self.hear([str(one.message) for one in heard], not reason)
         if steers and how in ("eager", "no grad") and "torch.compile" not in self.around:
             self.check_stats(before, reason, lengths)
 
@@ -365,9 +368,9 @@ class Histories(RuleBasedStateMachine):
         self.call(self.twin, "eager" if how == "compiled" else how, batch)
         assert torch.equal(ARRIVED[-1], clean), "the record's own clean model"
         if how == "checkpoint":
-            self.check_backward(out, found, change, batch)
+            self.check_backward(out, found, change, batch, reason, said)
 
-    def check_backward(self, out, found, change, batch):
+    def check_backward(self, out, found, change, batch, reason, said):
         """The second pass is the first's, whatever has changed in between."""
         alpha = None
         if change == "alpha" and self.settings is not None and self.steered:
@@ -376,11 +379,19 @@ class Histories(RuleBasedStateMachine):
         elif change == "mode":
             self.mode(not self.twin.training)
         elif change == "forward":
-            self.check_forward(batch, "eager", None, None)
+            self.check_forward(batch, "eager")
+        elif change == "apply" and self.settings is not None:
+            self.applied(said, False)
+        elif change == "remove" and self.has_noise:
+            self.remove()
         ARRIVED.clear()
         state = torch.get_rng_state()
         loss = self.loss(out)
-        if loss.requires_grad:  # else PEFT has frozen all there is
+        if change == "remove" and not reason and loss.requires_grad:
+            with pytest.raises(RuntimeError, match=TAKEN_OFF):
+                loss.backward()
+            ARRIVED.clear()
+        elif loss.requires_grad:  # else PEFT has frozen all there is
             loss.backward()
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(one, found) for one in ARRIVED), "recomputed with other noise"
@@ -461,6 +472,17 @@ class Histories(RuleBasedStateMachine):
         else:
             self.moved = True
         self.read_weight()
+
+    @precondition(lambda self: not self.around & SHARDED)
+    @rule(trains=st.booleans())
+    def freeze(self, trains):
+        self.both(lambda model: model.get_input_embeddings().requires_grad_(trains) and None)
+
+    @precondition(lambda self: not self.around and self.adapter is None)
+    @rule(dtype=st.sampled_from([torch.bfloat16, torch.float64, torch.float32]))
+    def cast(self, dtype):
+        self.both(lambda model: model.to(dtype) and None)
+        self.weight = self.weight.to(dtype)
 
     @precondition(lambda self: self.steered and self.how.own and not self.around)
     @rule(name=st.sampled_from(sorted(WRAPPERS)))
@@ -572,7 +594,7 @@ class Histories(RuleBasedStateMachine):
         self.model, self.twin, self.handle = other, clean, None
         self.settings, self.steered = said, False
         if then == "forward":
-            self.check_forward(self.batch(data), "eager", None, None)
+            self.check_forward(self.batch(data), "eager")
         elif then == "take over":
             self.applied(data.draw(settings_of(self.kind)), False)
         else:
@@ -627,7 +649,7 @@ class Histories(RuleBasedStateMachine):
         self.model.zero_grad()
         self.same_buffers()
         if what == "forward":
-            self.check_forward(batch, "eager", None, None)
+            self.check_forward(batch, "eager")
             return
         while self.withs:  # it goes up through them
             self.withs.pop()[0].__exit__(None, None, None)
@@ -636,7 +658,7 @@ class Histories(RuleBasedStateMachine):
         self.settings, self.moved = {**DEFAULTS, "sign": 1, **again}, False
         if then == "with":
             self.handle.__enter__()
-            self.check_forward(batch, "eager", None, None)
+            self.check_forward(batch, "eager")
             self.handle.__exit__(None, None, None)
             self.settings = None
         elif then == "remove":
