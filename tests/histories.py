@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 VOCAB, HIDDEN, FACTOR = 24, 16, 4.0
-ARRIVED: list[torch.Tensor] = []  # what entered the first block, one for each forward
+ARRIVED: list[tuple[torch.Tensor, bool]] = []  # what entered a first block, and with grad or not
 
 
 # ---- models
@@ -20,7 +20,7 @@ ARRIVED: list[torch.Tensor] = []  # what entered the first block, one for each f
 
 def arrive(module, args):
     """Forward pre-hook of a first block."""
-    ARRIVED.append((args[0] if args else None).detach().clone())
+    ARRIVED.append((args[0].detach().clone(), torch.is_grad_enabled()))
 
 
 class Scaled(nn.Embedding):
