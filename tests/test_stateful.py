@@ -710,8 +710,8 @@ def _pickled(model):
 
 
 QUICK = settings(
-    max_examples=60,
-    stateful_step_count=14,
+    max_examples=25,
+    stateful_step_count=20,
     deadline=None,
     database=None,
     derandomize=True,
