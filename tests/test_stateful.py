@@ -27,10 +27,8 @@ from histories import (
     HIDDEN,
     KINDS,
     SETTINGS,
-    SHAPES,
     VOCAB,
     arrival,
-    batch_of,
     build,
     everything,
     first_draw,
@@ -65,7 +63,7 @@ FOUND = "multiplies its embeddings by 4 after looking them up"
 UNKNOWN = "it is not known whether"
 TAKEN_OFF = "NEFTune was taken off|number of tensors"
 COPIED = "copied or unpickled while it had NEFTune noise"
-# of ours, about as many as run: in models of one's own, whose first forward is looked at, and others
+# of ours that run, about: in models of one's own, whose first forward is looked at, and in others
 LINES = {
     True: {"apply": 1450, "forward": 2000, "remove": 330, "exit": 1030, "alpha": 80},
     False: {"apply": 2750, "forward": 450, "remove": 780, "exit": 2250, "alpha": 80},
@@ -310,9 +308,7 @@ class Histories(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         how=st.sampled_from(["eager", "eager", "eager", "no grad", "checkpoint"]),
-        word=st.sampled_from(
-            [None, None, None, "attention_mask", "key_padding_mask", "lengths"]
-        ),
+        word=st.sampled_from([None, None, None, "attention_mask", "key_padding_mask", "lengths"]),
         change=st.sampled_from([None, "alpha", "mode", "forward", "apply", "remove"]),
     )
     def forward(self, data, how, word, change):
@@ -733,4 +729,7 @@ def test_the_same_histories_every_time(kinds):
 @pytest.mark.parametrize("kind", KINDS)
 def test_histories_that_are_drawn_anew(kind):
     count = int(os.environ.get("NEFTUNE_HISTORIES", "200"))
-    run(settings(QUICK, derandomize=False, max_examples=count, stateful_step_count=25), kinds=(kind,))
+    run(
+        settings(QUICK, derandomize=False, max_examples=count, stateful_step_count=25),
+        kinds=(kind,),
+    )
