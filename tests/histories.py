@@ -286,7 +286,7 @@ def noise_of(settings, batch, told, seed, factor):
     )
     if time_first:
         noise = noise.reshape(*shape, HIDDEN).transpose(1, 0, 2).reshape(-1, HIDDEN)
-    lengths = sorted(dict((one[0], one[2]) for one in places if one is not None).values())
+    lengths = sorted({one[0]: one[2] for one in places if one is not None}.values())
     return noise, lengths
 
 
