@@ -151,6 +151,8 @@ class Histories(RuleBasedStateMachine):
         self.how = KINDS[self.kind]
         self.model, self.twin = build(self.kind), build(self.kind)
         self.weight = self.table(self.twin).weight.detach().clone()
+        if data.draw(st.booleans()):
+            self.applied(data.draw(settings_of(self.kind)), False)
 
     def teardown(self):
         try:
@@ -706,7 +708,7 @@ def _pickled(model):
 
 
 QUICK = settings(
-    max_examples=25,
+    max_examples=40,
     stateful_step_count=20,
     deadline=None,
     database=None,
