@@ -170,6 +170,15 @@ def check_variant(distribution: str, equal_variance: bool, sign: int) -> Variant
     )
 
 
+def said_variant(distribution: str, equal_variance: bool, sign: int) -> Variant:
+    """The same for who keeps it and changes one of them later: equal_variance stays as it was said,
+    though uniform noise does not ask for it.
+    """
+    return Variant(
+        distribution, equal_variance, check_variant(distribution, equal_variance, sign).sign
+    )
+
+
 @lru_cache(maxsize=64)
 def _cached_alpha_tensor(noise_alpha: float) -> Tensor:
     return torch.full((), noise_alpha, dtype=torch.float64, device="cpu")

@@ -60,6 +60,25 @@ def test_a_right_model(kind, way, factor):
     assert "words" in str(checked) and "noise_alpha 5: exact" in str(checked)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_negated_noise_is_the_papers(distribution, capturable):
+    model = Net().train()
+    handle = apply_neftune(model, 5.0, distribution=distribution, capturable=capturable)
+    model(**BATCH)
+    ratio = handle.stats()["max_noise_ratio"]
+    handle.sign = -1
+    checked = handle.check(**BATCH)
+    assert checked["ok"] and checked["sites"][0]["arrives"] == pytest.approx(1, abs=1e-6)
+    torch.manual_seed(7)
+    model(**BATCH)
+    negated = handle.stats()["max_noise_ratio"]
+    handle.sign = 1
+    torch.manual_seed(7)
+    model(**BATCH)
+    assert negated == handle.stats()["max_noise_ratio"] > 0 < ratio
+
+
 def test_what_is_wrong_is_said_with_the_line_to_paste():
     checked = of(Net(factor=FACTOR).train(), embedding_multiplier=1.0)
     assert not checked["ok"] and checked["sites"][0]["arrives"] == pytest.approx(FACTOR, rel=1e-5)

@@ -181,6 +181,27 @@ def check(kind, n, then):
     assert not RUNNING.forwards
 
 
+def test_an_apply_that_was_interrupted_is_not_put_back():
+    """By the exit of the next, wherever it was before its handle was complete."""
+
+    class InApply(Interrupt):
+        def line(self, frame, event, arg):
+            self.function = frame.f_code.co_name
+            return super().line(frame, event, arg)
+
+    n = 1
+    while True:
+        model = build(nn.Embedding)
+        clean, interrupt = everything(model), InApply(n)
+        if not interrupt.run(lambda model=model: apply_neftune(model, 5.0)):
+            break
+        if interrupt.function != "apply_neftune":  # else it may have come to its end
+            with apply_neftune(model, 2.0):
+                pass
+            assert everything(model) == clean, n
+        n += 17
+
+
 ENDS = ("apply", "remove", "deepcopy", "pickle")
 KINDS = (nn.Embedding, Embedding)
 

@@ -107,6 +107,21 @@ def test_one_setting_is_changed_through_the_handle():
     assert settings.noise_alpha == 2.0 and settings.variant.sign == -1
 
 
+@pytest.mark.parametrize("how", ["apply", "handle"])
+def test_equal_variance_waits_for_a_distribution(how):
+    model = build()
+    said = {"equal_variance": False} if how == "apply" else {}
+    handle = apply_neftune(model, 5.0, **said)
+    if how == "handle":
+        handle.equal_variance = False
+    assert handle.equal_variance is False
+    assert torch.equal(called(model), expected(model))
+    handle.sign = -1
+    handle.distribution = "normal"
+    wanted = {"distribution": "normal", "equal_variance": False, "sign": -1}
+    assert torch.equal(called(model), expected(model, **wanted))
+
+
 @pytest.mark.parametrize(
     "name", ["noise_alfa", "alpha", "nosie_alpha", "embedding", "state", "handle"]
 )
@@ -181,6 +196,41 @@ def test_an_apply_that_is_refused_changes_nothing():
         assert torch.equal(called(model), expected(model))
     handle.remove()
     assert everything(model) == everything(build(Scaled))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_applying_after_the_embedding_was_replaced_is_the_same_apply(kind, whole):
+    """No forward has come between, which would have found it."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build(kind)
+
+        def get_input_embeddings(self):
+            return self.inner.embed
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.inner(input_ids, attention_mask)
+
+    model = Outer().train()
+    before = everything(model)
+    handle = apply_neftune(model, 5.0, embedding_multiplier=1.0)
+    old = model.inner
+    if whole:
+        model.inner = build(kind)
+    else:
+        model.inner.embed = kind(VOCAB, HIDDEN)
+    with apply_neftune(model, 2.0, embedding_multiplier=1.0) as again:
+        assert again is handle
+        torch.manual_seed(7)
+        assert torch.equal(model(IDS, MASK), expected(model.inner, 2.0))
+        assert handle.stats()["calls"] == 1
+    torch.manual_seed(7)
+    assert torch.equal(model(IDS, MASK), expected(model.inner)), "what was before is again"
+    handle.remove()
+    assert everything(model) == before and everything(old) == everything(build(kind))
 
 
 # ---- several applies

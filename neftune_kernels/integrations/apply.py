@@ -13,10 +13,10 @@ from torch import nn
 
 from ..capturable import check_capturable, check_setting
 from ..modules import check_batch_first
-from ..noise import check_alpha, check_variant, check_word, refuse_unknown
-from .find import Found, chains, find_embeddings, path_of
+from ..noise import check_alpha, check_word, refuse_unknown, said_variant
+from .find import Found, ancestors_of, chains, find_embeddings, path_of
 from .handle import NEFTuneHandle, check_backend, check_fused, check_multiplier
-from .running import Said, Settings, State
+from .running import Said, Settings, State, handles
 from .telling import Read, check_samples
 
 
@@ -126,7 +126,7 @@ def apply_neftune(
         replica=None if replica is None else check_word("replica", replica),
         noise_without_grad=noise_without_grad,
         backend=backend,
-        variant=check_variant(distribution, equal_variance, 1),
+        variant=said_variant(distribution, equal_variance, 1),
         samples=check_samples(samples),
         fused=check_fused(fused),
         batch_first=check_batch_first(batch_first),
@@ -138,7 +138,7 @@ def apply_neftune(
     found = find_embeddings(model, path, fused)
     for one in found:
         check_backend(backend, one.embedding)
-    handle = _live_handle(found)
+    handle = _live_handle(model, found)
     if handle is None:
         state = State()
         handle = state.handle = NEFTuneHandle(state)
@@ -149,6 +149,7 @@ def apply_neftune(
             "padding_idx counts as real: tell NEFTune the "
             "samples with apply_neftune(..., samples=...)"
         )
+    handle._applied = True
     return handle
 
 
@@ -170,8 +171,10 @@ def check_model(model: Any, embedding: str | nn.Module | None) -> None:
         )
 
 
-def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
-    """Of the sites that are in the places now, or are wrapped there (PEFT after apply_neftune)."""
+def _live_handle(model: nn.Module, found: list[Found]) -> NEFTuneHandle | None:
+    """Of the sites that are in the places now, or are wrapped there (PEFT after apply_neftune), or
+    were there (a resized embedding).
+    """
     sites = [
         site
         for one in found
@@ -179,11 +182,24 @@ def _live_handle(found: list[Found]) -> NEFTuneHandle | None:
         for module in (*one.wrappers, *chain)
         if (site := module.__dict__.get("_neftune")) is not None
     ]
-    return next((site.state.handle for site in sites if site.state.handle is not None), None)
+    live = (site.state.handle for site in sites if site.state.handle is not None)
+    return next(live, None) or _handle_of_places(model, found)
+
+
+def _handle_of_places(model: nn.Module, found: list[Found]) -> NEFTuneHandle | None:
+    outermost = {(*one.wrappers, one.site)[0] for one in found}
+    places = {
+        place
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in outermost
+        for place in ancestors_of(model, name)
+    }
+    followed = (one for one in [*handles.values()] if not one.removed and one.has_lost(places))
+    return next(followed, None)
 
 
 def applied_handle(
     model: nn.Module, embedding: str | nn.Module | None = None
 ) -> NEFTuneHandle | None:
     """The handle of an apply_neftune that is in force on the model, if there is one."""
-    return _live_handle(find_embeddings(model, path_of(model, embedding)))
+    return _live_handle(model, find_embeddings(model, path_of(model, embedding)))

@@ -256,7 +256,8 @@ def ratio_of_rms(noise: Tensor, embedded: Tensor) -> float | None:
 def _paper(last: NoisyCall, device: torch.device) -> tuple[Tensor, Tensor]:
     """The call's noise at noise_alpha itself, and each token's length; 0 for padding."""
     zeros = torch.zeros((), device=device).expand(*last.shape, last.embedding_dim)
-    noise = last.noise._replace(alpha=alpha_tensor(last.noise_alpha), backend=last.backend.name)
+    alpha = alpha_tensor(last.noise_alpha * last.noise.variant.sign)
+    noise = last.noise._replace(alpha=alpha, backend=last.backend.name)
     return embeds_with_noise(zeros, last.samples, noise).double(), last.tokens()[2]
 
 

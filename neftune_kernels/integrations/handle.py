@@ -14,7 +14,7 @@ from ..backends import BACKENDS, choose_backend
 from ..capturable import check_capturable
 from ..lookup import PLAIN_WEIGHTS, embeds_with_noise
 from ..modules import TWO_NOISES, check_batch_first, has_other_noise
-from ..noise import check_alpha, check_variant, check_word
+from ..noise import check_alpha, check_word, said_variant
 from .arguments import Padding
 from .axes import Axes, reads_time_first, watch, watches
 from .check import Check, check, clean_lookup, ratio_of_rms
@@ -103,6 +103,7 @@ class NEFTuneHandle:
 
     __slots__ = (
         "__weakref__",
+        "_applied",
         "_before",
         "_doubted",
         "_entered",
@@ -120,6 +121,7 @@ class NEFTuneHandle:
         state.handle_key = str(next(next_key))
         handles[state.handle_key] = self
         self._state: State | None = state
+        self._applied = False  # an apply_neftune came to its end: an interrupted one is no "before"
         self._before: _Before | None = None
         self._entered: list[_Before | None] = []
         self._roots: list[Root] = []
@@ -186,7 +188,7 @@ class NEFTuneHandle:
     def _apply(self, model: nn.Module, path: str | None, settings: Settings) -> None:
         """What a call of apply_neftune does; it leaves all as it was where it raises."""
         state = self._live_state()
-        self._before = _Before(state.settings(), self._roots) if self._roots else None
+        self._before = _Before(state.settings(), self._roots) if self._applied else None
         try:
             state.assign(settings)
             self._roots = [(root, at) for root, at in self._roots if root() not in (None, model)]
@@ -407,6 +409,15 @@ class NEFTuneHandle:
                 return True
         return False
 
+    def has_lost(self, places: Collection[tuple[nn.Module, str]]) -> bool:
+        """Whether something was put in one of these places that led to our sites."""
+        return any(
+            (module := parent()) is not None
+            and (module, name) in places
+            and module._modules.get(name) is not child()
+            for parent, name, child in self._places
+        )
+
     def _live_state(self) -> State:
         if self._state is None:
             raise RuntimeError("this NEFTuneHandle was removed: call apply_neftune again")
@@ -452,7 +463,7 @@ class NEFTuneHandle:
     @sign.setter
     def sign(self, value: int) -> None:
         distribution, equal_variance, _ = self._live_state().variant
-        self._set(variant=check_variant(distribution, equal_variance, value))
+        self._set(variant=said_variant(distribution, equal_variance, value))
 
     @property
     def distribution(self) -> str:
@@ -461,7 +472,7 @@ class NEFTuneHandle:
     @distribution.setter
     def distribution(self, value: str) -> None:
         _, equal_variance, sign = self._live_state().variant
-        self._set(variant=check_variant(value, equal_variance, sign))
+        self._set(variant=said_variant(value, equal_variance, sign))
 
     @property
     def equal_variance(self) -> bool:
@@ -470,7 +481,7 @@ class NEFTuneHandle:
     @equal_variance.setter
     def equal_variance(self, value: bool) -> None:
         distribution, _, sign = self._live_state().variant
-        self._set(variant=check_variant(distribution, value, sign))
+        self._set(variant=said_variant(distribution, value, sign))
 
     @property
     def replica(self) -> int | None:
@@ -833,6 +844,6 @@ def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float,
     ratio = None
     if clean is not None:
         ratio = ratio_of_rms(noise, clean.reshape(-1, last.embedding_dim)[real])
-    bound = float(last.noise.alpha) / (length[real].double() * last.embedding_dim).sqrt()
+    bound = abs(float(last.noise.alpha)) / (length[real].double() * last.embedding_dim).sqrt()
     largest = float((noise.abs().amax(-1) / bound).max()) if alpha else 0.0
     return lengths.cpu(), magnitudes.cpu(), largest, ratio

@@ -2,6 +2,7 @@
 and adds noise in one pass. Behind: a forward hook adds the noise to the site's output.
 """
 
+import functools
 import types
 import weakref
 from collections.abc import Callable
@@ -487,4 +488,4 @@ def _rebind(module: nn.Module, base: type[nn.Module]) -> None:
         if _is_ours(value):
             module.__dict__[name] = plain
         elif _is_ours(getattr(value, "__wrapped__", None)):
-            value.__wrapped__ = plain
+            functools.update_wrapper(value, plain)  # its name, too
