@@ -1,10 +1,10 @@
-"""Shapes named after models, inputs that rotate, and what is compared: ours and its rivals as plain
-functions of one input.
+"""What is compared: shapes, batches as trainers make them, inputs that rotate, and ours and its
+rivals as plain functions of one input.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,14 @@ NOISE_ALPHA = 5.0
 WEIGHT_STD = 0.02
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# Layouts: how much of a batch is real, and what tells ours so.
+RAGGED = "ragged, 70 % real"  # the common case: rows of unequal length, an attention_mask
+FULL, SHORT = "100 % real, with a mask", "ragged, 30 % real"
+FILLS = {RAGGED: 0.7, FULL: 1.0, SHORT: 0.3}
+CU_SEQLENS, POSITION_IDS = "packed, cu_seqlens", "packed, position_ids"
+UNTOLD = "no mask, every token real"
+LAYOUTS = (RAGGED, FULL, SHORT, CU_SEQLENS, POSITION_IDS, UNTOLD)
+
 
 class Case(NamedTuple):
     key: str
@@ -26,6 +34,7 @@ class Case(NamedTuple):
     embedding_dim: int
     num_embeddings: int
     dtype: torch.dtype
+    layout: str = UNTOLD
 
     @property
     def tokens(self) -> int:
@@ -36,8 +45,36 @@ class Case(NamedTuple):
         return self.tokens * self.embedding_dim
 
     @property
+    def packed(self) -> bool:
+        return self.layout in (CU_SEQLENS, POSITION_IDS)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the samples. A batch is padded to its longest row; the others share what is left."""
+        fill = FILLS.get(self.layout, FILLS[RAGGED] if self.packed else 1.0)
+        if self.batch == 1 or fill == 1:
+            lengths = [self.columns] * self.batch
+        else:
+            rest = max(1, round((fill * self.tokens - self.columns) / (self.batch - 1)))
+            lengths = [self.columns] + [rest] * (self.batch - 1)
+        if not self.packed:
+            return lengths
+        left = self.tokens - sum(lengths)  # packing puts more documents where padding was
+        while left > 0:
+            lengths.append(min(left, lengths[-1]))
+            left -= lengths[-1]
+        return lengths
+
+    @property
     def magnitude(self) -> float:
+        """Of the longest row, whose every token is real."""
         return NOISE_ALPHA / math.sqrt(self.columns * self.embedding_dim)
+
+    @property
+    def hook_magnitude(self) -> float:
+        """HF's hook divides by the length of the tensor's rows."""
+        columns = self.tokens if self.packed else self.columns
+        return NOISE_ALPHA / math.sqrt(columns * self.embedding_dim)
 
     @property
     def bytes_moved(self) -> int:
@@ -56,52 +93,60 @@ class Case(NamedTuple):
 SHAPES = {
     "llama2-7b": ("Llama-2-7B", 8, 512, 4096, 32000),
     "smollm2": ("SmolLM2-135M", 4, 2048, 576, 49152),
-    "llama3-1b": ("Llama-3.2-1B", 4, 512, 2048, 128256),
+    "base": ("base point", 4, 512, 2048, 32000),
     "smollm2-short": ("SmolLM2, short", 2, 64, 576, 49152),
 }
 
 
-def make_case(key: str, dtype: torch.dtype) -> Case:
-    return Case(key, *SHAPES[key], dtype)
+def make_case(key: str, dtype: torch.dtype, layout: str = UNTOLD) -> Case:
+    return Case(key, *SHAPES[key], dtype, layout)
 
 
 class Inputs(NamedTuple):
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: (
-        Tensor  # (B, T) int64, all ones: every token is real, so all rivals do the same work
-    )
+    input_ids: Tensor  # (B, T) int64; (1, B·T) where packed
+    attention_mask: Tensor  # as input_ids, int64: 1 where a token is real
     weight: Tensor  # (V, d)
-    out: Tensor  # (B, T, d), already faulted in: only the providers that take a buffer write it
+    out: Tensor  # (*input_ids.shape, d), already faulted in: for who takes a buffer or a gradient
     seed: Tensor  # 0-dim int64
     alpha: Tensor  # 0-dim float64, as the operator takes it
+    told: dict[str, Any] = {}  # noqa: RUF012 (never written): the arguments that tell ours the samples
+
+
+def _told(case: Case, lengths: Tensor, mask: Tensor) -> dict[str, Any]:
+    if case.layout == CU_SEQLENS:
+        return {"cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int()}
+    if case.layout == POSITION_IDS:
+        return {"position_ids": torch.cat([torch.arange(int(one)) for one in lengths])[None]}
+    return {} if case.layout == UNTOLD else {"attention_mask": mask}
 
 
 def make_inputs(case: Case, cache_bytes: int = 0, generator_seed: int = 0) -> list[Inputs]:
-    """A set to rotate through: one weight; ids, seed and buffer of each its own; together at least
-    twice `cache_bytes`.
+    """A set to rotate through: one weight; ids, lengths, seed and buffer of each its own; together
+    at least twice `cache_bytes`.
 
     Ids are uniform over the vocabulary, the worst case for caches: real text repeats its frequent
-    rows.
+    rows. Padding is id 0.
     """
     generator = torch.Generator().manual_seed(generator_seed)
     weight = torch.empty(case.num_embeddings, case.embedding_dim, dtype=case.dtype).normal_(
         0.0, WEIGHT_STD, generator=generator
     )
-    ids_shape, out_shape = (
-        (case.batch, case.columns),
-        (case.batch, case.columns, case.embedding_dim),
-    )
-    return [
-        Inputs(
-            torch.randint(case.num_embeddings, ids_shape, generator=generator),
-            torch.ones(ids_shape, dtype=torch.int64),
-            weight,
-            torch.zeros(out_shape, dtype=case.dtype).fill_(math.nan),
-            torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator),
-            torch.full((), NOISE_ALPHA, dtype=torch.float64),
-        )
-        for _ in range(max(4, -(-2 * cache_bytes // case.bytes_moved)))
-    ]
+    shape = (1, case.tokens) if case.packed else (case.batch, case.columns)
+    lengths = torch.tensor(case.lengths)
+    made = []
+    for _ in range(max(4, -(-2 * cache_bytes // case.bytes_moved))):
+        order = torch.randperm(len(lengths), generator=generator)
+        own = lengths[order]
+        ids = torch.randint(case.num_embeddings, shape, generator=generator)
+        mask = torch.ones(shape, dtype=torch.int64)
+        if not case.packed:
+            mask = (torch.arange(case.columns) < own[:, None]).long()
+            ids = ids.masked_fill(mask == 0, 0)
+        out = torch.zeros(*shape, case.embedding_dim, dtype=case.dtype).fill_(math.nan)
+        seed = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        alpha = torch.full((), NOISE_ALPHA, dtype=torch.float64)
+        made.append(Inputs(ids, mask, weight, out, seed, alpha, _told(case, own, mask)))
+    return made
 
 
 # ---- ours
@@ -118,17 +163,8 @@ def kernel_alone(inputs: Inputs) -> Tensor:
 
 
 def ours(inputs: Inputs) -> Tensor:
-    return noisy_embedding(inputs.input_ids, inputs.weight, NOISE_ALPHA, seed=inputs.seed)
-
-
-def ours_masked(inputs: Inputs) -> Tensor:
-    """As the official code is called: the lengths come from the mask."""
     return noisy_embedding(
-        inputs.input_ids,
-        inputs.weight,
-        NOISE_ALPHA,
-        attention_mask=inputs.attention_mask,
-        seed=inputs.seed,
+        inputs.input_ids, inputs.weight, NOISE_ALPHA, seed=inputs.seed, **inputs.told
     )
 
 
@@ -191,7 +227,11 @@ class Provider(NamedTuple):
     name: str
     run: Run
     kind: str  # "ours" (exact noise), "plain" (no noise), "rival" (other noise of the same size)
-    cached: bool = False  # measured on one input that stays in cache, instead of rotating
+
+
+BASE, OURS, HOOK = "F.embedding", "ours", "HF hook"
+OFFICIAL, COMPILED_HOOK, COMPILED_OFFICIAL = "official", "HF hook, compiled", "official, compiled"
+GATHER, ALONE = "gather floor", "kernel alone"
 
 
 def compiled_providers() -> list[Provider]:
@@ -204,12 +244,12 @@ def compiled_providers() -> list[Provider]:
     compiled_official: Callable[..., Tensor] = torch.compile(official_with_rand_like, dynamic=False)
     return [
         Provider(
-            "HF hook, compiled",
+            COMPILED_HOOK,
             lambda inputs: compiled_hook(inputs.input_ids, inputs.weight),
             "rival",
         ),
         Provider(
-            "official, compiled",
+            COMPILED_OFFICIAL,
             lambda inputs: compiled_official(
                 inputs.input_ids, inputs.attention_mask, inputs.weight
             ),
@@ -218,25 +258,29 @@ def compiled_providers() -> list[Provider]:
     ]
 
 
-def make_providers(compiled: bool = True, cached: bool = False) -> list[Provider]:
+def make_providers(case: Case, compiled: bool = True) -> list[Provider]:
+    """The lookup without noise first. The official code cannot be told what is packed."""
     providers = [
-        Provider("gather floor", gather, "plain"),
-        Provider("ours, into a buffer", kernel_alone, "ours"),
-        Provider("F.embedding", embedding, "plain"),
-        Provider("ours", ours, "ours"),
-        Provider("ours, attention_mask", ours_masked, "ours"),
-        Provider("HF hook", hf_hook, "rival"),
-        Provider("official", official, "rival"),
+        Provider(BASE, embedding, "plain"),
+        Provider(OURS, ours, "ours"),
+        Provider(HOOK, hf_hook, "rival"),
+        Provider(OFFICIAL, official, "rival"),
+        *(compiled_providers() if compiled else []),
     ]
-    if cached:
-        providers[2:2] = [
-            Provider("gather floor, in cache", gather, "plain", cached=True),
-            Provider("ours, into a buffer, in cache", kernel_alone, "ours", cached=True),
-        ]
-    return providers + (compiled_providers() if compiled else [])
+    return [one for one in providers if not (case.packed and one.name.startswith(OFFICIAL))]
+
+
+def floor_providers() -> list[Provider]:
+    """Without allocation: what the kernel costs over moving the rows."""
+    return [Provider(GATHER, gather, "plain"), Provider(ALONE, kernel_alone, "untold")]
 
 
 # ---- equality before any clock
+
+
+def _close(deviation: float, expected: float, count: int) -> bool:
+    """Six standard errors of a uniform sample's deviation, and 1 % for what bfloat16 rounds."""
+    return abs(deviation / expected - 1) <= 6 * math.sqrt(0.2 / count) + 0.01
 
 
 def check(case: Case, provider: Provider, inputs: Inputs) -> str:
@@ -247,46 +291,64 @@ def check(case: Case, provider: Provider, inputs: Inputs) -> str:
         return f"{tuple(got.shape)} {got.dtype} instead of {tuple(plain.shape)} {plain.dtype}"
     if provider.kind == "plain":
         return "" if torch.equal(got, plain) else "differs from F.embedding"
-    if provider.kind == "ours":
-        return _check_ours(case, got, inputs)
+    if provider.kind in ("ours", "untold"):
+        told = inputs if provider.kind == "ours" else inputs._replace(told={})
+        return _check_ours(case, got, told)
+    magnitudes = [case.hook_magnitude] * len(got)
+    if provider.name.startswith(OFFICIAL):
+        lengths = inputs.attention_mask.sum(1).tolist()
+        magnitudes = [NOISE_ALPHA / math.sqrt(one * case.embedding_dim) for one in lengths]
     noise = got.float() - plain.float()
-    largest, deviation = float(noise.abs().max()), float(noise.std())
     rounding = 0.0 if case.dtype == torch.float32 else float(got.abs().max()) * 2.0**-8
-    if not 0.98 * case.magnitude <= largest <= case.magnitude * (1 + 2**-7) + rounding:
-        return f"largest |noise| {largest:.3g} instead of {case.magnitude:.3g}"
-    if abs(deviation / (case.magnitude / math.sqrt(3)) - 1) > 0.03:
-        expected = case.magnitude / math.sqrt(3)
-        return f"noise of standard deviation {deviation:.3g} instead of {expected:.3g}"
+    for row, real, magnitude in zip(noise, inputs.attention_mask.bool(), magnitudes, strict=True):
+        largest, deviation = float(row[real].abs().max()), float(row[real].std())
+        if not 0.98 * magnitude <= largest <= magnitude * (1 + 2**-7) + rounding:
+            return f"largest |noise| {largest:.3g} instead of {magnitude:.3g}"
+        expected = magnitude / math.sqrt(3)
+        if not _close(deviation, expected, row[real].numel()):
+            return f"noise of standard deviation {deviation:.3g} instead of {expected:.3g}"
     return ""
 
 
 def _check_ours(case: Case, got: Tensor, inputs: Inputs) -> str:
-    """Bit for bit the reference backend: the first and last tokens of the first and last sample,
-    computed as shards of their sample.
+    """Bit for bit the reference backend. Packed: everything. Else the first and last real tokens of
+    the first and last sample, computed as shards of their sample, and all padding.
     """
+    arguments: dict[str, Any] = {"seed": inputs.seed, "backend": "reference"}
+    if case.packed:
+        arguments |= inputs.told
+        expected = noisy_embedding(inputs.input_ids, inputs.weight, NOISE_ALPHA, **arguments)
+        return "" if torch.equal(got, expected) else "differs from the reference backend"
     if not bool(torch.isfinite(got).all()):
         return "has cells that are not finite or were not written"
-    width = min(16, case.columns)
+    real = inputs.attention_mask.bool() if inputs.told else torch.ones_like(inputs.input_ids).bool()
+    plain = F.embedding(inputs.input_ids, inputs.weight)
+    if not torch.equal(got[~real], plain[~real]):
+        return "puts noise on padding"
     for sample in (0, case.batch - 1):
-        for start in (0, case.columns - width):
+        length = int(real[sample].sum())
+        width = min(16, length)
+        for start in (0, length - width):
             expected = noisy_embedding(
                 inputs.input_ids[sample : sample + 1, start : start + width],
                 inputs.weight,
                 NOISE_ALPHA,
-                lengths=torch.tensor([case.columns]),
-                seed=inputs.seed,
+                lengths=torch.tensor([length]),
                 sample_offset=sample,
                 position_offset=start,
-                backend="reference",
+                **arguments,
             )
             if not torch.equal(got[sample : sample + 1, start : start + width], expected):
                 return (
                     f"differs from the reference backend in sample {sample} from position {start}"
                 )
-    noise = got.float() - F.embedding(inputs.input_ids, inputs.weight).float()
-    if abs(float(noise.std()) / (case.magnitude / math.sqrt(3)) - 1) > 0.03:
-        deviation = case.magnitude / math.sqrt(3)
-        return f"noise of standard deviation {float(noise.std()):.3g} instead of {deviation:.3g}"
+        noise = (got[sample] - plain[sample])[real[sample]].float()
+        expected_deviation = NOISE_ALPHA / math.sqrt(3 * length * case.embedding_dim)
+        deviation = float(noise.std())
+        if not _close(deviation, expected_deviation, noise.numel()):
+            return (
+                f"noise of standard deviation {deviation:.3g} instead of {expected_deviation:.3g}"
+            )
     return ""
 
 

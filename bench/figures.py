@@ -1,77 +1,223 @@
-"""The plot of compare.py: time relative to F.embedding, one panel per shape and dtype."""
+"""The picture of bench.compare: everything over the same call without noise, as in the tables."""
 
 import pathlib
+from functools import partial
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from .cases import Case
+from .cases import BASE, COMPILED_HOOK, HOOK, OFFICIAL, OURS, RAGGED
+from .compare_tables import Machines, Row, cpu_of, grouped, is_void, shape
 
 COLOURS = {
-    "ours": "#1a7f5a",
-    "HF hook": "#8c96a3",
-    "official": "#b4bcc6",
-    "HF hook, compiled": "#8c96a3",
-    "official, compiled": "#b4bcc6",
+    OURS: "#1a7f5a",
+    HOOK: "#d1711f",
+    OFFICIAL: "#8c96a3",
+    COMPILED_HOOK: "#e5b28a",
 }
-TEXT = "#1f2328"
+TEXT, FAINT = "#1f2328", "#59636e"
+SWEEPS = {
+    "tokens": lambda row: int(row["batch"]) * int(row["columns"]),
+    "embedding_dim": lambda row: int(row["embedding_dim"]),
+    "num_embeddings": lambda row: int(row["num_embeddings"]),
+}
+LABELS = {
+    "tokens": "tokens of the batch",
+    "embedding_dim": "d, embedding_dim",
+    "num_embeddings": "V, num_embeddings",
+}
+STYLES: dict[str, Any] = {"float32": "-", "bfloat16": (0, (4, 2))}
 
 
-def draw(path: pathlib.Path, relative: dict[Case, dict[str, float]], caption: str) -> None:
-    """relative: case → provider → ratio to F.embedding, and "F.embedding" → its seconds."""
-    shapes, dtypes = (
-        list(dict.fromkeys(case.key for case in relative)),
-        list(dict.fromkeys(case.dtype for case in relative)),
+def clean(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=TEXT)
+    axes.tick_params(labelsize=8, colors=FAINT)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def stamp_void(axes: Any) -> None:
+    """Over what other processes disturbed: nobody takes a figure from it."""
+    axes.text(
+        0.5,
+        0.5,
+        "VOID",
+        transform=axes.transAxes,
+        ha="center",
+        va="center",
+        fontsize=36,
+        color="#b3261e",
+        alpha=0.6,
+        rotation=20,
     )
-    figure, grid = plt.subplots(
-        len(shapes),
-        len(dtypes),
-        figsize=(6.2 * len(dtypes), 0.9 + 1.75 * len(shapes)),
-        squeeze=False,
-        facecolor="white",
-    )
-    for case, measured in relative.items():
-        axes = grid[shapes.index(case.key)][dtypes.index(case.dtype)]
-        names = [name for name in COLOURS if name in measured]
-        ratios = [measured[name] for name in names]
-        axes.barh(range(len(names)), ratios, color=[COLOURS[name] for name in names], height=0.72)
-        for i, ratio in enumerate(ratios):
-            label = f"{ratio:.2f}x" if ratio < 3 else f"{ratio:.1f}x"
-            beside = (max(ratio, 1.0), i)  # never across the dashed line
+
+
+def bars(axes: Any, rows: list[Row], dtype: str) -> None:
+    found = [
+        providers
+        for providers in grouped(rows, "model shapes").values()
+        if providers[BASE]["dtype"] == dtype
+    ]
+    names = [name for name in COLOURS if any(name in providers for providers in found)]
+    height = 0.8 / max(len(names), 1)
+    for place, providers in enumerate(found):
+        for i, name in enumerate(names):
+            if name not in providers:
+                continue
+            ratio, at = float(providers[name]["ratio"]), place - 0.4 + (i + 0.5) * height
+            axes.barh(at, ratio, height=height * 0.9, color=COLOURS[name])
             axes.annotate(
-                label,
-                beside,
-                (5, 0),
+                f"{ratio:.2f}" if ratio < 3 else f"{ratio:.1f}",
+                (max(ratio, 1.0), at),
+                (3, 0),
                 textcoords="offset points",
                 va="center",
+                fontsize=7,
                 color=TEXT,
-                fontsize=9,
             )
-        axes.axvline(1, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(names)), names, color=TEXT, fontsize=9)
-        axes.get_yticklabels()[0].set_fontweight("bold")
-        axes.invert_yaxis()
-        axes.set_xlim(0, max(*ratios, 1.0) * 1.15)
-        milliseconds = measured["F.embedding"] * 1e3
-        axes.set_title(
-            f"{case.model} {case.shape}, {case.dtype_name}", loc="left", fontsize=10, color=TEXT
-        )
-        axes.set_title(
-            f"F.embedding {milliseconds:.3g} ms", loc="right", fontsize=9, color="#59636e"
-        )
-        axes.tick_params(axis="x", labelsize=8, colors="#59636e")
-        axes.tick_params(axis="y", length=0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
+    labels = [
+        f"{shape(one[BASE])}\n{float(one[BASE]['median_ms']):.3g} ms without" for one in found
+    ]
+    axes.set_yticks(range(len(found)), labels, fontsize=8, color=TEXT)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
+    largest = max(
+        (float(row["ratio"]) for providers in found for row in providers.values()), default=1.0
+    )
+    axes.set_xlim(0.7, 2 * largest)
+    clean(axes, f"Ragged batches with a mask, {dtype}")
+    if any(is_void(row) for providers in found for row in providers.values()):
+        stamp_void(axes)
+
+
+def lines(axes: Any, rows: list[Row], section: str) -> None:
+    found = list(grouped(rows, section).values())
+    for dtype, style in STYLES.items():
+        for name in (OURS, HOOK):
+            points = sorted(
+                (SWEEPS[section](one[BASE]), float(one[name]["ratio"]))
+                for one in found
+                if one[BASE]["dtype"] == dtype
+            )
+            axes.plot(
+                [point[0] for point in points],
+                [point[1] for point in points],
+                color=COLOURS[name],
+                linestyle=style,
+                marker="o",
+                markersize=3,
+                linewidth=1.3,
+            )
+    axes.axhline(1, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.set_xlabel(LABELS[section], fontsize=8, color=FAINT)
+    clean(axes, f"Sweep of {LABELS[section].split(',')[0]}, {RAGGED}")
+    if any(is_void(row) for providers in found for row in providers.values()):
+        stamp_void(axes)
+
+
+def steps(axes: Any, rows: list[Row]) -> None:
+    """What is added at the lookup, in % of the whole step without noise."""
+    pairs = list(grouped(rows, "training step").values())
+    names, places, labels = (OURS, HOOK), range(len(pairs) // 2), []
+    for place, (lookup, step) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        base, whole = float(lookup[BASE]["median_ms"]), float(step[BASE]["median_ms"])
+        labels.append(f"{step[BASE]['case']}\n{whole:.0f} ms without".replace(", ", "\n", 1))
+        for i, name in enumerate(names):
+            share = 100 * (float(lookup[name]["ratio"]) - 1) * base / whole
+            at = place - 0.2 + 0.4 * i
+            axes.barh(at, share, height=0.36, color=COLOURS[name])
+            axes.annotate(
+                f"{share:.2f} %",
+                (max(share, 0), at),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=TEXT,
+            )
+    axes.set_yticks(list(places), labels, fontsize=8, color=TEXT)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    clean(axes, "What noise adds to a training step, %")
+    if any(is_void(row) for providers in pairs for row in providers.values()):
+        stamp_void(axes)
+
+
+def draw_machine(row_of_axes: Any, rows: list[Row]) -> None:
+    """What was not measured is left out; nothing is cut off."""
+    upper, lower = row_of_axes
+    present = {row["section"] for row in rows}
+    parts: list[tuple[str, Any, Any]] = [("training step", upper[0], steps)]
+    parts += [
+        ("model shapes", axes, partial(bars, dtype=dtype))
+        for axes, dtype in zip(upper[1:], STYLES, strict=True)
+    ]
+    parts += [
+        (section, axes, partial(lines, section=section))
+        for axes, section in zip(lower, SWEEPS, strict=True)
+    ]
+    for section, axes, draw_part in parts:
+        if section in present:
+            draw_part(axes, rows)
+        else:
+            axes.set_axis_off()
+    upper[0].annotate(
+        cpu_of(rows),
+        (0, 1),
+        (0, 26),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=11,
+        fontweight="bold",
+        color=TEXT,
+    )
+
+
+def legend(figure: Any) -> None:
+    handles: list[Artist] = [Patch(color=colour) for colour in COLOURS.values()]
+    handles += [Line2D([], [], color=FAINT, linestyle=style) for style in STYLES.values()]
+    labels = [*COLOURS, *(f"{name} (sweeps)" for name in STYLES)]
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.02),
+        ncols=len(labels),
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def draw(path: pathlib.Path, machines: Machines) -> None:
+    figure, grid = plt.subplots(
+        2 * len(machines),
+        3,
+        figsize=(14, 6.8 * len(machines) + 0.8),
+        squeeze=False,
+        facecolor="white",
+        gridspec_kw={"height_ratios": [1.25, 1] * len(machines)},
+    )
+    for i, rows in enumerate(machines.values()):
+        draw_machine(grid[2 * i : 2 * i + 2], rows)
+    legend(figure)
     figure.suptitle(
-        "Embedding with NEFTune noise: time relative to F.embedding without noise (dashed)",
+        f"What NEFTune noise costs: time over {BASE} without noise (dashed), both axes logarithmic",
         color=TEXT,
         fontsize=12,
     )
-    figure.text(0.5, 0.004, caption, ha="center", va="bottom", fontsize=7.5, color="#59636e")
-    figure.tight_layout(rect=(0, 0.02, 1, 0.995))
+    caption = "\n".join(rows[0]["machine"] for rows in machines.values())
+    figure.text(0.5, 0.004, caption, ha="center", va="bottom", fontsize=7, color=FAINT)
+    figure.tight_layout(rect=(0, 0.06, 1, 0.985))
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)

@@ -25,6 +25,7 @@ from neftune_kernels.reference import rounded_once
 
 from .machine import Load, describe, describe_load
 from .resumed import Bar
+from .training_step import SMOLLM2
 
 RESULT = pathlib.Path(__file__).parent / "results" / "gradient.md"
 TORCH, OURS = "torch dense", "ours dense"
@@ -165,15 +166,6 @@ HEAD = [
 
 # ---- a whole step: forward, loss, backward and AdamW, every weight trained, in float32
 
-SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 LARGE_VOCABULARY: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 1024,

@@ -74,6 +74,14 @@ def describe(threads: int) -> dict[str, str]:
     }
 
 
+def machine_line(machine: dict[str, str]) -> str:
+    return (
+        f"{machine['cpu']}, {machine['caches']}; SIMD {machine['simd']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}, "
+        f"neftune_kernels {machine['neftune_kernels']}, backend {machine['backend']}"
+    )
+
+
 def best_seconds(run: Callable[[], object], samples: int = 25, at_least: float = 0.002) -> float:
     """The fastest of several samples: a floor is what the machine can do.
 

@@ -35,8 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from neftune_kernels import noisy_embedding
 
 from .cases import DTYPES, NOISE_ALPHA, SHAPES, Case, Inputs, hf_hook, make_case, make_inputs
-from .compare import machine_line
-from .machine import describe
+from .machine import describe, machine_line
 
 PER_TOKEN = (
     128  # bytes, forward: the layout of a mask and what computing it takes, all 1-D int64 or bool

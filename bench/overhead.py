@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from neftune_kernels import NEFTuneEmbedding, add_noise, noisy_embedding
 
-from .compare import Spread, machine_line, spread
-from .machine import Load, describe, describe_load
+from .interleaved import Spread, spread
+from .machine import Load, describe, describe_load, machine_line
 
 SHAPE, EMBEDDING_DIM, NUM_EMBEDDINGS = (1, 8), 64, 1000
 BASE = "nn.Embedding"

@@ -1,6 +1,7 @@
-"""`pytest bench --benchmark-only`: every provider on every case, one at a time.
+"""`pytest bench --benchmark-only`: the second way to bench.compare's cases, one provider at a time.
 
-No assertion on time; ratios are compare.py's business.
+No assertion on time. A group is a shape and dtype, ragged with a mask; its last table gives each
+median over that of F.embedding.
 """
 
 from collections.abc import Iterator
@@ -10,13 +11,20 @@ import pytest
 import torch
 
 from .cases import (
+    BASE,
+    COMPILED_HOOK,
+    COMPILED_OFFICIAL,
     DTYPES,
+    HOOK,
+    OFFICIAL,
+    OURS,
+    RAGGED,
     SHAPES,
+    UNTOLD,
     Case,
     Inputs,
     Provider,
     check,
-    compiled_providers,
     hf_hook,
     make_case,
     make_inputs,
@@ -24,17 +32,24 @@ from .cases import (
 )
 from .machine import last_level_cache
 
-PROVIDERS = [provider.name for provider in make_providers(compiled=False)]
-COMPILED = ["HF hook, compiled", "official, compiled"]
+PROVIDERS = {  # by the short name of a case
+    "plain": BASE,
+    "ours": OURS,
+    "hook": HOOK,
+    "official": OFFICIAL,
+    "hook-compiled": COMPILED_HOOK,
+    "official-compiled": COMPILED_OFFICIAL,
+}
 
 
 @pytest.fixture(
     scope="module",
-    params=[(key, dtype) for key in SHAPES for dtype in DTYPES.values()],
-    ids=lambda param: f"{param[0]}-{param[1]}",
+    params=[(key, name) for key in SHAPES for name in DTYPES],
+    ids=lambda param: f"{param[0]}-{'bf16' if param[1] == 'bfloat16' else 'fp32'}",
 )
 def case(request: pytest.FixtureRequest) -> Case:
-    return make_case(*request.param)
+    key, dtype = request.param
+    return make_case(key, DTYPES[dtype], RAGGED)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +63,16 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-def find(name: str) -> Provider:
-    providers = compiled_providers() if name in COMPILED else make_providers(compiled=False)
-    return next(provider for provider in providers if provider.name == name)
+def find(case: Case, name: str) -> Provider:
+    return next(one for one in make_providers(case, "compiled" in name) if one.name == name)
 
 
-@pytest.mark.parametrize("name", [*PROVIDERS, *COMPILED])
-def test_provider(benchmark: Any, case: Case, inputs: list[Inputs], name: str) -> None:
-    provider = find(name)
+@pytest.mark.parametrize("short", PROVIDERS)
+def test_lookup(benchmark: Any, case: Case, inputs: list[Inputs], short: str) -> None:
+    provider = find(case, PROVIDERS[short])
     assert check(case, provider, inputs[0]) == ""
     benchmark.group = f"{case.model} {case.shape} {case.dtype_name}"
+    benchmark.name = short
     cursor = 0
 
     def following() -> tuple[tuple[Inputs], dict[str, Any]]:
@@ -72,7 +87,7 @@ def test_provider(benchmark: Any, case: Case, inputs: list[Inputs], name: str) -
 def test_hf_hook_is_transformers_own(dtype: torch.dtype) -> None:
     """The rival in cases.py gives the very numbers of the hook it stands for."""
     neftune = pytest.importorskip("transformers.integrations.neftune")
-    (one, *_) = make_inputs(make_case("smollm2-short", dtype))
+    (one, *_) = make_inputs(make_case("smollm2-short", dtype, UNTOLD))
     module = torch.nn.Embedding.from_pretrained(one.weight)
     module.neftune_noise_alpha = 5.0  # type: ignore[assignment]
     module.register_forward_hook(neftune.neftune_post_forward_hook)
