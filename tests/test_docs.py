@@ -146,6 +146,23 @@ def test_readme_is_short():
     assert "free of cost" not in text
 
 
+def test_readme_totals_are_the_sweeps():
+    text = README.read_text()
+    results = ROOT / "bench" / "results"
+    zoo = dict(re.findall(r"^\| ([A-Z ]+) \| (\d+) \|$", (results / "zoo.md").read_text(), re.M))
+    counts = {word: int(count) for word, count in zoo.items()}
+    judged, exact = sum(counts.values()), counts.pop("EXACT")
+    led = counts.pop("WARNED") + counts.pop("REFUSED")
+    assert not any(counts.values()), counts  # neither crash nor silent wrong noise
+    assert f"{exact} of {judged} types exact at once, {led} after a true message" in text
+    foreign = (results / "foreign.md").read_text()
+    (line,) = re.findall(r"^[A-Z ]+: \d+(?:; [A-Z ]+: \d+)*\.$", foreign, re.M)
+    counts = {word: int(count) for word, count in re.findall(r"([A-Z][A-Z ]*): (\d+)", line)}
+    led, exact = counts.pop("REFUSED") + counts.pop("WARNED", 0), counts.pop("EXACT")
+    assert not counts, counts
+    assert f"of {led + exact} models of other packages {exact} exact at once, {led} after" in text
+
+
 def test_readme_figures_are_the_benchmarks():
     """Every line of the table, from bench/results/compare.md."""
     rows = re.findall(
