@@ -218,6 +218,8 @@ class Layout {
   uint32_t sample_offset_, position_offset_;
 };
 
+constexpr int64_t kPageBytes = 4096;
+
 // The rows that tokens take their embeddings from: rows of a weight chosen by id, or the tokens'
 // own.
 class Source {
@@ -230,6 +232,12 @@ class Source {
 
   const char* at(int64_t offset) const { return data_ + offset * element_size_; }
   bool contiguous() const { return column_stride_ == 1; }
+  // Asks for a line of each of the row's pages.
+  void touch(int64_t offset) const {
+    const char* row = at(offset);
+    for (int64_t byte = 0; byte < bytes(); byte += kPageBytes) __builtin_prefetch(row + byte, 0, 2);
+    if (bytes() > 0) __builtin_prefetch(row + bytes() - 1, 0, 2);
+  }
   int64_t embedding_dim() const { return columns_; }
   int64_t bytes() const { return columns_ * element_size_; }
 
@@ -252,6 +260,49 @@ class Source {
 
   int64_t element_size_, columns_, column_stride_;
   const char* data_;
+};
+
+// The places of the rows to come. A random row lies in pages of its own, whose addresses take long
+// to find, under a hypervisor longer still: these walks are begun together for a group of rows, one
+// or two groups ahead, so that they overlap.
+template <class OffsetOf>
+class RowsAhead {
+ public:
+  RowsAhead(const Source& source, const OffsetOf& offset_of, int64_t begin, int64_t end)
+      : source_(source),
+        offset_of_(offset_of),
+        token_(begin),
+        known_(begin),
+        end_(end),
+        group_(std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(source.bytes(), 1), 1,
+                                   kMostRows)) {}
+
+  // The place of the next token's row, -1 for a bad id.
+  int64_t next() {
+    if (known_ - token_ <= group_ && known_ < end_) ask();
+    return offsets_[token_++ % kKept];
+  }
+  // That of the token behind it; `otherwise` where there is none.
+  int64_t following(int64_t otherwise) const {
+    const int64_t offset = token_ < end_ ? offsets_[token_ % kKept] : -1;
+    return offset < 0 ? otherwise : offset;
+  }
+
+ private:
+  void ask() {
+    const int64_t until = std::min(end_, token_ + 2 * group_);
+    for (; known_ < until; ++known_) {
+      const int64_t offset = offset_of_(known_);
+      offsets_[known_ % kKept] = offset;
+      if (offset >= 0) source_.touch(offset);
+    }
+  }
+
+  static constexpr int64_t kGroupBytes = 65536, kMostRows = 16, kKept = 2 * kMostRows;
+  const Source& source_;
+  const OffsetOf& offset_of_;
+  int64_t token_, known_, end_, group_;
+  int64_t offsets_[kKept];
 };
 
 // out[token] = cast(e + noise) over all tokens; offset_of(token) is the place of the token's row in
@@ -298,10 +349,9 @@ void add_noise_to_rows(const Source& source,  // rows of embedding_dim elements
     const char* in_gathered = nullptr;
     int64_t last_length = 0;
     float step = 0;
-    int64_t next = offset_of(begin);
+    RowsAhead<OffsetOf> ahead(source, offset_of, begin, end);
     for (int64_t token = begin; token < end; ++token) {
-      const int64_t offset = next;
-      if (token + 1 < end) next = offset_of(token + 1);
+      const int64_t offset = ahead.next();
       const Place place = walk.next();
       // Rows without elements may have no address, and none to copy; their ids are still checked.
       if (offset < 0 || row_bytes == 0) continue;
@@ -318,9 +368,8 @@ void add_noise_to_rows(const Source& source,  // rows of embedding_dim elements
         in_gathered = row;
         row = gathered.data();
       }
-      const char* prefetch = source.at(next < 0 ? offset : next);
       char* to = out + token * row_bytes;
-      const Row job{row, prefetch, to, step, place.position, place.sample};
+      const Row job{row, source.at(ahead.following(offset)), to, step, place.position, place.sample};
       if (step != 0) {
         noisy(settings, job);
       } else if (scaled) {
