@@ -295,7 +295,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few rounds, no compiled rivals")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the CSV, the tables and the picture")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder for the CSV, the tables and the picture"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=2)
