@@ -90,7 +90,7 @@ class Effort(NamedTuple):
     compiled: bool
 
 
-FULL_EFFORT, QUICK = Effort(41, 2.0, 9, True), Effort(5, 0.15, 2, False)
+FULL_EFFORT, QUICK = Effort(41, 1.0, 7, True), Effort(5, 0.15, 2, False)
 
 
 def sweep(section: str, dtype: torch.dtype, threads: int, quick: bool) -> Iterator[Job]:
