@@ -98,7 +98,7 @@ def what_is_wrong(arguments: argparse.Namespace) -> str | None:
 
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
-    fields = {name: getattr(arguments, name, None) for name in Recipe._fields}
+    fields: dict[str, Any] = {name: getattr(arguments, name, None) for name in Recipe._fields}
     fields["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     fields["threads"] = max(1, (os.cpu_count() or 1) // arguments.jobs)
     fields["train_measured"] = min(arguments.train, arguments.train_measured)

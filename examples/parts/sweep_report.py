@@ -269,7 +269,7 @@ def draw(path: Path, sweep: Sweep) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained", facecolor="white")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     over_steps, over_training = above.subplots(1, 2, sharey=True)
     draw_losses(over_steps, sweep, 0, "step")
     draw_losses(over_training, sweep, 1, "training loss, noise off; training runs to the right")

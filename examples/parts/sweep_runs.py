@@ -114,7 +114,7 @@ def read_pairs(data: str | None) -> list[tuple[str, str]]:
     """One answer of each question."""
     if data is None:
         return [answers[0] for answers in question_answer_pairs().values()]
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(Path(data).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             one = json.loads(line)
