@@ -179,9 +179,7 @@ def setting(sweep: Sweep) -> list[str]:
 def spent(sweep: Sweep) -> str:
     cpu = sum(run.cpu_seconds for run in sweep.runs) / 60
     wall = sum(run.wall_seconds for run in sweep.runs) / 60
-    return (
-        f"{len(sweep.runs)} runs: {wall:.0f} minutes one after another, {cpu:.0f} of them on a CPU"
-    )
+    return f"{len(sweep.runs)} runs, {wall:.0f} minutes one after another, {cpu:.0f} of them of CPU"
 
 
 def report(sweep: Sweep) -> str:
