@@ -258,6 +258,7 @@ def draw_differences(axes: Any, sweep: Sweep, name: str, labelled: bool) -> None
     names = [f"{one.label} − {other.label}" for one, other in compared]
     axes.set_yticks(range(len(names)), names if labelled else [""] * len(names), fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=5)
     axes.tick_params(axis="y", length=0)
     axes.set_title(name, loc="left", fontsize=9, color=TEXT)
 
@@ -265,6 +266,7 @@ def draw_differences(axes: Any, sweep: Sweep, name: str, labelled: bool) -> None
 def draw(path: Path, sweep: Sweep) -> None:
     """Held-out loss over steps and over training loss; below, the paired differences."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 8), layout="constrained", facecolor="white")
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
@@ -272,7 +274,11 @@ def draw(path: Path, sweep: Sweep) -> None:
     draw_losses(over_steps, sweep, 0, "step")
     draw_losses(over_training, sweep, 1, "training loss, noise off; training runs to the right")
     over_training.set_xscale("log")
+    over_training.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    over_training.xaxis.set_major_formatter("{x:g}")
+    over_training.xaxis.set_minor_formatter(NullFormatter())
     over_training.invert_xaxis()
+    over_steps.set_xticks([point.step for point in sweep.runs[0].points])
     over_training.set_ylabel("")
     over_steps.legend(frameon=False, fontsize=8)
     rows = below.subplots(1, len(DIFFERENCES), squeeze=False)[0]
