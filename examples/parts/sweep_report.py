@@ -177,9 +177,12 @@ def setting(sweep: Sweep) -> list[str]:
 
 
 def spent(sweep: Sweep) -> str:
-    cpu = sum(run.cpu_seconds for run in sweep.runs) / 60
-    wall = sum(run.wall_seconds for run in sweep.runs) / 60
-    return f"{len(sweep.runs)} runs, {wall:.0f} minutes one after another, {cpu:.0f} of them of CPU"
+    """On a CPU its own time: that of the wall grows with whatever else the machine does."""
+    if sweep.recipe.device == "cuda":
+        wall = sum(run.wall_seconds for run in sweep.runs)
+        return f"{len(sweep.runs)} runs, {wall / 60:.0f} minutes one after another"
+    cpu = sum(run.cpu_seconds for run in sweep.runs)
+    return f"{len(sweep.runs)} runs, {cpu / 60:.0f} minutes of CPU time"
 
 
 def report(sweep: Sweep) -> str:
