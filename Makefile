@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 DEMO = build/demo-venv
 
-.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels reproducible cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways docs gpu clean
+.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels reproducible cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways evidence docs gpu clean
 
 setup: $(READY)
 
@@ -140,6 +140,13 @@ $(DOCS)/.ready: requirements-docs.txt
 # noise with this package. ARGS="'TRL, SFT'" judges that alone.
 ways: setup
 	$(BIN)/python -m bench.ways $(ARGS)
+
+# Does the noise help? 25 short fine-tunings, at most 40 minutes of 2 idle cores; goes on where it
+# stopped. Writes bench/results/evidence.csv, .md and .png. The full grid: examples/alpha_sweep.py.
+SMALL_GRID = --alphas 5 15 --hook-alphas 5 15 --seeds 5 --train 128 --train-measured 64 --held-out 128 \
+  --max-length 48 --epochs 3 --evaluate-every 12 --system ""
+evidence: setup
+	$(BIN)/python examples/alpha_sweep.py $(SMALL_GRID) --jobs $(JOBS) --output bench/results/evidence --runs build/evidence.jsonl $(ARGS)
 
 # Distributions, in dist/: the sdist, and of the sdist the wheel for Linux and the one for machines of
 # every kind. No torch is needed to build them.

@@ -102,7 +102,7 @@ def published(name: str, config: Any) -> Meaning:
 
 
 def real() -> Iterator[Meaning]:
-    demo = runpy.run_path(str(ROOT / "examples" / "finetune_smollm2.py"))
+    demo = runpy.run_path(str(ROOT / "examples" / "parts" / "smollm2.py"))
     pairs = [pair for some in demo["question_answer_pairs"]().values() for pair in some]
     text = "\n".join(part for pair in pairs for part in pair)
 

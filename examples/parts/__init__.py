@@ -1,0 +1,1 @@
+"""What programs of this folder share; no programs themselves."""
