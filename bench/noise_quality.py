@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import noise_moments
+from . import noise_figure, noise_moments
 from .machine import cpu_model
 from .noise_battery import BATTERY, CONTROL, Value, judge, judge_bad, verdicts
 from .noise_streams import (
@@ -36,7 +36,9 @@ from .noise_streams import (
 from .resumed import ROOT, digest_of, judged_one_by_one
 
 RESULT = ROOT / "bench" / "results" / "noise_quality.md"
+FIGURE = RESULT.with_suffix(".png")
 DONE = ROOT / "build" / "noise_quality.jsonl"
+VALUES = noise_moments.CHUNKS * noise_moments.SAMPLES * noise_moments.LENGTH * noise_moments.DIM
 
 
 def row_of(stream: Stream, made: list[dict[str, Any]]) -> tuple[str, int]:
@@ -85,7 +87,7 @@ def table(done: dict[str, Any]) -> tuple[list[str], int]:
 def moment_tables(done: dict[str, Any]) -> list[str]:
     lines = [
         f"Noise of magnitude 1, L = {noise_moments.LENGTH}, d = {noise_moments.DIM}, "
-        f"{noise_moments.CHUNKS << 24} values each, beside",
+        f"{VALUES} values each, beside",
         "`torch.empty(...).uniform_(-1, 1)`. In brackets: distance from a uniform's in its",
         "standard errors, sqrt(1/3n), sqrt(4/45n) and 1/sqrt(n).",
         "",
@@ -185,8 +187,9 @@ def main() -> int:
     of_moments, of_battery = (
         fingerprint(*judges) for judges in (("noise_moments",), ("noise_battery", "noise_streams"))
     )
-    done = sweep(noise_moments.PARTS, of_moments, arguments.anew)
-    done |= sweep(battery_jobs(program), of_battery, arguments.anew)
+    done = sweep(battery_jobs(program), of_battery, arguments.anew)
+    done |= sweep(noise_moments.PARTS, of_moments, arguments.anew)
+    noise_figure.draw(FIGURE, done["moments"]["curves"], VALUES)
     failures = write_result(done, checked, f"{of_battery} and {of_moments}")
     print(f"{RESULT.relative_to(ROOT)}: {failures or 'nothing'} FAILED")
     missed = [stream.name for stream in BAD if done[stream.name]["test"] is None]

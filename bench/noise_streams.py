@@ -93,7 +93,7 @@ BAD = (  # a battery that passes these proves nothing
     Stream("no position", without("position"), "all tokens of a sample have the same noise"),
 )
 BEYOND = (  # how far it sees
-    Stream("5 rounds", TRAINING, "Philox with 5 rounds", rounds=5),
+    *(Stream(f"{n} rounds", TRAINING, f"Philox with {n} rounds", rounds=n) for n in (5, 6)),
     Stream("no sample", without("sample"), "all samples of a step have the same noise, 2 MiB each"),
 )
 
