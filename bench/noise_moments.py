@@ -20,7 +20,7 @@ SEED = 1_000_003
 VARIANCE = 1 / 3
 VARIANCE_OF_SQUARES = 4 / 45  # E u^4 - (E u^2)^2 = 1/5 - 1/9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COUNTED = 1 << 26  # steps of 2**-24 from -2 to 2: every float32 that torch's uniform_ can give
+ONE = 1 << 24  # in steps of the finest float32 that torch's uniform_ can give
 SHOWN = ("bfloat16", "torch bfloat16")  # in the figure
 SPANS = ((-1.0, 1.0), (-0.03, 0.03))  # of its panels
 
@@ -51,14 +51,14 @@ def theirs(dtype: torch.dtype) -> Iterator[Tensor]:
 def counted(chunks: Iterator[Tensor], dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Each value that occurs, as float64 and ascending, and how often."""
     if dtype == torch.float32:
-        counts = np.zeros(COUNTED, dtype=np.int64)
+        counts = np.zeros(2 * ONE + 1, dtype=np.int64)
         for values in chunks:
-            scaled = values.double() * 2.0**24
+            scaled = values.double() * ONE
             if not torch.equal(scaled, scaled.round()):
                 raise ValueError("a float32 value is no multiple of 2**-24: count it otherwise")
-            counts += np.bincount((scaled.long() + COUNTED // 2).flatten(), minlength=COUNTED)
+            counts += np.bincount((scaled.long() + ONE).flatten(), minlength=counts.size)
         found = counts.nonzero()[0]
-        return (found - COUNTED // 2) * 2.0**-24, counts[found]
+        return (found - ONE) / ONE, counts[found]
     counts = np.zeros(1 << 16, dtype=np.int64)
     for values in chunks:
         counts += np.bincount(

@@ -41,15 +41,15 @@ DONE = ROOT / "build" / "noise_quality.jsonl"
 VALUES = noise_moments.CHUNKS * noise_moments.SAMPLES * noise_moments.LENGTH * noise_moments.DIM
 
 
+def judged(one: dict[str, Any]) -> dict[Value, str]:
+    return verdicts(*([Value(*value) for value in one[which]] for which in ("first", "again")))
+
+
 def row_of(stream: Stream, made: list[dict[str, Any]]) -> tuple[str, int]:
     """Of the table, and how many FAILED."""
-    values: dict[Value, str] = {}
-    for number, one in enumerate(made):
-        first, again = ([Value(*value) for value in one[which]] for which in ("first", "again"))
-        for value, said in verdicts(first, again).items():
-            values[value._replace(test=f"{number} {value.test}")] = said
-    weak, failed = (list(values.values()).count(said) for said in ("WEAK", "FAILED"))
-    smallest = min(one.tail for one in values)
+    values = [pair for one in made for pair in judged(one).items()]
+    weak, failed = (sum(said == which for _, said in values) for which in ("WEAK", "FAILED"))
+    smallest = min(value.tail for value, _ in values)
     size = sum(one["bytes"] for one in made) / 1e9
     shown = f"{size:.1f}" if size else "as much"
     return (
@@ -64,11 +64,18 @@ def table(done: dict[str, Any]) -> tuple[list[str], int]:
         "| stream | what it walks | GB | p-values | WEAK once | nearest to 0 or 1 | FAILED |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
+    made = {one: [done[f"{one.name}: {test}"] for test in BATTERY] for one in (*STREAMS, CONTROL)}
+    lines.append(row_of(CONTROL, made[CONTROL])[0])
+    counts = [
+        number for number, one in enumerate(made[CONTROL]) if "FAILED" not in judged(one).values()
+    ]
     failures = 0
-    for stream in (*STREAMS, CONTROL):
-        row, failed = row_of(stream, [done[f"{stream.name}: {test}"] for test in BATTERY])
+    for stream in STREAMS:
+        row, failed = row_of(stream, [made[stream][number] for number in counts])
         lines.append(row)
-        failures += failed if stream != CONTROL else 0
+        failures += failed
+    if void := [test for number, test in enumerate(BATTERY) if number not in counts]:
+        lines += ["", f"Failed by AES, and therefore no test here: {', '.join(void)}."]
     lines += [
         "",
         "| known-bad generator | what is wrong | GB | passed before | FAILED by | p-value |",
@@ -86,6 +93,8 @@ def table(done: dict[str, Any]) -> tuple[list[str], int]:
 
 def moment_tables(done: dict[str, Any]) -> list[str]:
     lines = [
+        "## Measured: values",
+        "",
         f"Noise of magnitude 1, L = {noise_moments.LENGTH}, d = {noise_moments.DIM}, "
         f"{VALUES} values each, beside",
         "`torch.empty(...).uniform_(-1, 1)`. In brackets: distance from a uniform's in its",
@@ -105,7 +114,9 @@ def moment_tables(done: dict[str, Any]) -> list[str]:
         lines.append(f"| {who if 'torch' in who else 'ours, ' + who} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Correlation of neighbours, of n pairs; its standard error is 1/sqrt(n).",
+        "## Measured: neighbours",
+        "",
+        "Correlation over n pairs; its standard error is 1/sqrt(n).",
         "",
         "| pairs | n | correlation | in standard errors | of squares, in standard errors |",
         "|---|---:|---:|---:|---:|",
@@ -133,8 +144,10 @@ def write_result(done: dict[str, Any], checked: str, sources: str) -> int:
     text = [
         "# How good the noise is",
         "",
-        f"{size:.0f} GB of words by {len(BATTERY)} runs of dieharder a stream, {count} p-values in",
-        f"all. {checked}.",
+        "## Measured: the battery",
+        "",
+        f"{size:.0f} GB of words by {len(BATTERY)} runs of dieharder a stream, {count} p-values of",
+        f"{len(STREAMS)} streams and the control. {checked}.",
         "",
         *lines,
         "",
@@ -156,12 +169,15 @@ def fingerprint(*judges: str) -> str:
 
 
 def battery_jobs(program: pathlib.Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Known-bad generators first: where they pass, nothing else is worth the time."""
+    """The control and the known-bad generators first: where those are not what they should be,
+    nothing else is worth the time.
+    """
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        stream.name: partial(judge_bad, program, stream) for stream in (*BAD, *BEYOND)
+        f"{CONTROL.name}: {test}": partial(judge, program, CONTROL, test) for test in BATTERY
     }
+    jobs |= {stream.name: partial(judge_bad, program, stream) for stream in (*BAD, *BEYOND)}
     for test in BATTERY:
-        for stream in (*STREAMS, CONTROL):
+        for stream in STREAMS:
             jobs[f"{stream.name}: {test}"] = partial(judge, program, stream, test)
     return jobs
 

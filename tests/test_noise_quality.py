@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import noise_battery, noise_moments, noise_streams
-from bench.noise_battery import Value, values_of, verdicts
+from bench import noise_battery, noise_moments, noise_quality, noise_streams
+from bench.noise_battery import BATTERY, CONTROL, Value, values_of, verdicts
 from bench.noise_streams import BAD, BEYOND, STREAMS, Stream
 
 STREAM = {one.name: one for one in (*STREAMS, *BAD, *BEYOND)}
@@ -165,6 +165,36 @@ def test_dieharder_reads_a_stream(name, bad, program):
     values, read = noise_battery.run_test(program, STREAM[name], "-d 100", 0)
     assert [value.test for value in values] == ["sts_monobit"] and read >= 100 * 100_000 * 4
     assert (values[0].tail < noise_battery.FAILED) is bad
+
+
+def judgements(**failed):
+    """A run in which everything passes, but for tests of a stream that are told."""
+    done = {
+        f"{stream.name}: {test}": {"first": [one(0.5)], "again": [], "bytes": 10**9}
+        for stream in (*STREAMS, CONTROL)
+        for test in BATTERY
+    }
+    for name, test in failed.items():
+        done[f"{name}: {test}"]["first"] = [one(0.0)]
+    for stream in (*BAD, *BEYOND):
+        done[stream.name] = {"test": "sts_monobit", "p": 0.0, "passed": 0, "bytes": 1}
+    return done
+
+
+@pytest.mark.parametrize(
+    ("failed", "count", "void"),
+    [
+        ({}, 0, []),
+        ({"training": "-d 15"}, 1, []),
+        ({"training": "-d 15", "AES": "-d 15"}, 0, ["-d 15"]),
+        ({"training": "-d 15", "signs": "-d 8", "AES": "-d 8"}, 1, ["-d 8"]),
+    ],
+)
+def test_what_the_control_fails_is_no_test(failed, count, void):
+    lines, failures = noise_quality.table(judgements(**failed))
+    assert failures == count
+    told = [line for line in lines if line.startswith("Failed by AES")]
+    assert told == [f"Failed by AES, and therefore no test here: {test}." for test in void]
 
 
 # ---- moments
