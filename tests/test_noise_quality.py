@@ -125,22 +125,46 @@ def test_a_repetition_is_of_the_same_line():
     assert list(verdicts(first, again).values()) == ["WEAK", "PASSED"]
 
 
-PRINTED = """
-          sts_serial|   1|0.76891026|  PASSED  
-          sts_serial|   2|0.00311426|   WEAK   
-          sts_serial|   2|0.18922116|  PASSED  
-        sts_monobit|   1|0.00000000|  FAILED  
+PRINTED = """          sts_serial|   3|0.99872560
+#=============================================================================#
+#                          Values of test p-values                            #
+#=============================================================================#
+|0.19303994|
+|0.30350094|
+|0.71211507|
+#=============================================================================#
+
+          sts_serial|   3|0.71700304 
+|0.25000000|
+|0.75000000|
+
+        sts_monobit|   1|0.00000000
+|0.00000000|
 """  # noqa: W291
 
 
 def test_what_dieharder_prints_is_read():
-    assert values_of(PRINTED) == [
-        one(0.76891026, ntuple=1),
-        one(0.00311426, ntuple=2),
-        one(0.18922116, ntuple=2, line=1),
-        one(0.0, "sts_monobit", 1),
-    ]
+    """Of (0.25, 0.75) no distance is more than 1/4, and none can be less: p = 1. Of the three it
+    is the share of random ones that lie as far away, by the definition of the test.
+    """
+    first, second, third = values_of(PRINTED)
+    assert second == one(1.0, line=1) and third == one(0.0, "sts_monobit", 1)
+    assert first[:3] == ("sts_serial", 3, 0)
+    drawn = np.sort(np.random.default_rng(0).random((1 << 16, 3)))
+    steps = np.arange(4) / 3
+    distance = np.maximum(steps[1:] - drawn, drawn - steps[:-1]).max(-1)
+    measured = np.array([0.19303994, 0.30350094, 0.71211507])
+    least = np.maximum(steps[1:] - measured, measured - steps[:-1]).max()
+    share = (distance >= least).mean()
+    assert abs(first.p - share) < 5 * math.sqrt(share * (1 - share) / (1 << 16))
     assert values_of("") == []
+
+
+def test_uniform_samples_are_uniform():
+    """dieharder's own statistic is above 0.995 in 28% of such: 5 samples, 4096 times."""
+    samples = np.random.default_rng(0).random((4096, 5))
+    high = np.mean([noise_battery.uniform(list(some)) > 0.995 for some in samples])
+    assert abs(high - 0.005) < 5 * math.sqrt(0.005 * 0.995 / 4096)
 
 
 def monobit(words):
