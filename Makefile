@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 DEMO = build/demo-venv
 
-.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels reproducible cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways evidence docs gpu clean
+.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels reproducible cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways evidence noise-quality docs gpu clean
 
 setup: $(READY)
 
@@ -107,6 +107,11 @@ bench: setup
 # 200 000 drawn calls against the oracle; goes on where it stopped. Writes bench/results/fuzz.md.
 fuzz: setup
 	$(BIN)/python -m bench.fuzz --jobs $(JOBS) $(ARGS)
+
+# dieharder's battery on the words under the noise, its moments and correlations; goes on where it
+# stopped. Writes bench/results/noise_quality.md and .png. Needs apt-get install dieharder openssl g++.
+noise-quality: setup
+	$(BIN)/python -m bench.noise_quality $(ARGS)
 
 # Wrong code that the tests must see; goes on where it stopped. Writes bench/results/mutants.md.
 mutants: setup
