@@ -14,6 +14,7 @@ are a CSV of its own; the tables and the picture are drawn from all that are the
 
 import argparse
 import csv
+import os
 import pathlib
 import subprocess
 import sys
@@ -304,6 +305,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def memory_of(case: Case) -> int:
+    """Bytes: HF's hook has three outputs at once, beside a buffer, what it returned before, and the
+    weight with its gradient.
+    """
+    weight = 2 * case.num_embeddings * case.embedding_dim * case.dtype.itemsize
+    return 5 * case.elements * case.dtype.itemsize + weight
+
+
+def memory() -> int:
+    """Three quarters of the machine's: others need some."""
+    return 3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
 def measure_all(options: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
     jobs = [
         job
@@ -311,6 +325,11 @@ def measure_all(options: argparse.Namespace, machine: Machine) -> list[dict[str,
         for dtype in options.dtypes
         for job in jobs_of(section, DTYPES[dtype], options.threads, options.quick)
     ]
+    fitting = [job for job in jobs if memory_of(job.case) <= memory()]
+    for job in jobs:
+        if job not in fitting:
+            print(f"left out, too large for this memory: {job.section} {job.case.shape}")
+    jobs = fitting
     effort, bar = QUICK if options.quick else FULL_EFFORT, Bar(len(jobs), 0)
     rows: list[dict[str, Any]] = []
     for done, job in enumerate(jobs):
