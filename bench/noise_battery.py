@@ -1,6 +1,6 @@
 """dieharder's battery on a stream of words, and the rule by which it is judged.
 
-The rule, made before any of it was run:
+The rule:
 
     a p-value below 1e-6 or above 1 - 1e-6 is FAILED      dieharder's own limit
     one below 0.005 or above 0.995 is WEAK                dieharder's own; 1% of a good generator's

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
 from bench import noise_battery, noise_moments, noise_quality, noise_streams
 from bench.noise_battery import BATTERY, CONTROL, Value, values_of, verdicts
 from bench.noise_streams import BAD, BEYOND, STREAMS, Stream
