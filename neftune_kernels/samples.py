@@ -123,7 +123,8 @@ def time_first(samples: Samples, shape: torch.Size) -> Samples:
     given = {name: getattr(samples, name) for name in PER_TOKEN}
     for name, value in given.items():
         fits = (shape, (shape[0], 1)) if name == "position_ids" else (shape,)
-        if isinstance(value, Tensor) and value.shape not in fits:
+        # Dynamo's `in` takes a shape that varies for another than the one it is
+        if isinstance(value, Tensor) and not any(value.shape == one for one in fits):
             raise ValueError(
                 f"{name} must have the shape {tuple(shape)} of the ids, which batch_first=False "
                 f"takes for (T, B), got {tuple(value.shape)}"

@@ -213,6 +213,38 @@ def test_other_ways_in_compile_whole(kind):
         assert model.get_encoder().embed_scale == model.get_decoder().embed_scale == HIDDEN**0.5
 
 
+class Packing(nn.Module):
+    """Its embedding alone is compiled; what enters the first block is what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.embed(input_ids)
+
+
+def test_position_ids_that_come_with_another_shape_to_a_compiled_embedding():
+    """The second shape makes the ids' vary; that of position ids, seen for the first time, not."""
+    torch.manual_seed(0)
+    models = [Packing().train() for _ in range(2)]
+    models[0].load_state_dict(models[1].state_dict())
+    torch._dynamo.reset()
+    models[0].embed = torch.compile(models[0].embed, backend="eager")
+    for model in models:
+        apply_neftune(model, 5.0, embedding="embed", embedding_multiplier=1.0)
+    (ids, mask), (packed, _) = batch(2, 6), batch(3, 8)
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]).expand(3, 8)
+    for given in (
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": packed, "position_ids": positions},
+    ):
+        torch.manual_seed(1)
+        expected = models[1](**given)
+        torch.manual_seed(1)
+        assert torch.equal(models[0](**given), expected)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_export_of_a_model(training):
     model = llama().train(training)

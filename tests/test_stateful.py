@@ -7,6 +7,7 @@ NEFTUNE_HISTORIES says.
 
 import contextlib
 import copy
+import inspect
 import os
 import pickle
 import re
@@ -58,6 +59,7 @@ from neftune_kernels.integrations.running import RUNNING
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+COMPILE = inspect.unwrap(torch.compile)  # Lightning puts a wrapper there, which marks the model
 OURS = re.compile("neftune|noise|multiplies its embeddings", re.IGNORECASE)
 FOUND = "multiplies its embeddings by 4 after looking them up"
 UNKNOWN = "it is not known whether"
@@ -104,7 +106,7 @@ def checkpointed(module):
 WRAPPERS = {
     "FSDP1": fsdp1,
     "checkpoint": checkpointed,
-    "torch.compile": lambda module: torch.compile(module, backend="eager"),
+    "torch.compile": lambda module: COMPILE(module, backend="eager"),
 }
 
 
@@ -287,7 +289,7 @@ class Histories(RuleBasedStateMachine):
         if how == "checkpoint":
             return checkpoint(model, use_reentrant=False, **given)
         if how == "compiled":
-            model = torch.compile(model, backend="eager")
+            model = COMPILE(model, backend="eager")
         with torch.no_grad() if how == "no grad" else contextlib.nullcontext():
             return model(**given)
 

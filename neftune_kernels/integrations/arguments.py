@@ -310,7 +310,8 @@ def _from_position_ids(
             return Samples(
                 attention_mask=_without_tail(number, _opens(number), mask, input_ids, padding)
             )
-    if position_ids.shape not in (input_ids.shape, (1, input_ids.shape[-1])):
+    # no `in`: Dynamo's takes a shape that varies for another than the one it is
+    if position_ids.shape != input_ids.shape and position_ids.shape != (1, input_ids.shape[-1]):
         warn(
             f"position_ids of shape {tuple(position_ids.shape)} do not tell NEFTune where samples "
             f"begin and are not used"

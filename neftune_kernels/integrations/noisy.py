@@ -147,7 +147,7 @@ def _of_tokens(factors: Tensor, input: Tensor, samples: Samples, device: torch.d
     rows = input.shape[1] if samples.time_first else input.shape[0] if input.dim() else 1
     if input.dim() == 2 and factors.shape == (rows,):
         factors = factors[None] if samples.time_first else factors[:, None]
-    elif factors.shape not in ((), input.shape):
+    elif factors.dim() and factors.shape != input.shape:
         raise ValueError(
             f"embedding_multiplier must make a number, or one for each of the {rows} rows or the "
             f"tokens {tuple(input.shape)}, got {tuple(factors.shape)}"
