@@ -724,8 +724,6 @@ def run(settings, **words):
     run_state_machine_as_test(machine, settings=settings)
 
 
-# long: some histories with interrupts fail and are not explained yet
-@pytest.mark.long
 @pytest.mark.parametrize("kinds", [("own", "behind", "factor", "time first"), ("Llama", "GPT-2")])
 def test_the_same_histories_every_time(kinds):
     run(QUICK, kinds=kinds)
