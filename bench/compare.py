@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import calls, training_step
+from . import calls, compare_tables, training_step
 from .cases import (
     BASE,
     DTYPES,
@@ -43,9 +43,9 @@ from .cases import (
     make_inputs,
     make_providers,
 )
+from .compare_tables import BATCH, KERNEL, SHAPE, STEP, WAY, is_void
 from .interleaved import Runs, Sample, ratios, spread, time_rounds
 from .machine import (
-    BUSY,
     Floors,
     Load,
     describe,
@@ -57,13 +57,6 @@ from .memory import allocator_peak
 from .resumed import ROOT, Bar
 
 RESULTS = ROOT / "bench/results"
-STEP, SHAPE, BATCH, WAY, KERNEL = (
-    "training step",
-    "model shapes",
-    "batches",
-    "ways of calling",
-    "kernel alone",
-)
 SWEEPS = {
     "tokens": (1024, 4096, 16384, 65536, 262144),
     "embedding_dim": (64, 256, 576, 1024, 2048, 4096, 8192),
@@ -73,7 +66,6 @@ SWEEPS = {
 SECTIONS = (STEP, SHAPE, BATCH, WAY, *SWEEPS, KERNEL)
 # of ours with a mask and a fresh output over F.embedding
 LIMITS = {"llama2-7b": 1.1, "smollm2": 1.25, "base": 1.25}
-# of the lookup alone in a model without layers, and of the whole step
 LOOKUP, WHOLE = "lookup, forward + backward", "whole step"
 
 
@@ -151,10 +143,12 @@ def refuse(wrong: str, job: Job, name: str) -> None:
 
 def checked_runs(job: Job, inputs: Inputs, compiled: bool) -> Runs:
     """Only those that compute what they should."""
-    if job.section == KERNEL or job.section in (SHAPE, BATCH):
-        providers = floor_providers()
-        if job.section != KERNEL:
-            providers = make_providers(job.case, compiled and job.section == SHAPE)
+    if job.section in (SHAPE, BATCH, KERNEL):
+        providers = (
+            floor_providers()
+            if job.section == KERNEL
+            else make_providers(job.case, compiled and job.section == SHAPE)
+        )
         for one in providers:
             refuse(check(job.case, one, inputs), job, one.name)
         return {one.name: one.run for one in providers}
@@ -283,7 +277,7 @@ def name_of(described: dict[str, str]) -> str:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> str:
-    busy = {one["section"] for one in rows if float(one["others_cpu_share"] or 0) > BUSY}
+    busy = {one["section"] for one in rows if is_void(one)}
     if busy:
         return f"VOID where other processes took CPU time: {', '.join(sorted(busy))}"
     judged = [one for one in rows if one["limit"]]
@@ -325,11 +319,9 @@ def measure_all(options: argparse.Namespace, machine: Machine) -> list[dict[str,
         for dtype in options.dtypes
         for job in jobs_of(section, DTYPES[dtype], options.threads, options.quick)
     ]
-    fitting = [job for job in jobs if memory_of(job.case) <= memory()]
-    for job in jobs:
-        if job not in fitting:
-            print(f"left out, too large for this memory: {job.section} {job.case.shape}")
-    jobs = fitting
+    for job in [one for one in jobs if memory_of(one.case) > memory()]:
+        print(f"left out, too large for this memory: {job.section} {job.case.shape}")
+        jobs.remove(job)
     effort, bar = QUICK if options.quick else FULL_EFFORT, Bar(len(jobs), 0)
     rows: list[dict[str, Any]] = []
     for done, job in enumerate(jobs):
@@ -354,7 +346,7 @@ def main() -> int:
     except AssertionError as error:
         print(f"\nNOT EQUAL, nothing is written: {error}", file=sys.stderr)
         return 1
-    from . import compare_tables, figures  # figures alone need matplotlib
+    from . import figures  # alone in needing matplotlib
 
     print(compare_tables.markdown({name_of(machine.described): rows}))
     print(f"{verdicts(rows)}; {time.perf_counter() - start:.0f} s")

@@ -18,6 +18,14 @@ from .cases import (
 )
 from .machine import BUSY
 
+STEP, SHAPE, BATCH, WAY, KERNEL = (
+    "training step",
+    "model shapes",
+    "batches",
+    "ways of calling",
+    "kernel alone",
+)
+SWEPT = {"tokens": "tokens", "embedding_dim": "d", "num_embeddings": "V", "threads": "threads"}
 Row = dict[str, Any]  # of the CSV
 Machines = dict[str, list[Row]]  # by their names
 RIVALS = (HOOK, OFFICIAL, COMPILED_HOOK, COMPILED_OFFICIAL)
@@ -53,6 +61,10 @@ def grouped(rows: Iterable[Row], section: str) -> dict[tuple[str, ...], dict[str
 
 def is_void(row: Row) -> bool:
     return float(row["others_cpu_share"] or 0) > BUSY
+
+
+def swept_value(section: str, row: Row) -> int:
+    return int(row["batch"]) * int(row["columns"]) if section == "tokens" else int(row[section])
 
 
 def cpu_of(rows: Sequence[Row]) -> str:
@@ -136,20 +148,33 @@ def peaks_table(
     return table(columns, rows)
 
 
+def added_milliseconds(row: Row, base: Row) -> float:
+    """What a provider adds to the lookup."""
+    return (float(row["ratio"]) - 1) * float(base["median_ms"])
+
+
+def share_of_step(row: Row, base: Row, step: Row) -> float:
+    """The same in % of the whole step without noise."""
+    return 100 * added_milliseconds(row, base) / float(step["median_ms"])
+
+
 def added(row: Row, base: Row, step: Row) -> str:
-    """What a provider adds to the lookup, of the whole step without noise."""
     if is_void(row) or is_void(step):
         return "VOID"
-    more = (float(row["ratio"]) - 1) * float(base["median_ms"])
-    return f"{more:.2f} ms, {100 * more / float(step['median_ms']):.2f} %"
+    return f"{added_milliseconds(row, base):.2f} ms, {share_of_step(row, base, step):.2f} %"
+
+
+def steps_of(lines: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """The lookup and the whole step of each training, which follow each other."""
+    every = list(lines)
+    return zip(every[::2], every[1::2], strict=True)
 
 
 def steps_table(machines: Machines) -> list[str]:
     columns = ["model", "CPU", "step without noise, ms", "ours adds", "HF hook adds"]
     columns += ["whole step with ours / without", "with HF hook / without"]
-    pairs = list(lines_of(machines, "training step"))
     rows = []
-    for (cpu, lookup), (_, step) in zip(pairs[::2], pairs[1::2], strict=True):
+    for (cpu, lookup), (_, step) in steps_of(lines_of(machines, STEP)):
         base = step[BASE]
         ratios = [
             f"{float(step[name]['ratio']):.3f} ({float(step[name]['ratio_p10']):.3f} to "
@@ -171,7 +196,7 @@ def kernel_table(machines: Machines) -> list[str]:
             milliseconds(found[GATHER]),
             ratio(found[ALONE]),
         ]
-        for cpu, found in lines_of(machines, "kernel alone")
+        for cpu, found in lines_of(machines, KERNEL)
     ]
     return table(("shape", "dtype", "CPU", f"{GATHER}, ms", f"kernel alone / {GATHER}"), rows)
 
@@ -196,56 +221,45 @@ def void_lines(machines: Machines) -> list[str]:
 
 
 Part = tuple[str, str, Callable[[], list[str]]]  # title, what it says, its table
-SWEPT = {"embedding_dim": "d", "num_embeddings": "V", "threads": "threads"}
+THROUGH = "Through one base point, (4, 512, 2048) from V = 32000"
 
 
-def sweep_part(machines: Machines, name: str, base: str, what: str) -> Part:
+def sweep_part(machines: Machines, section: str, what: str) -> Part:
     def cell(row: Row) -> str:
-        return str(row[name])
+        return str(swept_value(section, row))
 
-    about = f"{base}; ragged, an attention_mask."
-    return f"Sweep of {what}", about, partial(peaks_table, machines, name, what, cell)
+    about = f"{THROUGH}; ragged, an attention_mask."
+    return f"Sweep of {what}", about, partial(peaks_table, machines, section, what, cell)
 
 
 def markdown(machines: Machines) -> str:
     sections = {row["section"] for rows in machines.values() for row in rows}
-    base = "Through one base point, (4, 512, 2048) from V = 32000"
     parts: dict[str, Part] = {
-        "training step": (
+        STEP: (
             "What noise adds to a training step",
             "4 rows of at most 128 tokens, 70 % real, an attention_mask; float32, AdamW. What is "
             "added is measured at the lookup, forward and backward, in a model without layers, and "
             "divided by the whole step. The two last columns are whole steps within a round.",
             lambda: steps_table(machines),
         ),
-        "model shapes": (
+        SHAPE: (
             "Ragged batches, by the shapes of models",
             "70 % of the tokens real, an attention_mask, a fresh output.",
-            lambda: calls_table(machines, "model shapes", "shape", shape),
+            lambda: calls_table(machines, SHAPE, "shape", shape),
         ),
-        "batches": (
+        BATCH: (
             "The same base point, other batches",
-            f"{base}.",
-            lambda: calls_table(machines, "batches", "batch", lambda row: row["layout"]),
+            f"{THROUGH}.",
+            lambda: calls_table(machines, BATCH, "batch", lambda row: row["layout"]),
         ),
-        "ways of calling": (
+        WAY: (
             "The same ragged batch, other ways to call",
             "Peak: the most that torch's allocator had handed out at once during one call, its "
             "output included; with backward also the weight's gradient.",
-            lambda: peaks_table(machines, "ways of calling", "way", lambda row: row["way"]),
+            lambda: peaks_table(machines, WAY, "way", lambda row: row["way"]),
         ),
-        "tokens": (
-            "Sweep of the tokens",
-            f"{base}; ragged, an attention_mask.",
-            lambda: peaks_table(
-                machines,
-                "tokens",
-                "tokens",
-                lambda row: str(int(row["batch"]) * int(row["columns"])),
-            ),
-        ),
-        **{name: sweep_part(machines, name, base, what) for name, what in SWEPT.items()},
-        "kernel alone": (
+        **{section: sweep_part(machines, section, what) for section, what in SWEPT.items()},
+        KERNEL: (
             "The kernel alone",
             "Into a buffer that is there already, no mask; gather floor: `torch.index_select` into "
             "the same buffer.",

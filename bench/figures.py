@@ -14,7 +14,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .cases import BASE, COMPILED_HOOK, HOOK, OFFICIAL, OURS, RAGGED
-from .compare_tables import Machines, Row, cpu_of, grouped, is_void, shape
+from .compare_tables import (
+    SHAPE,
+    STEP,
+    Machines,
+    Row,
+    cpu_of,
+    grouped,
+    is_void,
+    shape,
+    share_of_step,
+    steps_of,
+    swept_value,
+)
 
 COLOURS = {
     OURS: "#1a7f5a",
@@ -23,12 +35,7 @@ COLOURS = {
     COMPILED_HOOK: "#e5b28a",
 }
 TEXT, FAINT = "#1f2328", "#59636e"
-SWEEPS = {
-    "tokens": lambda row: int(row["batch"]) * int(row["columns"]),
-    "embedding_dim": lambda row: int(row["embedding_dim"]),
-    "num_embeddings": lambda row: int(row["num_embeddings"]),
-}
-LABELS = {
+LABELS = {  # of the sweeps that are drawn
     "tokens": "tokens of the batch",
     "embedding_dim": "d, embedding_dim",
     "num_embeddings": "V, num_embeddings",
@@ -36,11 +43,14 @@ LABELS = {
 STYLES: dict[str, Any] = {"float32": "-", "bfloat16": (0, (4, 2))}
 
 
-def clean(axes: Any, title: str) -> None:
+def finish(axes: Any, title: str, found: list[dict[str, Row]]) -> None:
+    """What was drawn of these rows: its title, and VOID over it where one of them was disturbed."""
     axes.set_title(title, loc="left", fontsize=10, color=TEXT)
     axes.tick_params(labelsize=8, colors=FAINT)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    if any(is_void(row) for providers in found for row in providers.values()):
+        stamp_void(axes)
 
 
 def stamp_void(axes: Any) -> None:
@@ -59,10 +69,17 @@ def stamp_void(axes: Any) -> None:
     )
 
 
+def say(axes: Any, text: str, x: float, y: float) -> None:
+    """Behind the end of a bar."""
+    axes.annotate(
+        text, (x, y), (3, 0), textcoords="offset points", va="center", fontsize=7, color=TEXT
+    )
+
+
 def bars(axes: Any, rows: list[Row], dtype: str) -> None:
     found = [
         providers
-        for providers in grouped(rows, "model shapes").values()
+        for providers in grouped(rows, SHAPE).values()
         if providers[BASE]["dtype"] == dtype
     ]
     names = [name for name in COLOURS if any(name in providers for providers in found)]
@@ -73,15 +90,7 @@ def bars(axes: Any, rows: list[Row], dtype: str) -> None:
                 continue
             ratio, at = float(providers[name]["ratio"]), place - 0.4 + (i + 0.5) * height
             axes.barh(at, ratio, height=height * 0.9, color=COLOURS[name])
-            axes.annotate(
-                f"{ratio:.2f}" if ratio < 3 else f"{ratio:.1f}",
-                (max(ratio, 1.0), at),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-                color=TEXT,
-            )
+            say(axes, f"{ratio:.2f}" if ratio < 3 else f"{ratio:.1f}", max(ratio, 1.0), at)
     labels = [
         f"{shape(one[BASE])}\n{float(one[BASE]['median_ms']):.3g} ms without" for one in found
     ]
@@ -93,9 +102,7 @@ def bars(axes: Any, rows: list[Row], dtype: str) -> None:
         (float(row["ratio"]) for providers in found for row in providers.values()), default=1.0
     )
     axes.set_xlim(0.7, 2 * largest)
-    clean(axes, f"Ragged batches with a mask, {dtype}")
-    if any(is_void(row) for providers in found for row in providers.values()):
-        stamp_void(axes)
+    finish(axes, f"Ragged batches with a mask, {dtype}", found)
 
 
 def lines(axes: Any, rows: list[Row], section: str) -> None:
@@ -103,7 +110,7 @@ def lines(axes: Any, rows: list[Row], section: str) -> None:
     for dtype, style in STYLES.items():
         for name in (OURS, HOOK):
             points = sorted(
-                (SWEEPS[section](one[BASE]), float(one[name]["ratio"]))
+                (swept_value(section, one[BASE]), float(one[name]["ratio"]))
                 for one in found
                 if one[BASE]["dtype"] == dtype
             )
@@ -121,51 +128,39 @@ def lines(axes: Any, rows: list[Row], section: str) -> None:
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     axes.set_xlabel(LABELS[section], fontsize=8, color=FAINT)
-    clean(axes, f"Sweep of {LABELS[section].split(',')[0]}, {RAGGED}")
-    if any(is_void(row) for providers in found for row in providers.values()):
-        stamp_void(axes)
+    finish(axes, f"Sweep of {LABELS[section].split(',')[0]}, {RAGGED}", found)
 
 
 def steps(axes: Any, rows: list[Row]) -> None:
     """What is added at the lookup, in % of the whole step without noise."""
-    pairs = list(grouped(rows, "training step").values())
-    names, places, labels = (OURS, HOOK), range(len(pairs) // 2), []
-    for place, (lookup, step) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
-        base, whole = float(lookup[BASE]["median_ms"]), float(step[BASE]["median_ms"])
+    found = list(grouped(rows, STEP).values())
+    labels: list[str] = []
+    for place, (lookup, step) in enumerate(steps_of(found)):
+        whole = float(step[BASE]["median_ms"])
         labels.append(f"{step[BASE]['case']}\n{whole:.0f} ms without".replace(", ", "\n", 1))
-        for i, name in enumerate(names):
-            share = 100 * (float(lookup[name]["ratio"]) - 1) * base / whole
+        for i, name in enumerate((OURS, HOOK)):
+            share = share_of_step(lookup[name], lookup[BASE], step[BASE])
             at = place - 0.2 + 0.4 * i
             axes.barh(at, share, height=0.36, color=COLOURS[name])
-            axes.annotate(
-                f"{share:.2f} %",
-                (max(share, 0), at),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-                color=TEXT,
-            )
-    axes.set_yticks(list(places), labels, fontsize=8, color=TEXT)
+            say(axes, f"{share:.2f} %", max(share, 0), at)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8, color=TEXT)
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    clean(axes, "What noise adds to a training step, %")
-    if any(is_void(row) for providers in pairs for row in providers.values()):
-        stamp_void(axes)
+    finish(axes, "What noise adds to a training step, %", found)
 
 
 def draw_machine(row_of_axes: Any, rows: list[Row]) -> None:
     """What was not measured is left out; nothing is cut off."""
     upper, lower = row_of_axes
     present = {row["section"] for row in rows}
-    parts: list[tuple[str, Any, Any]] = [("training step", upper[0], steps)]
+    parts: list[tuple[str, Any, Any]] = [(STEP, upper[0], steps)]
     parts += [
-        ("model shapes", axes, partial(bars, dtype=dtype))
+        (SHAPE, axes, partial(bars, dtype=dtype))
         for axes, dtype in zip(upper[1:], STYLES, strict=True)
     ]
     parts += [
         (section, axes, partial(lines, section=section))
-        for axes, section in zip(lower, SWEEPS, strict=True)
+        for axes, section in zip(lower, LABELS, strict=True)
     ]
     for section, axes, draw_part in parts:
         if section in present:

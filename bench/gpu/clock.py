@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,12 +111,3 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(
         left.view(BITS[left.dtype]), right.view(BITS[right.dtype])
     )
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
-    quantiles: Any = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    )
-    median, low, high = quantiles.tolist()
-    return median, low, high

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 
 from bench import cases
+from bench.interleaved import spread
 from neftune_kernels import available_backends
 
-from .clock import Clock, clock_of, host_seconds, spread
+from .clock import Clock, clock_of, host_seconds
 from .machine import STATE, nvidia_smi
 from .providers import Measured, case_of, layouts, make_all, make_inputs, shapes
 from .report import append, table

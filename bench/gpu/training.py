@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.interleaved import spread
 from neftune_kernels import apply_neftune
 
-from .clock import Clock, clock_of, spread
+from .clock import Clock, clock_of
 from .report import table
 from .step import FAILED, PASSED, Setting, parser_of, setting_of
 
