@@ -14,7 +14,7 @@ from torch import nn
 from ..capturable import check_capturable, check_setting
 from ..modules import check_batch_first
 from ..noise import check_alpha, check_word, refuse_unknown, said_variant
-from .find import Found, ancestors_of, chains, find_embeddings, path_of
+from .find import Found, chains, find_embeddings, path_of, ways_to
 from .handle import NEFTuneHandle, check_backend, check_fused, check_multiplier
 from .running import Said, Settings, State, handles
 from .telling import Read, check_samples
@@ -187,13 +187,7 @@ def _live_handle(model: nn.Module, found: list[Found]) -> NEFTuneHandle | None:
 
 
 def _handle_of_places(model: nn.Module, found: list[Found]) -> NEFTuneHandle | None:
-    outermost = {(*one.wrappers, one.site)[0] for one in found}
-    places = {
-        place
-        for name, module in model.named_modules(remove_duplicate=False)
-        if module in outermost
-        for place in ancestors_of(model, name)
-    }
+    places = set(ways_to(model, {(*one.wrappers, one.site)[0] for one in found}))
     followed = (one for one in [*handles.values()] if not one.removed and one.has_lost(places))
     return next(followed, None)
 

@@ -6,7 +6,7 @@ declared here and no further. It is fused where lookup and noise can be one pass
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -178,6 +178,13 @@ def ancestors_of(root: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
     for name in path.split(".") if path else []:
         yield module, name
         module = module._modules[name]  # type: ignore[assignment]
+
+
+def ways_to(root: nn.Module, targets: Collection[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """(ancestor, name of its child) of all that leads from root to one of these."""
+    for name, module in root.named_modules(remove_duplicate=False):
+        if module in targets:
+            yield from ancestors_of(root, name)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

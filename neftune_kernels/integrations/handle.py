@@ -26,6 +26,7 @@ from .find import (
     is_wrapper,
     padding_of,
     snapshot,
+    ways_to,
 )
 from .listening import Listener, heard, is_foreign, listeners_of
 from .multipliers import known_multiplier, read_row
@@ -773,9 +774,7 @@ def _places(
     return [
         (weakref.ref(parent), child, weakref.ref(parent._modules[child]))  # type: ignore[arg-type]
         for root, _ in roots
-        for name, module in root.named_modules(remove_duplicate=False)
-        if module in targets
-        for parent, child in ancestors_of(root, name)
+        for parent, child in ways_to(root, targets)
     ]
 
 
