@@ -569,6 +569,7 @@ def test_accelerate_dispatch(order, places, fused, tmp_path):
     handle.remove()
     assert torch.equal(arrived(model), F.embedding(IDS, weight))
     assert type(model.embed) is nn.Embedding and "_neftune" not in vars(model.embed)
+    assert model.embed.forward.__name__ == "forward", "accelerate's wrapper, named as what it wraps"
     remove_hook_from_module(model, recurse=True)
     assert torch.equal(arrived(model), F.embedding(IDS, weight))
     put = model.embed.__dict__["forward"]
