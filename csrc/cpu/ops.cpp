@@ -236,7 +236,7 @@ class Source {
   void touch(int64_t offset) const {
     const char* row = at(offset);
     for (int64_t byte = 0; byte < bytes(); byte += kPageBytes) __builtin_prefetch(row + byte, 0, 2);
-    if (bytes() > 0) __builtin_prefetch(row + bytes() - 1, 0, 2);
+    __builtin_prefetch(row + bytes() - 1, 0, 2);
   }
   int64_t embedding_dim() const { return columns_; }
   int64_t bytes() const { return columns_ * element_size_; }
@@ -294,7 +294,8 @@ class RowsAhead {
     for (; known_ < until; ++known_) {
       const int64_t offset = offset_of_(known_);
       offsets_[known_ % kKept] = offset;
-      if (offset >= 0) source_.touch(offset);
+      // Rows without elements may have no address.
+      if (offset >= 0 && source_.bytes() > 0) source_.touch(offset);
     }
   }
 
