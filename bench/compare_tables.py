@@ -37,12 +37,13 @@ system mapped in one call. HF hook: transformers' own, with the padded length. O
 training code. Compiled: the same with rand_like, through torch.compile."""
 
 
+def read_one(path: pathlib.Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def read(folder: pathlib.Path) -> Machines:
-    machines = {}
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            machines[path.stem] = list(csv.DictReader(file))
-    return machines
+    return {path.stem: read_one(path) for path in sorted(folder.glob("*.csv"))}
 
 
 def case_key(row: Row) -> tuple[str, ...]:
@@ -201,9 +202,20 @@ def kernel_table(machines: Machines) -> list[str]:
     return table(("shape", "dtype", "CPU", f"{GATHER}, ms", f"kernel alone / {GATHER}"), rows)
 
 
+def commits(rows: Sequence[Row]) -> str:
+    """With the parts of each, where they were not all measured at one."""
+    parts: dict[str, dict[str, None]] = {}
+    for row in rows:
+        of = parts.setdefault(f"commit {row['commit']}, {row['date']}", {})
+        of[row["section"]] = None
+    if len(parts) == 1:
+        return next(iter(parts))
+    return "; ".join(f"{', '.join(of)}: {commit}" for commit, of in parts.items())
+
+
 def machine_lines(machines: Machines) -> list[str]:
     return [
-        f"- {rows[0]['machine']}, commit {rows[0]['commit']}, {rows[0]['date']}. Noise alone in "
+        f"- {rows[0]['machine']}, {commits(rows)}. Noise alone in "
         f"cache: {rows[0]['noise_alone_float32']} float32 and {rows[0]['noise_alone_bfloat16']} "
         f"bfloat16 elements per second and core. Copy: {float(rows[0]['copy_bytes']) / 1e9:.1f} "
         f"GB/s. `bench/results/compare/{name}.csv`"

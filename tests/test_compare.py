@@ -121,6 +121,32 @@ def test_a_disturbed_run_is_void_in_table_and_verdict():
     assert compare.verdicts(rows).startswith("VOID")
 
 
+def test_a_disturbed_job_is_measured_again(monkeypatch):
+    job, loads = compare.Job(compare.SHAPE, "", case_of(cases.RAGGED), 1), iter((0.5, 0.2, 0.0))
+
+    def measure(job, effort):
+        yield compare.Measured(job, "", {}, {}, next(loads))
+
+    monkeypatch.setattr(compare, "measure_calls", measure)
+    (one,) = compare.undisturbed(job, compare.QUICK)
+    assert one.others == 0.0
+    loads = iter((0.5, 0.2, 0.3, 0.0))
+    (one,) = compare.undisturbed(job, compare.QUICK)
+    assert one.others == 0.3
+
+
+def test_a_part_anew_keeps_the_others(tmp_path):
+    rows, path = rows_with(others=0.0), tmp_path / "one.csv"
+    other = [row | {"section": compare.KERNEL, "commit": "y"} for row in rows]
+    compare.write(path, other + [row | {"median_ms": "1"} for row in rows])
+    both = compare.with_parts_before(path, rows, [compare.SHAPE])
+    assert [row["section"] for row in both] == [compare.SHAPE] * 2 + [compare.KERNEL] * 2
+    assert [row["median_ms"] for row in both[:2]] == [row["median_ms"] for row in rows]
+    said = compare_tables.commits(both)
+    assert said == "model shapes: commit x, x; kernel alone: commit y, x"
+    assert compare_tables.commits(rows) == "commit x, x"
+
+
 def test_limits_are_judged():
     rows = rows_with(others=0.0)
     rows[1]["limit"] = 2.9

@@ -143,6 +143,12 @@ def test_long_rows_under_sanitizers(in_shim):
     assert passed_in(in_shim, "-m", "gpu", "-k", LONG_ROWS, "tests/test_cuda.py") >= 20
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("compiler", ["g++"], indirect=True)
+def test_more_than_int32_elements_under_sanitizers(in_shim):
+    assert passed_in(in_shim, "-k", "cuda", "tests/test_size.py") == 2
+
+
 def test_gradients_under_sanitizers(in_shim):
     assert passed_in(in_shim, "-m", "gpu", "tests/test_cuda_gradients.py") >= 55
 

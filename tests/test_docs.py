@@ -164,26 +164,25 @@ def test_readme_totals_are_the_sweeps():
 
 
 def test_readme_figures_are_the_benchmarks():
-    """Every line of the table, from bench/results/compare.md."""
-    rows = re.findall(
-        r"^\| (\([\d, ]+\)) (\w+) \|(.*)\|$",
-        README.read_text().split("## Figures")[1],
-        re.M,
-    )
-    assert len(rows) == 6
-    results = (ROOT / "bench" / "results" / "compare.md").read_text().splitlines()
-    for shape, dtype, cells in rows:
-        (line,) = [one for one in results if f" {shape} | {dtype} |" in one]
-        columns = [cell.strip() for cell in line.split("|")[5:]]
-        plain, ours, hook, _, compiled, _ = columns[:6]
-        ours, ratio = re.fullmatch(r"(\S+) \((\S+)x\)", ours).groups()
-        expected = [
-            plain,
-            ours,
-            ratio,
-            *(re.search(r"\((\S+)x\)", one)[1] for one in (hook, compiled)),
+    """Every line of the table, under its own heads, from bench/results/compare.md."""
+    benchmark = (ROOT / "bench/results/compare.md").read_text()
+    part = benchmark.split("## Ragged batches, by the shapes of models")[1].split("\n## ")[0]
+    rows, results = (
+        [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines()
+            if "|" in line
         ]
-        assert [cell.strip() for cell in cells.split("|")] == expected
+        for text in (README.read_text().split("## Figures")[1].split("\n## ")[0], part)
+    )
+    heads = [
+        head.replace("`", "").replace("compiled HF hook", "HF hook, compiled") for head in rows[0]
+    ]
+    lines = [dict(zip(results[0], one, strict=True)) for one in results[2:]]
+    expected = [
+        [f"{one['shape']} {one['dtype']}", *(one[head] for head in heads[1:])] for one in lines
+    ]
+    assert len(rows) == 10 and rows[2:] == expected
 
 
 # ---- the messages

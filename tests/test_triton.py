@@ -11,6 +11,7 @@ outside a tensor at its line.
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -1086,6 +1087,42 @@ def test_grid_of_many_rows(device, monkeypatch):
         device, torch.zeros(65535, 2, dtype=torch.int64), make_weight(8, torch.float32), 5.0, seed=0
     )
     assert seen == [(2, 65535, 3), (2, 65535, 1)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("width", "of_table"), ((2048, False), (4096, False), (4096, True)), ids=str
+)
+def test_more_than_int32_elements_of_the_ir(device, monkeypatch, width, of_table):
+    """The last programs of a grid that writes as many elements, in tiles and a token each; and rows
+    of as large a table.
+    """
+    if not EXECUTED:
+        pytest.skip("ttsem alone leaves programs out; a GPU has test_more_than_int32_elements")
+    import ttsem.interp
+
+    def last_programs(num_programs, order=""):
+        assert of_table or num_programs[0] >= 2**31 // width // 8
+        return itertools.product(range(num_programs[0])[-3:], *map(range, num_programs[1:]))
+
+    monkeypatch.setattr(ttsem.interp, "grid_order", last_programs)
+    many = 2**31 // width + 3
+    tokens, rows = (3, many) if of_table else (many, 11)
+    weight = torch.zeros(rows, width, dtype=torch.float16)
+    weight[-11:] = make_weight(width, torch.float16)
+    ids = (torch.arange(tokens)[None] % 11).add_(rows - 11)
+    alpha = 5.0 * math.sqrt(tokens)
+    out = by_kernel(device, ids, weight, alpha, lengths=torch.tensor([tokens - 1]), seed=1)[0, -3:]
+    expected = noisy_embedding(
+        ids[:, -3:] - (rows - 11),
+        weight[-11:],
+        alpha,
+        lengths=torch.tensor([tokens - 1]),
+        position_offset=tokens - 3,
+        seed=1,
+        backend="reference",
+    )
+    assert same_bits(out.cpu(), expected[0])
 
 
 # ---- the public functions choose it

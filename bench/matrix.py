@@ -1,0 +1,275 @@
+"""The versions that the tests passed under: `make matrix`.
+
+    python -m bench.matrix            goes on where it stopped; writes bench/results/matrix.md
+    python -m bench.matrix NAMES      only these rows, anew
+
+A row is an environment below build/matrix: a Python, a torch, what else the row names, and a wheel
+of this tree, built by the row's compiler. Its tests are copied elsewhere and run there, so nothing
+but the wheel is imported. Pythons are looked for by their names (python3.12). What a row had is
+read from its environment afterwards. Exit status 1 where a test failed or a row was not built.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from .resumed import ROOT, before_now, fingerprint, judged_one_by_one
+
+RESULT = ROOT / "bench/results/matrix.md"
+BUILD = ROOT / "build/matrix"
+DONE = ROOT / "build/matrix.jsonl"
+JOBS = os.environ.get("JOBS", "2")
+BASE = os.environ.get("TORCH", "torch==2.13.0")
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+KERNELS = ("golden", "backends", "generator", "autograd", "layout", "ops", "modules", "variants")
+MODELS = ("patched_trainer", "trainers", "samples", "models", "multipliers", "quirks", "sites")
+TRAINER = ("patched_trainer",)
+TRITON = "triton"  # in its interpreter: the triton that this torch brings or the row names
+LISTED = ("torch", "triton", "numpy", "transformers")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "scipy", "sortedcontainers")
+ACCELERATE = "accelerate==1.15.0"
+
+
+class Row(NamedTuple):
+    name: str
+    python: str
+    torch: str
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+    compiler: str = "g++"  # "": none is found
+
+
+def _kernels(name: str, python: str, torch: str, *packages: str, compiler: str = "g++") -> Row:
+    return Row(name, python, torch, packages or ("numpy",), KERNELS, compiler)
+
+
+def _torch(python: str, version: str) -> Row:
+    """With the triton that this torch asks for."""
+    name = f"Python {python}, torch {version}"
+    return Row(name, python, f"torch=={version}", ("numpy",), (*KERNELS, TRITON))
+
+
+def _transformers(version: str, tests: tuple[str, ...]) -> Row:
+    packages = (f"transformers=={version}", ACCELERATE, "numpy")
+    return Row(f"transformers {version}", HERE, BASE, packages, tests, compiler="")
+
+
+ROWS = (
+    _torch("3.10", "2.10.0"),
+    _torch("3.12", "2.11.0"),
+    _torch("3.12", "2.12.1"),
+    _torch("3.13", "2.14.1"),
+    _torch("3.13", "2.15.0"),
+    _kernels("g++", HERE, BASE),
+    _kernels("clang++", HERE, BASE, compiler="clang++"),
+    _kernels("no compiler", HERE, BASE, compiler=""),
+    _kernels("numpy 1", HERE, BASE, "numpy==1.26.4", "scipy==1.13.1"),
+    *(_transformers(version, TRAINER) for version in ("4.55.4", "4.57.6")),
+    *(
+        _transformers(version, MODELS)
+        for version in ("5.0.0", "5.5.4", "5.10.4", "5.15.1", "5.20.2", "5.23.0", "5.24.0")
+    ),
+)
+
+
+def _run(command: list[Any], **options: Any) -> str:
+    """What it printed; its last lines in the error where it fails."""
+    words = [str(word) for word in command]
+    made = subprocess.run(words, capture_output=True, text=True, **options)
+    if made.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {(made.stdout + made.stderr)[-800:]}")
+    return made.stdout
+
+
+def _newest(compiler: str) -> str:
+    """Debian's clang++-19 and the like, else what is called so."""
+    names = (
+        [f"{compiler}-{version}" for version in range(30, 10, -1)] if "clang" in compiler else []
+    )
+    return next((name for name in names if shutil.which(name)), compiler)
+
+
+def _build_environment(row: Row, folder: pathlib.Path) -> dict[str, str]:
+    """The row's compiler alone is found, or none."""
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    environment |= {"NEFTUNE_BUILD_CPP": "1" if row.compiler else "auto", "NEFTUNE_BUILD_CUDA": "0"}
+    if not row.compiler:
+        return environment | {"PATH": str(folder / "bin"), "CC": "gcc", "CXX": "g++"}
+    compiler = _newest(row.compiler)
+    return environment | {"CC": compiler, "CXX": compiler}
+
+
+def _environment(row: Row) -> pathlib.Path:
+    """The Python of the row's environment, with today's wheel of this tree."""
+    folder = BUILD / row.name.replace(" ", "-").replace(",", "")
+    python, ready = folder / "bin/python", folder / ".ready"
+    asked = "\n".join((row.torch, *row.packages, *TOOLS))
+    if not ready.exists() or ready.read_text() != asked:
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([f"python{row.python}", "-m", "venv", folder])
+        pip = [python, "-m", "pip", "install", "--quiet"]
+        _run([*pip, "-r", ROOT / "requirements-build.txt"])
+        _run([*pip, row.torch, *row.packages, *TOOLS])
+        ready.write_text(asked)
+    with tempfile.TemporaryDirectory() as copy:  # builds leave files in the tree
+        tree = pathlib.Path(copy) / "tree"
+        for name in ("neftune_kernels", "neftune_run", "csrc", "third_party"):
+            shutil.copytree(
+                ROOT / name, tree / name, ignore=shutil.ignore_patterns("_C*", "_build*")
+            )
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, tree / name)
+        pip = [python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps"]
+        _run([*pip, "--no-build-isolation", tree], env=_build_environment(row, folder))
+    return python
+
+
+def _counted(report: pathlib.Path) -> dict[str, int]:
+    suite = ElementTree.parse(report).getroot()[0]
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    return {"passed": passed, "failed": failed, "skipped": counts["skipped"]}
+
+
+def _failures(report: pathlib.Path) -> list[str]:
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return [
+        str(case.get("name"))
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+
+
+ASKED = """
+import importlib.metadata, json, platform
+import neftune_kernels
+found = {"Python": platform.python_version()}
+for name in %r:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found[name] = "-"
+found["C++"] = neftune_kernels.available_backends("cpu")["cpp"]
+print(json.dumps(found))
+"""
+
+
+def judge(row: Row) -> dict[str, Any]:
+    begun = time.monotonic()
+    try:
+        python = _environment(row)
+    except RuntimeError as failed:
+        return {"error": str(failed)}
+    with tempfile.TemporaryDirectory() as name:
+        elsewhere = pathlib.Path(name)
+        shutil.copytree(ROOT / "tests", elsewhere / "tests")
+        shutil.copytree(ROOT / "examples", elsewhere / "examples")
+        bench = shutil.ignore_patterns("results", "__pycache__", "pins")
+        shutil.copytree(ROOT / "bench", elsewhere / "bench", ignore=bench)
+        shutil.copy(ROOT / "pyproject.toml", elsewhere)
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"},
+            "NEFTUNE_REQUIRE_CPP": "1" if row.compiler else "0",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        had = json.loads(_run([python, "-c", ASKED % (LISTED,)], cwd=elsewhere))
+        counts = {"passed": 0, "failed": 0, "skipped": 0}
+        wrong: list[str] = []
+        parts = [([f"tests/test_{one}.py" for one in row.tests if one != TRITON], {}, "not long")]
+        if TRITON in row.tests:
+            interpreted = {"TRITON_INTERPRET": "1"}
+            parts.append((["tests/test_triton.py"], interpreted, "gpu and not long"))
+        for number, (files, more, marks) in enumerate(parts):
+            report = BUILD / f"{python.parent.parent.name}-{number}.xml"
+            report.unlink(missing_ok=True)
+            command = [python, "-m", "pytest", "-q", "-n", JOBS, "--dist", "loadfile", "-m", marks]
+            command += [f"--junitxml={report}", "-p", "no:cacheprovider", *files]
+            made = subprocess.run(
+                [str(word) for word in command],
+                cwd=elsewhere,
+                env=environment | more,
+                capture_output=True,
+                text=True,
+            )
+            if not report.exists() or made.returncode not in (0, 1):
+                return {
+                    **had,
+                    "error": f"pytest ended with {made.returncode}: {made.stdout[-800:]}",
+                }
+            wrong += _failures(report)
+            counts = {name: counts[name] + value for name, value in _counted(report).items()}
+    return {**had, **counts, "wrong": wrong, "seconds": round(time.monotonic() - begun)}
+
+
+def table(done: dict[str, Any], sources: str) -> str:
+    head = ("row", "Python", *LISTED, "C++ kernel", "passed", "failed", "skipped")
+    lines = [
+        "# Versions that the tests passed under",
+        "",
+        "Each row is an environment of its own, with a wheel of this tree by the row's compiler; the",
+        "tests are copied elsewhere. Rows with a triton run the Triton kernels' tests in its",
+        "interpreter too: no GPU took part. Rows of torch, numpy and compilers run the kernels' tests",
+        f"({', '.join(KERNELS)}), rows of transformers 5 the integrations'",
+        f"({', '.join(MODELS)}), those of transformers 4 `patch_trainer()`'s.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * (len(head) - 3)}{'---:|' * 3}",
+    ]
+    for row in ROWS:
+        one = done.get(row.name)
+        if one is None:
+            lines.append(f"| {row.name} |{' |' * (len(head) - 4)} not run | | |")
+            continue
+        had = [one.get(name, "-") for name in ("Python", *LISTED)]
+        kernel = (row.compiler or "none") if one.get("C++") == "available" else "-"
+        counts = [str(one.get(name, "-")) for name in ("passed", "failed", "skipped")]
+        if "error" in one:
+            counts[0] = "**did not run**"
+        lines.append(f"| {' | '.join((row.name, *had, kernel, *counts))} |")
+    wrong = [
+        f"- {row.name}: {', '.join(f'`{name}`' for name in done[row.name]['wrong'])}"
+        for row in ROWS
+        if done.get(row.name, {}).get("wrong")
+    ]
+    lines += ["", *(["Failed:", "", *wrong, ""] if wrong else [])]
+    lines += [
+        f"{datetime.date.today()}, {platform.system()} {platform.machine()}, sources {sources};",
+        "written by `make matrix`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("names", nargs="*", choices=[*(row.name for row in ROWS), []], help="rows")
+    names = parser.parse_args().names
+    by_name = {row.name: row for row in ROWS}
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sources = fingerprint(["matrix.py"])
+    asked = names or list(by_name)
+    judged_one_by_one(asked, DONE, sources, lambda name: judge(by_name[name]), bool(names))
+    done = before_now(DONE, sources)
+    RESULT.write_text(table(done, sources))
+    for name in asked:
+        one = done[name]
+        if "error" in one or one["failed"]:
+            print(f"{name}: {one.get('error') or one['wrong']}")
+    print(f"wrote {RESULT.relative_to(ROOT)}")
+    return 1 if any("error" in done[name] or done[name]["failed"] for name in asked) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
