@@ -188,7 +188,9 @@ def judge(row: Row) -> dict[str, Any]:
         had = json.loads(_run([python, "-c", ASKED % (LISTED,)], cwd=elsewhere))
         counts = {"passed": 0, "failed": 0, "skipped": 0}
         wrong: list[str] = []
-        parts = [([f"tests/test_{one}.py" for one in row.tests if one != TRITON], {}, "not long")]
+        parts: list[tuple[list[str], dict[str, str], str]] = [
+            ([f"tests/test_{one}.py" for one in row.tests if one != TRITON], {}, "not long")
+        ]
         if TRITON in row.tests:
             interpreted = {"TRITON_INTERPRET": "1"}
             parts.append((["tests/test_triton.py"], interpreted, "gpu and not long"))
@@ -219,9 +221,9 @@ def table(done: dict[str, Any], sources: str) -> str:
     lines = [
         "# Versions that the tests passed under",
         "",
-        "Each row is an environment of its own, with a wheel of this tree by the row's compiler; the",
-        "tests are copied elsewhere. Rows with a triton run the Triton kernels' tests in its",
-        "interpreter too: no GPU took part. Rows of torch, numpy and compilers run the kernels' tests",
+        "Each row is an environment of its own with a wheel of this tree by the row's compiler;",
+        "tests are copied elsewhere. Rows with a triton run the Triton kernels' tests too, in its",
+        "interpreter: no GPU took part. Rows of torch, numpy and compilers run the kernels' tests",
         f"({', '.join(KERNELS)}), rows of transformers 5 the integrations'",
         f"({', '.join(MODELS)}), those of transformers 4 `patch_trainer()`'s.",
         "",
@@ -254,9 +256,11 @@ def table(done: dict[str, Any], sources: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("names", nargs="*", choices=[*(row.name for row in ROWS), []], help="rows")
+    parser.add_argument("names", nargs="*", help="of rows; none: all that are not done yet")
     names = parser.parse_args().names
     by_name = {row.name: row for row in ROWS}
+    if unknown := set(names) - set(by_name):
+        parser.error(f"no rows {sorted(unknown)}; there are {', '.join(by_name)}")
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = fingerprint(["matrix.py"])
     asked = names or list(by_name)
