@@ -7,7 +7,7 @@ READY = $(VENV)/.ready
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 DEMO = build/demo-venv
 
-.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels reproducible cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways evidence noise-quality docs gpu clean
+.PHONY: setup demo test test-neon test-installed sdist test-sdist wheel-pure wheels reproducible cibuildwheel test-triton test-triton-interpreter test-triton-ir test-triton-gradients-ir test-long launcher-matrix matrix test-transformers4 compatibility lint bench fuzz mutants zoo foreign ways evidence noise-quality docs gpu clean
 
 setup: $(READY)
 
@@ -76,6 +76,11 @@ test-installed:
 # Our launches beside Triton's own under every triton that installs; writes bench/results/launcher.md.
 launcher-matrix: setup
 	TORCH="$(TORCH)" $(BIN)/python -m bench.launcher_matrix
+
+# Pythons, torches, tritons, compilers, numpy 1 and transformers, each row an environment of its own;
+# goes on where it stopped. Writes bench/results/matrix.md. Needs python3.10, 3.12 and 3.13, 40 GB.
+matrix: setup
+	TORCH="$(TORCH)" $(BIN)/python -m bench.matrix $(ARGS)
 
 # patch_trainer() under transformers 4, each version in an environment of its own; writes bench/results/transformers4.md.
 TRANSFORMERS4 ?= 4.55.4 4.57.6

@@ -5,8 +5,9 @@
 
 A row is an environment below build/matrix: a Python, a torch, what else the row names, and a wheel
 of this tree, built by the row's compiler. Its tests are copied elsewhere and run there, so nothing
-but the wheel is imported. Pythons are looked for by their names (python3.12). What a row had is
-read from its environment afterwards. Exit status 1 where a test failed or a row was not built.
+but the wheel is imported. Pythons are looked for by their names: python3.12, of pyenv's those that
+PYENV_VERSION=3.10.13:3.12.1 lists. What a row had is read from its environment afterwards. Exit
+status 1 where a test failed or a row was not built; such a row is tried again by the next call.
 """
 
 import argparse
@@ -20,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from .judge import FINE
 from .resumed import ROOT, before_now, fingerprint, judged_one_by_one
+from .zoo_table import WORST_FIRST, worst
 
 RESULT = ROOT / "bench/results/matrix.md"
 BUILD = ROOT / "build/matrix"
@@ -32,9 +36,15 @@ JOBS = os.environ.get("JOBS", "2")
 BASE = os.environ.get("TORCH", "torch==2.13.0")
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 
-KERNELS = ("golden", "backends", "generator", "autograd", "layout", "ops", "modules", "variants")
-MODELS = ("patched_trainer", "trainers", "samples", "models", "multipliers", "quirks", "sites")
+TORCH = ("golden", "generator", "autograd", "ops", "modules")
+KERNELS = (*TORCH, "backends")
 TRAINER = ("patched_trainer",)
+MODELS = (  # of bench.zoo
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("phi", "phi3", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "olmo2"),
+    *("cohere", "granite", "stablelm", "starcoder2", "bert", "roberta", "distilbert", "t5"),
+    *("bart", "marian", "pegasus", "llava"),
+)
 TRITON = "triton"  # in its interpreter: the triton that this torch brings or the row names
 LISTED = ("torch", "triton", "numpy", "transformers")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "scipy", "sortedcontainers")
@@ -48,6 +58,7 @@ class Row(NamedTuple):
     packages: tuple[str, ...]
     tests: tuple[str, ...]
     compiler: str = "g++"  # "": none is found
+    models: tuple[str, ...] = ()
 
 
 def _kernels(name: str, python: str, torch: str, *packages: str, compiler: str = "g++") -> Row:
@@ -57,12 +68,12 @@ def _kernels(name: str, python: str, torch: str, *packages: str, compiler: str =
 def _torch(python: str, version: str) -> Row:
     """With the triton that this torch asks for."""
     name = f"Python {python}, torch {version}"
-    return Row(name, python, f"torch=={version}", ("numpy",), (*KERNELS, TRITON))
+    return Row(name, python, f"torch=={version}", ("numpy",), (*TORCH, TRITON))
 
 
-def _transformers(version: str, tests: tuple[str, ...]) -> Row:
+def _transformers(version: str, models: tuple[str, ...] = ()) -> Row:
     packages = (f"transformers=={version}", ACCELERATE, "numpy")
-    return Row(f"transformers {version}", HERE, BASE, packages, tests, compiler="")
+    return Row(f"transformers {version}", HERE, BASE, packages, TRAINER, "", models)
 
 
 ROWS = (
@@ -75,7 +86,7 @@ ROWS = (
     _kernels("clang++", HERE, BASE, compiler="clang++"),
     _kernels("no compiler", HERE, BASE, compiler=""),
     _kernels("numpy 1", HERE, BASE, "numpy==1.26.4", "scipy==1.13.1"),
-    *(_transformers(version, TRAINER) for version in ("4.55.4", "4.57.6")),
+    *(_transformers(version) for version in ("4.55.4", "4.57.6")),
     *(
         _transformers(version, MODELS)
         for version in ("5.0.0", "5.5.4", "5.10.4", "5.15.1", "5.20.2", "5.23.0", "5.24.0")
@@ -166,6 +177,22 @@ print(json.dumps(found))
 """
 
 
+def _judged(
+    row: Row, python: pathlib.Path, folder: pathlib.Path, environment: dict[str, str]
+) -> tuple[str, list[str]]:
+    """How many of the row's models are exact, and those that are wrong: by bench.zoo."""
+    if not row.models:
+        return "-", []
+    command = [python, "-m", "bench.zoo", "--jobs", JOBS, *row.models]
+    printed = _run(command, cwd=folder, env=environment)
+    entries = json.loads(printed[printed.index("\n{") :])
+    found = {name: worst(entry) or "not judged" for name, entry in entries.items()}
+    totals = Counter(found.values())
+    said = [f"{totals[word]} {word}" for word in (*WORST_FIRST[::-1], "not judged") if totals[word]]
+    fine = (*FINE, "not judged")
+    return ", ".join(said), [f"{name}: {word}" for name, word in found.items() if word not in fine]
+
+
 def judge(row: Row) -> dict[str, Any]:
     begun = time.monotonic()
     try:
@@ -183,6 +210,7 @@ def judge(row: Row) -> dict[str, Any]:
             **{name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"},
             "NEFTUNE_REQUIRE_CPP": "1" if row.compiler else "0",
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # JOBS processes share the cores
             "TOKENIZERS_PARALLELISM": "false",
         }
         had = json.loads(_run([python, "-c", ASKED % (LISTED,)], cwd=elsewhere))
@@ -213,34 +241,44 @@ def judge(row: Row) -> dict[str, Any]:
                 }
             wrong += _failures(report)
             counts = {name: counts[name] + value for name, value in _counted(report).items()}
-    return {**had, **counts, "wrong": wrong, "seconds": round(time.monotonic() - begun)}
+        models, unlike = _judged(row, python, elsewhere, environment)
+        wrong, counts["failed"] = wrong + unlike, counts["failed"] + len(unlike)
+    return {
+        **had,
+        **counts,
+        "models": models,
+        "wrong": wrong,
+        "seconds": round(time.monotonic() - begun),
+    }
 
 
 def table(done: dict[str, Any], sources: str) -> str:
-    head = ("row", "Python", *LISTED, "C++ kernel", "passed", "failed", "skipped")
+    head = ("row", "Python", *LISTED, "C++ kernel", "passed", "failed", "skipped", "models")
     lines = [
         "# Versions that the tests passed under",
         "",
-        "Each row is an environment of its own with a wheel of this tree by the row's compiler;",
+        "Each row is an environment of its own with a wheel of this tree by its compiler; the",
         "tests are copied elsewhere. Rows with a triton run the Triton kernels' tests too, in its",
-        "interpreter: no GPU took part. Rows of torch, numpy and compilers run the kernels' tests",
-        f"({', '.join(KERNELS)}), rows of transformers 5 the integrations'",
-        f"({', '.join(MODELS)}), those of transformers 4 `patch_trainer()`'s.",
+        "interpreter: no GPU took part. Rows of torch run the tests of its ways to a kernel",
+        f"({', '.join(TORCH)}), of compilers and numpy those of",
+        f"{KERNELS[-1]} too, of transformers `patch_trainer()`'s and,",
+        f"from 5.0 on, judge {len(MODELS)} models as [zoo.md](zoo.md) does: {', '.join(MODELS)}.",
         "",
         f"| {' | '.join(head)} |",
-        f"|{'---|' * (len(head) - 3)}{'---:|' * 3}",
+        f"|{'---|' * (len(head) - 4)}{'---:|' * 3}---|",
     ]
     for row in ROWS:
         one = done.get(row.name)
         if one is None:
-            lines.append(f"| {row.name} |{' |' * (len(head) - 4)} not run | | |")
+            lines.append(f"| {row.name} |{' |' * (len(head) - 5)} not run | | | |")
             continue
         had = [one.get(name, "-") for name in ("Python", *LISTED)]
         kernel = (row.compiler or "none") if one.get("C++") == "available" else "-"
         counts = [str(one.get(name, "-")) for name in ("passed", "failed", "skipped")]
+        models = str(one.get("models", "-"))
         if "error" in one:
             counts[0] = "**did not run**"
-        lines.append(f"| {' | '.join((row.name, *had, kernel, *counts))} |")
+        lines.append(f"| {' | '.join((row.name, *had, kernel, *counts, models))} |")
     wrong = [
         f"- {row.name}: {', '.join(f'`{name}`' for name in done[row.name]['wrong'])}"
         for row in ROWS
@@ -263,8 +301,9 @@ def main() -> int:
         parser.error(f"no rows {sorted(unknown)}; there are {', '.join(by_name)}")
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = fingerprint(["matrix.py"])
-    asked = names or list(by_name)
-    judged_one_by_one(asked, DONE, sources, lambda name: judge(by_name[name]), bool(names))
+    before = before_now(DONE, sources)
+    asked = names or [one for one in by_name if "error" in before.get(one, {"error": ""})]
+    judged_one_by_one(asked, DONE, sources, lambda name: judge(by_name[name]), anew=True)
     done = before_now(DONE, sources)
     RESULT.write_text(table(done, sources))
     for name in asked:
