@@ -185,6 +185,24 @@ def test_readme_figures_are_the_benchmarks():
     assert len(rows) == 10 and rows[2:] == expected
 
 
+def test_assurance_is_of_the_results():
+    """Every sweep's row has the date, and where it names sources or a commit of a benchmark those,
+    of the file that the sweep wrote; every file has a row.
+    """
+    page = (ROOT / "docs/assurance.md").read_text()
+    rows = re.findall(
+        r"^\| `make (\S+)` \| .*\(\.\./(bench/results/\S+\.md)\)\) \| (\S+) \| (.*) \|$", page, re.M
+    )
+    assert len(rows) == 10
+    for command, file, date, of in rows:
+        text = (ROOT / file).read_text()
+        assert date in text, (command, date)
+        for sources in re.findall(r"\b[0-9a-f]{12}\b", of):
+            assert sources in text, (command, sources)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{command}:", makefile, re.M) for command, *_ in rows)
+
+
 # ---- the messages
 
 # Strings of four words and more that tell a user nothing that is wrong: what they are
