@@ -151,7 +151,7 @@ $(DOCS)/.ready: requirements-docs.txt
 ways: setup
 	$(BIN)/python -m bench.ways $(ARGS)
 
-# Does the noise help? 25 short fine-tunings, an hour or less of 2 idle cores (estimated); goes on where it
+# Does the noise help? 25 short fine-tunings, 111 minutes of CPU time on 2 cores; goes on where it
 # stopped. Writes bench/results/evidence.csv, .md and .png. The full grid: examples/alpha_sweep.py.
 SMALL_GRID = --alphas 5 15 --hook-alphas 5 15 --seeds 5 --train 128 --train-measured 64 --held-out 128 \
   --max-length 48 --epochs 3 --evaluate-every 12 --system ""
