@@ -15,6 +15,7 @@ from torch import nn
 
 from neftune_kernels import apply_neftune, noisy_embedding
 from neftune_kernels.integrations import find, listening, probe
+from neftune_kernels.integrations.multiples import Measured
 
 WIDTH = 48
 IDS = torch.randint(1, 50, (3, 8), generator=torch.Generator().manual_seed(2))
@@ -278,6 +279,129 @@ def test_what_is_found_is_kept_per_class_and_configuration():
     again.eval()(IDS)
     apply_neftune(again.train(), 5.0)
     assert looks(again) == (1, 8.0), "it has counted its calls: that is another configuration"
+
+
+class Told(nn.Module):
+    """Its forward is told the factor."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(64, 16), nn.Linear(16, 16)
+        self.register_buffer("columns", torch.full((16,), scale))
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, ids, scale=1.0):
+        return self.block(self.embed(ids) * self.columns * scale)
+
+
+def factor_of(net, *args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        apply_neftune(net.train(), 5.0)
+        net(*args)
+    return net.embed._neftune.factors.get(torch.float32, 1.0)
+
+
+def test_what_is_kept_is_that_of_the_same_arguments_and_buffers():
+    assert factor_of(Told(), IDS, 1.0) == 1.0
+    assert factor_of(Told(), IDS, 8.0) == 8.0
+    assert factor_of(Told(2.0), IDS, 1.0) == 2.0
+    assert factor_of(Told(4.0), IDS, 1.0) == 4.0
+    net = Told()
+    assert probe.configuration_of(net, IDS) == probe.configuration_of(Told(), IDS.flip(0))
+    assert probe.configuration_of(net, IDS) != probe.configuration_of(net, IDS[:, 1:])
+    net.columns[3] = 2.0
+    assert probe.configuration_of(net) != probe.configuration_of(Told())
+
+
+SCALE = 1.0
+
+
+class Global(Told):
+    """Its factor stands where nobody looks."""
+
+    def forward(self, ids):
+        return super().forward(ids, SCALE)
+
+
+def test_another_apply_looks_again(monkeypatch):
+    net = Global()
+    assert factor_of(net, IDS) == 1.0
+    monkeypatch.setitem(globals(), "SCALE", 8.0)
+    assert factor_of(Global(), IDS) == 1.0, "of another model what was found is kept"
+    apply_neftune(net, 5.0).remove()
+    assert factor_of(net, IDS) == 8.0
+
+
+def test_what_cannot_be_told_any_more_stays_what_it_was(monkeypatch):
+    """A number changes, and the look cannot tell: the factor is the one before, and it is said."""
+    net = Told()
+    net.number = 1
+    assert factor_of(net, IDS, 8.0) == 8.0
+    net.number = 2
+    monkeypatch.setattr(
+        listening, "measure", lambda *args: {net.embed: Measured(why="it is a test")}
+    )
+    with pytest.warns(UserWarning, match=r"NEFTune takes 8\. .*embedding_multiplier=8\.0"):
+        net(IDS, 8.0)
+    assert net.embed._neftune.factors[torch.float32] == 8.0
+
+
+def test_parameters_that_are_shared_out_are_gathered_for_one_look(monkeypatch):
+    """A rank that looked again, by what its own batch holds, would wait for the others."""
+    monkeypatch.setattr(listening, "is_shared_out", lambda model: True)
+    net, ran = Told(), []
+    net.number = 1
+    net.block.register_forward_pre_hook(lambda module, args: ran.append(1))
+    assert factor_of(net, IDS, 8.0) == 8.0
+    net.number, before = 2, len(ran)
+    with pytest.warns(UserWarning, match="shared out among ranks"):
+        net(IDS, 8.0)
+    assert len(ran) == before + 1 and net.embed._neftune.factors[torch.float32] == 8.0
+    same = Told()
+    with pytest.warns(UserWarning, match="embeddings by 8"):
+        apply_neftune(same.train(), 5.0)
+        same(torch.ones(2, 4, dtype=torch.long), 8.0)
+        ran = []
+        same.block.register_forward_pre_hook(lambda module, args: ran.append(1))
+        same(IDS, 8.0)
+    assert len(ran) == 1
+
+
+class Fallback(Told):
+    """Whatever its blocks raise, it goes another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+
+    def forward(self, ids, scale=1.0):
+        embedded = self.embed(ids) * scale
+        try:
+            return self.block(embedded)
+        except Exception:
+            self.fell = True
+            return embedded
+
+
+def test_a_look_raises_nothing_that_a_forward_takes_for_its_own():
+    net = Fallback()
+    fell = []
+    net.__class__ = type("Seen", (Fallback,), {"fell": property(None, lambda *_: fell.append(1))})
+    assert factor_of(net, IDS, 8.0) == 8.0 and not fell
+
+
+def test_noise_to_embedding_is_that_of_factors_given_for_each_row():
+    found = []
+    for said in (8.0, lambda given: torch.full((len(given["ids"]),), 8.0)):
+        torch.manual_seed(0)
+        net = Told().train()
+        handle = apply_neftune(net, 5.0, embedding_multiplier=said)
+        net(IDS, 8.0)
+        found.append(handle.stats()["noise_to_embedding"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and 0 < found[0] < 1
 
 
 def test_what_is_kept_keeps_no_model_alive():

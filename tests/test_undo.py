@@ -5,6 +5,7 @@ checkpoints, threads.
 import contextlib
 import copy
 import functools
+import pickle
 import re
 import sys
 import threading
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -400,6 +403,96 @@ def test_forwards_without_noise_never_raise():
     with pytest.raises(ValueError, match=r"must be an nn.Embedding, got torch\.nn"):
         model.train()(IDS, MASK)
     assert not RUNNING.forwards
+
+
+class Around(nn.Module):
+    """Somebody's own, put around an embedding."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+    def forward(self, ids):
+        return self.inner(ids) * 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))))
+def test_what_is_wrapped_in_a_copy_is_noisy_once(kind, copied):
+    """The copy's embedding has noise that no handle steers, below the place that gets some now."""
+    model = build(kind)
+    apply_neftune(model, 5.0)
+    other = copied(model)
+    other.embed = Around(other.embed)
+    clean = {name: type(one) for name, one in build(kind).named_modules()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handle = apply_neftune(other, 5.0)
+        assert torch.equal(called(other), expected(other))
+    assert "_neftune" not in vars(other.embed.inner)
+    handle.remove()
+    assert torch.equal(called(other), F.embedding(IDS, other.embed.weight))
+    assert type(other.embed.inner) is clean["embed"]
+
+
+def test_a_copy_compiles_for_itself():
+    """What `embedding.compile()` left belongs to the original."""
+    model = build()
+    apply_neftune(model, 5.0)
+    model.embed.compile(backend="eager")
+    model.eval()(IDS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            other.embed.weight.zero_()
+        assert not other(IDS).any()
+
+
+class Unchanged(nn.Module):
+    def forward(self, weight):
+        return weight
+
+
+def test_what_was_parametrised_since_is_not_lost():
+    """A wrapper around it has the noise moved; the class that torch gave it stays."""
+    model = build()
+    handle = apply_neftune(model, 5.0)
+    embed = model.embed
+    parametrize.register_parametrization(embed, "weight", Unchanged())
+    model.embed = checkpoint_wrapper(embed)
+    kind = type(embed)
+    with pytest.raises(RuntimeError, match="was parametrised or given a forward of its own after"):
+        model(IDS, MASK)
+    assert type(embed) is kind and torch.equal(model.eval()(IDS), F.embedding(IDS, embed.weight))
+    model.embed = embed
+    parametrize.remove_parametrizations(embed, "weight")
+    assert torch.equal(called(model.train()), expected(model))
+    handle.remove()
+    assert type(embed) is nn.Embedding
+
+
+class Keyed(Model):
+    """Where its embedding is asked for, it may raise what it likes."""
+
+    broken = False
+
+    def get_input_embeddings(self):
+        if self.broken:
+            raise KeyError("tables")
+        return self.embed
+
+
+def test_whatever_a_models_own_method_raises_is_for_noisy_forwards():
+    model = Keyed().train()
+    apply_neftune(model, 5.0)
+    model.embed, model.broken = nn.Embedding(VOCAB, HIDDEN), True
+    clean = F.embedding(IDS, model.embed.weight)
+    assert torch.equal(model.eval()(IDS, MASK), clean)
+    with pytest.raises(KeyError, match="tables"):
+        model.train()(IDS, MASK)
 
 
 # ---- threads

@@ -17,10 +17,9 @@ from .arguments import Padding
 COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 CHECKPOINT = ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper")
 # (module of the class, its name) → the child around which it is wrapped
+FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 WRAPPERS = {
-    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): (
-        "_fsdp_wrapped_module"
-    ),
+    FSDP1: "_fsdp_wrapped_module",
     COMPILED: "_orig_mod",
     CHECKPOINT: "_checkpoint_wrapped_module",
 }

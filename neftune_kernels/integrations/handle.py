@@ -58,6 +58,12 @@ MEASURED = (
 Root = tuple[weakref.ref[nn.Module], str | None]  # weak: a handle keeps no model alive
 
 
+HELD = (
+    "the embedding was parametrised or given a forward of its own after apply_neftune: take that "
+    "off first, then call remove()"
+)
+
+
 class _Wanted(NamedTuple):
     """How a model around sites is to be listened to."""
 
@@ -233,13 +239,18 @@ class NEFTuneHandle:
             found.update({one.site: one for one in find_embeddings(root, path, state.fused)})
         # before anything is changed, so that an interrupt leaves what the next call finds again
         self._noisy = list(dict.fromkeys([*self._noisy, *(weakref.ref(one) for one in found)]))
-        changes = [
-            make_plain(module)
+        # what wrappers in a copied model stand around is nobody's, and would be noisy beside them
+        inside = {one for place in found.values() for one in place.site.modules()}
+        left = [
+            module
             for module in self._modules()
             if module not in found
             and (site := module.__dict__.get("_neftune")) is not None
-            and self._is_ours(site.state)
+            and (self._is_ours(site.state) or (module in inside and site.state.handle is None))
         ]
+        if any(class_to_restore(module) is None for module in left):
+            raise RuntimeError(HELD)
+        changes = [make_plain(module) for module in left]
         changes += [make_noisy(one, state) for one in found.values()]
         self._noisy = [weakref.ref(module) for module in found]
         wrappers = [wrapper for one in found.values() for wrapper in (one.site, *one.wrappers)]
@@ -614,10 +625,7 @@ class NEFTuneHandle:
             if (site := module.__dict__.get("_neftune")) is not None and self._is_ours(site.state)
         ]
         if any(class_to_restore(module) is None for module in noisy):
-            raise RuntimeError(
-                "the embedding was parametrised or given a forward of its own after apply_neftune: "
-                "take that off first, then call remove()"
-            )
+            raise RuntimeError(HELD)
         self._state.handle = None  # what an interrupt leaves is nobody's, and the next apply's
         changes = [make_plain(module) for module in noisy]
         unhooked = [
@@ -842,7 +850,10 @@ def _measure(last: NoisyCall, module: nn.Module) -> tuple[Tensor, Tensor, float,
     clean = clean_lookup(module, last.ids)
     ratio = None
     if clean is not None:
-        ratio = ratio_of_rms(noise, clean.reshape(-1, last.embedding_dim)[real])
+        own = noise
+        if last.factors is not None:  # of each sample
+            own = noise / last.factors.to(noise).expand(last.shape).reshape(-1, 1)[real]
+        ratio = ratio_of_rms(own, clean.reshape(-1, last.embedding_dim)[real])
     bound = abs(float(last.noise.alpha)) / (length[real].double() * last.embedding_dim).sqrt()
     largest = float((noise.abs().amax(-1) / bound).max()) if alpha else 0.0
     return lengths.cpu(), magnitudes.cpu(), largest, ratio

@@ -12,7 +12,7 @@ from .arguments import Padding, parameter_names, takes_any, tells_samples
 from .multiples import Measured
 from .multipliers import DTYPES
 from .noisy import drop_hooks
-from .probe import keep_factors, kept_factors, measure
+from .probe import is_shared_out, keep_factors, kept_factors, measure
 from .quirks import (
     NO_QUIRKS,
     QUIRKS,
@@ -45,11 +45,14 @@ CHANGES = (
 # inside the forward that is looked at waits for it) must not hang the others.
 LOOKING = threading.RLock()
 PATIENCE = 60.0  # seconds
+LOOKED_AT: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 BUSY = (
     "another thread has been looking for a minute at what {} multiplies its embeddings by, or was "
     "interrupted there. Say it to spare the look: apply_neftune(..., embedding_multiplier=1.0)"
 )
 LOOKS = 3  # forwards that are looked at for a site that did not run, or looked too little up
+# A look is a forward: where a rank alone looked once more, the others would wait for it.
+SHARED = "its parameters are shared out among ranks, which look together and once"
 MOVED = (
     "something was put in the place of a noisy embedding since apply_neftune (PEFT's "
     "wrappers, another module), and the model "
@@ -158,7 +161,7 @@ class Listener:
             return
         try:
             self.state.handle.refresh()
-        except (ValueError, RuntimeError):
+        except Exception:  # whatever a foreign model's own methods raise
             return  # the next noisy forward says so
 
     def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -192,15 +195,25 @@ class Listener:
             for one, site in sites.items()
             if site.holder is not None and (holder := site.holder()) is not None
         }
-        known = kept_factors(module, [one for one, site in sites.items() if site.lookups == 1])
+        alone = [one for one, site in sites.items() if site.lookups == 1]
+        anew = module in LOOKED_AT and not state.has_looked  # by another apply_neftune: that asks
+        known = {} if anew else kept_factors(module, alone, (args, kwargs))
         rest = [one for one in sites if one not in known]
-        looked = measure(module, args, kwargs, rest, holders) if rest else {}
-        keep_factors(module, looked)
+        shared = is_shared_out(module)
+        if shared and state.has_looked:
+            looked = {one: Measured(why=SHARED) for one in rest if one not in holders}
+        else:
+            looked = measure(module, args, kwargs, rest, holders, shared) if rest else {}
+        state.has_looked = True
+        LOOKED_AT.add(module)
+        keep_factors(module, looked, (args, kwargs))
         for one, found in {**known, **looked}.items():
             self._take(sites[one], found, one in known, type(module).__name__)
         state.looks += bool(rest)
-        state.unmeasured = state.looks < LOOKS and any(
-            not site.multiplier_known or site.holder is not None for site in sites.values()
+        state.unmeasured = (
+            not shared
+            and state.looks < LOOKS
+            and any(not site.multiplier_known or site.holder is not None for site in sites.values())
         )
         if state.handle is not None and any(one not in holders for one in sites):
             state.handle.follow()
@@ -209,15 +222,15 @@ class Listener:
         """What a look has found; what it could not tell is looked at again."""
         state = self.state
         factor = None if found.factor is None else abs(found.factor)
-        if factor is not None:
-            site.factors = dict.fromkeys(DTYPES, factor)
         told = site.said
         site.said = told if factor is None else factor
+        if site.said is not None:  # what cannot be told today is taken to be what it was
+            site.factors = dict.fromkeys(DTYPES, site.said)
         if factor is None and not found.high:
             state.warned.add(NOT_LOOKED_AT)  # the same without the reason
         if not kept and (factor is None or factor != (told or 1)):
             changes = factor is not None and told is not None
-            state.warn_once(CHANGES.format(name) if changes else _what_was_found(name, found))
+            state.warn_once(CHANGES.format(name) if changes else _what_was_found(name, found, told))
         # last, as an interrupt may come between
         site.multiplier_known = not found.why
         if not found.why:
@@ -258,7 +271,7 @@ class Listener:
         )
 
 
-def _what_was_found(name: str, found: Measured) -> str:
+def _what_was_found(name: str, found: Measured, told: float | None) -> str:
     if found.factor is not None:
         return (
             f"{name} multiplies its embeddings by {found.factor:.7g} after looking them up, as a "
@@ -275,8 +288,8 @@ def _what_was_found(name: str, found: Measured) -> str:
         )
     return (
         f"it is not known whether {name} multiplies its embeddings after looking them up "
-        f"({found.why}): NEFTune takes 1. Say it: "
-        "apply_neftune(..., embedding_multiplier=1.0)"
+        f"({found.why}): NEFTune takes {told or 1:.7g}. Say it: "
+        f"apply_neftune(..., embedding_multiplier={told or 1.0!r})"
     )
 
 

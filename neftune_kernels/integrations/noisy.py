@@ -301,7 +301,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     kind = type(self)
     if "_neftune_base" not in kind.__dict__:  # somebody's subclass of it, who copies it himself
         return object.__reduce_ex__(self, protocol)
-    return _rebuild, (kind._neftune_base, kind._neftune_before), self.__dict__
+    return _rebuild, (kind._neftune_base, kind._neftune_before), self.__getstate__()
 
 
 _noisy_classes: dict[tuple[type, bool], Any] = {}

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..distributed import DISTRIBUTED, is_dtensor
 from ..torch_internals import dispatch_modes
-from .find import is_compiled
+from .find import FSDP1, is_compiled
 from .multiples import Measured, multiple, thinned
 from .running import LOOKUPS, RUNNING, Site, forward_runs, probing
 from .undisturbed import NAMES_OF_TORCH, copied, is_open, undisturbed
@@ -33,8 +34,8 @@ NO_HOLDERS: dict[nn.Module, nn.Module] = {}
 HELD = Measured(1.0)  # looked up by a model that is known
 
 
-class _Arrived(Exception):
-    """All is known: the forward need not go on."""
+class _Arrived(BaseException):
+    """All is known: the forward need not go on. No `except Exception` of its own is to see it."""
 
 
 def measure(
@@ -43,6 +44,7 @@ def measure(
     kwargs: dict[str, Any],
     sites: list[nn.Module],
     holders: dict[nn.Module, nn.Module] = NO_HOLDERS,
+    whole: bool = False,
 ) -> dict[nn.Module, Measured]:
     """The factor of each site that runs in a forward of the model with these arguments.
 
@@ -52,10 +54,11 @@ def measure(
     front of that place run once more.
 
     holders: models inside, of sites that are known to be multiplied by 1 while those run.
+    whole: the forward runs to its end, as it does in other ranks whose batches tell more or less.
     """
     if why := _why_not(model, args, kwargs):
         return {site: Measured(why=why) for site in sites if site not in holders}
-    watch = _Watch(sites, holders)
+    watch = _Watch(sites, holders, whole)
     handles: list[Any] = []
     RUNNING.probing = measure.__code__
     failed = ""
@@ -89,6 +92,7 @@ def measure(
 
 # ---- what was found, by the class of the model and its configuration
 
+MOST = 4096  # values of a tensor that are read
 KEPT: "weakref.WeakKeyDictionary[type, dict[tuple[bytes, str], float]]"
 KEPT = weakref.WeakKeyDictionary()
 _numbers: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
@@ -97,10 +101,14 @@ WRITTEN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device
 FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
-def kept_factors(model: nn.Module, sites: list[nn.Module]) -> dict[nn.Module, Measured]:
-    """What a look at another model of this class and configuration has found."""
+def kept_factors(
+    model: nn.Module, sites: list[nn.Module], given: Any = None
+) -> dict[nn.Module, Measured]:
+    """What a look at another model of this class and configuration has found, called with arguments
+    of the same shapes and numbers.
+    """
     known = KEPT.get(type(model))
-    key = configuration_of(model) if known else None
+    key = configuration_of(model, given) if known else None
     if not known or key is None:
         return {}
     paths = {module: path for path, module in model.named_modules()}
@@ -108,9 +116,9 @@ def kept_factors(model: nn.Module, sites: list[nn.Module]) -> dict[nn.Module, Me
     return {site: Measured(factor) for site, factor in found.items() if factor is not None}
 
 
-def keep_factors(model: nn.Module, found: dict[nn.Module, Measured]) -> None:
+def keep_factors(model: nn.Module, found: dict[nn.Module, Measured], given: Any = None) -> None:
     factors = {site: one.factor for site, one in found.items() if one.factor and not one.why}
-    key = configuration_of(model) if factors else None
+    key = configuration_of(model, given) if factors else None
     if key is None:
         return
     paths = {module: path for path, module in model.named_modules()}
@@ -118,16 +126,18 @@ def keep_factors(model: nn.Module, found: dict[nn.Module, Measured]) -> None:
     known |= {(key, paths[site]): factor for site, factor in factors.items()}
 
 
-def configuration_of(model: nn.Module) -> bytes | None:
-    """A digest of all that decides by what a model multiplies, but its arguments: classes, and what
-    modules and their configs hold. None: it holds what cannot be compared by value.
+def configuration_of(model: nn.Module, given: Any = None) -> bytes | None:
+    """A digest of all that decides by what a model multiplies: classes, what modules and their
+    configs hold, and of the arguments shapes and numbers. None: there is what cannot be compared.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
+        digest.update(repr(_written(given, ())).encode())
         for path, module in model.named_modules():
             own = {name: one for name, one in vars(module).items() if name not in NAMES_OF_TORCH}
             tensors = {**module._parameters, **module._buffers}
-            told = path, *_class(type(module)), _written(own, ()), _written(tensors, ())
+            values = [_values(one) for one in (*tensors.values(), *own.values())]
+            told = path, *_class(type(module)), _written(own, ()), _written(tensors, ()), values
             digest.update(repr(told).encode())
     except (TypeError, RuntimeError):
         return None
@@ -151,6 +161,21 @@ def _class(kind: type) -> tuple[Any, ...]:
         if type(value) in WRITTEN or isinstance(value, FUNCTIONS)
     ]
     return _number(kind), said
+
+
+def _values(value: Any) -> Any:
+    """Of a small tensor: its number, where all are the same one, else of a buffer all of them. What
+    is trained differs from model to model.
+    """
+    if type(value) not in (Tensor, nn.Parameter) or value.is_meta or not 1 < value.numel() <= MOST:
+        return None
+    first = value.flatten()[0]
+    if bool((value == first).all()):
+        return first.item()
+    if isinstance(value, nn.Parameter):
+        return None
+    plain = value.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.blake2b(plain.numpy().tobytes(), digest_size=16).digest()
 
 
 def _written(value: Any, inside: tuple[int, ...]) -> Any:
@@ -177,6 +202,18 @@ def _written(value: Any, inside: tuple[int, ...]) -> Any:
     if isinstance(value, nn.Module) or not is_open(kind):
         raise TypeError
     return _number(kind), _written(vars(value), inside)
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether a forward gathers parameters from other ranks: FSDP of both kinds."""
+    if not DISTRIBUTED:
+        return False
+    if any(map(is_dtensor, model.parameters())):
+        return True
+    # whole in forward: the class that FSDP2 gave a module, FSDP1's wrapper
+    kinds = {("torch.distributed.fsdp", "FSDPModule"), FSDP1}
+    classes = {type(one) for one in model.modules()}
+    return any((one.__module__, one.__name__) in kinds for kind in classes for one in kind.__mro__)
 
 
 def _why_not(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -299,9 +336,12 @@ class _Following(TorchFunctionMode):
 
 
 class _Watch:
-    def __init__(self, sites: list[nn.Module], holders: dict[nn.Module, nn.Module]) -> None:
+    def __init__(
+        self, sites: list[nn.Module], holders: dict[nn.Module, nn.Module], whole: bool = False
+    ) -> None:
         self.sites = sites
         self.holders = holders
+        self.whole = whole
         self.lookups: list[_Lookup] = []
         self.following = _Following(self.lookups)
 
@@ -331,6 +371,8 @@ class _Watch:
             self._end()
 
     def _end(self) -> None:
+        if self.whole:
+            return
         if all(one.over for one in self.lookups) and not any(map(self._waits_for, self.sites)):
             raise _Arrived
 

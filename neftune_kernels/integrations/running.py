@@ -116,7 +116,8 @@ class State:
         self.skipped_last: str | None = None
         self.warned: set[str] = set()
         self.unmeasured = False  # a site's multiplier is to be measured at the next forward
-        self.looks = 0  # of the probe
+        self.looks = 0  # of the probe, since something changed
+        self.has_looked = False  # ever
         self.compiled_firsts = FirstPasses()  # of compiled code in checkpoints
         self.handle: Any = None  # the NEFTuneHandle, which stands above this room
         self.handle_key = ""  # a text: Dynamo makes a number that changes a symbol
