@@ -341,12 +341,16 @@ def test_what_cannot_be_told_any_more_stays_what_it_was(monkeypatch):
     net.number = 1
     assert factor_of(net, IDS, 8.0) == 8.0
     net.number = 2
-    monkeypatch.setattr(
-        listening, "measure", lambda *args: {net.embed: Measured(why="it is a test")}
-    )
-    with pytest.warns(UserWarning, match=r"NEFTune takes 8\. .*embedding_multiplier=8\.0"):
-        net(IDS, 8.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(listening, "measure", lambda *args: {net.embed: Measured(why="it is a test")})
+        with pytest.warns(UserWarning, match=r"NEFTune takes 8\. .*embedding_multiplier=8\.0"):
+            for _ in range(listening.LOOKS):
+                net(IDS, 8.0)
     assert net.embed._neftune.factors[torch.float32] == 8.0
+    net.number = 3  # nobody has seen that it does not count
+    with pytest.warns(UserWarning, match="has changed since"):
+        net(IDS, 4.0)
+    assert net.embed._neftune.factors[torch.float32] == 4.0
 
 
 def test_parameters_that_are_shared_out_are_gathered_for_one_look(monkeypatch):

@@ -357,8 +357,10 @@ class NEFTuneHandle:
         nor modules.
         """
         sites = self._sites()
-        if self._doubted is not None and self._doubted.factors == _factors(sites):
-            self._uninvolved |= self._doubted.names
+        doubted = self._doubted
+        told = all(site.__dict__["_neftune"].multiplier_known for site in sites)
+        if told and doubted is not None and doubted.factors == _factors(sites):
+            self._uninvolved |= doubted.names
         self._doubted = None
         leading = [
             parent
