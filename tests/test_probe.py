@@ -326,6 +326,16 @@ class Global(Told):
         return super().forward(ids, SCALE)
 
 
+def test_arguments_that_tell_nothing_take_what_others_told():
+    assert factor_of(Told(), IDS, 8.0) == 8.0
+    one = Told().train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*embeddings")
+        apply_neftune(one, 5.0, samples=lambda given: {})
+        one(torch.ones(2, 4, dtype=torch.long), 8.0)
+    assert one.embed._neftune.factors[torch.float32] == 8.0
+
+
 def test_another_apply_looks_again(monkeypatch):
     net = Global()
     assert factor_of(net, IDS) == 1.0

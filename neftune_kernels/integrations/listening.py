@@ -207,6 +207,11 @@ class Listener:
         state.has_looked = True
         LOOKED_AT.add(module)
         keep_factors(module, looked, (args, kwargs))
+        # what these arguments cannot tell others have told
+        untold = [
+            one for one in alone if one in looked and looked[one].why and not looked[one].high
+        ]
+        known |= {} if shared else kept_factors(module, untold)
         for one, found in {**known, **looked}.items():
             self._take(sites[one], found, one in known, type(module).__name__)
         state.looks += bool(rest)

@@ -105,7 +105,7 @@ def kept_factors(
     model: nn.Module, sites: list[nn.Module], given: Any = None
 ) -> dict[nn.Module, Measured]:
     """What a look at another model of this class and configuration has found, called with arguments
-    of the same shapes and numbers.
+    of the same shapes and numbers; None: the last, whatever it was called with.
     """
     known = KEPT.get(type(model))
     key = configuration_of(model, given) if known else None
@@ -118,12 +118,12 @@ def kept_factors(
 
 def keep_factors(model: nn.Module, found: dict[nn.Module, Measured], given: Any = None) -> None:
     factors = {site: one.factor for site, one in found.items() if one.factor and not one.why}
-    key = configuration_of(model, given) if factors else None
-    if key is None:
-        return
+    keys = [configuration_of(model, one) for one in (given, None)] if factors else []
     paths = {module: path for path, module in model.named_modules()}
-    known = KEPT.setdefault(type(model), {})
-    known |= {(key, paths[site]): factor for site, factor in factors.items()}
+    for key in keys:
+        if key is not None:
+            known = KEPT.setdefault(type(model), {})
+            known |= {(key, paths[site]): factor for site, factor in factors.items()}
 
 
 def configuration_of(model: nn.Module, given: Any = None) -> bytes | None:
