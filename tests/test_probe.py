@@ -326,14 +326,40 @@ class Global(Told):
         return super().forward(ids, SCALE)
 
 
+class OneTold(Told):
+    """Of one row with positions nothing can be told."""
+
+    def __init__(self):
+        super().__init__(8.0)
+        self.positions = nn.Embedding(8, 16)
+
+    def forward(self, ids):
+        positions = self.positions(torch.arange(ids.shape[1]))
+        return self.block(self.embed(ids) * self.columns + positions)
+
+
 def test_arguments_that_tell_nothing_take_what_others_told():
-    assert factor_of(Told(), IDS, 8.0) == 8.0
-    one = Told().train()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*embeddings")
-        apply_neftune(one, 5.0, samples=lambda given: {})
-        one(torch.ones(2, 4, dtype=torch.long), 8.0)
-    assert one.embed._neftune.factors[torch.float32] == 8.0
+    """Of another model, or of this one by another apply_neftune; and nothing is said of it."""
+    first = OneTold()
+    assert factor_of(first, IDS) == 8.0
+    for net in (OneTold(), first):
+        apply_neftune(net.train(), 5.0).remove()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*embeddings")
+            apply_neftune(net, 5.0)
+            net(IDS[:1])
+        assert net.embed._neftune.factors[torch.float32] == 8.0
+        assert net.embed._neftune.multiplier_known
+
+
+def test_arguments_that_tell_nothing_first_are_said():
+    net = OneTold().train()
+    apply_neftune(net, 5.0)
+    with pytest.warns(UserWarning, match=r"not known whether OneTold .*NEFTune takes 1\."):
+        net(IDS[:1])
+    with pytest.warns(UserWarning, match="multiplies its embeddings by 8"):
+        net(IDS)
+    assert net.embed._neftune.factors[torch.float32] == 8.0
 
 
 def test_another_apply_looks_again(monkeypatch):
@@ -374,6 +400,10 @@ def test_parameters_that_are_shared_out_are_gathered_for_one_look(monkeypatch):
     with pytest.warns(UserWarning, match="shared out among ranks"):
         net(IDS, 8.0)
     assert len(ran) == before + 1 and net.embed._neftune.factors[torch.float32] == 8.0
+    other, ran = Told(), []
+    other.number = 2
+    other.block.register_forward_pre_hook(lambda module, args: ran.append(1))
+    assert factor_of(other, IDS, 8.0) == 8.0 and len(ran) == 2, "what one rank kept others may not"
     same = Told()
     with pytest.warns(UserWarning, match="embeddings by 8"):
         apply_neftune(same.train(), 5.0)

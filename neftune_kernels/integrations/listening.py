@@ -196,10 +196,10 @@ class Listener:
             if site.holder is not None and (holder := site.holder()) is not None
         }
         alone = [one for one, site in sites.items() if site.lookups == 1]
-        anew = module in LOOKED_AT and not state.has_looked  # by another apply_neftune: that asks
-        known = {} if anew else kept_factors(module, alone, (args, kwargs))
-        rest = [one for one in sites if one not in known]
         shared = is_shared_out(module)
+        anew = module in LOOKED_AT and not state.has_looked  # by another apply_neftune: that asks
+        known = {} if anew or shared else kept_factors(module, alone, (args, kwargs))
+        rest = [one for one in sites if one not in known]
         if shared and state.has_looked:
             looked = {one: Measured(why=SHARED) for one in rest if one not in holders}
         else:
@@ -207,12 +207,12 @@ class Listener:
         state.has_looked = True
         LOOKED_AT.add(module)
         keep_factors(module, looked, (args, kwargs))
-        # what these arguments cannot tell others have told
         untold = [
             one for one in alone if one in looked and looked[one].why and not looked[one].high
         ]
-        known |= {} if shared else kept_factors(module, untold)
-        for one, found in {**known, **looked}.items():
+        if untold and not shared:  # by these arguments: others may have told
+            known |= kept_factors(module, untold)
+        for one, found in {**looked, **known}.items():
             self._take(sites[one], found, one in known, type(module).__name__)
         state.looks += bool(rest)
         state.unmeasured = (
