@@ -47,10 +47,10 @@ from .cases import (
 from .compare_tables import BATCH, KERNEL, SHAPE, STEP, WAY, is_void
 from .interleaved import Runs, Sample, ratios, spread, time_rounds
 from .machine import (
-    BUSY,
     Floors,
     Load,
     describe,
+    is_busy,
     last_level_cache,
     machine_line,
     measure_floors,
@@ -85,7 +85,7 @@ class Effort(NamedTuple):
     compiled: bool
 
 
-TRIES = 3
+TRIES = 3  # of a job that other processes disturb
 FULL_EFFORT, QUICK = Effort(41, 1.0, 7, True), Effort(5, 0.15, 2, False)
 
 
@@ -329,7 +329,7 @@ def undisturbed(job: Job, effort: Effort) -> list[Measured]:
     measure = measure_step if job.section == STEP else measure_calls
     for _ in range(TRIES):
         made = list(measure(job, effort))
-        if not any((one.others or 0) > BUSY for one in made):
+        if not any(is_busy(one.others) for one in made):
             break
     return made
 

@@ -16,7 +16,7 @@ from .cases import (
     OFFICIAL,
     OURS,
 )
-from .machine import BUSY
+from .machine import BUSY, is_busy
 
 STEP, SHAPE, BATCH, WAY, KERNEL = (
     "training step",
@@ -61,7 +61,7 @@ def grouped(rows: Iterable[Row], section: str) -> dict[tuple[str, ...], dict[str
 
 
 def is_void(row: Row) -> bool:
-    return float(row["others_cpu_share"] or 0) > BUSY
+    return is_busy(float(row["others_cpu_share"] or 0))
 
 
 def swept_value(section: str, row: Row) -> int:

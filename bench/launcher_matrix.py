@@ -16,8 +16,9 @@ import re
 import subprocess
 import sys
 import venv
-import xml.etree.ElementTree as ElementTree
 from typing import NamedTuple
+
+from .junit import cases_of, failures, names_with
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = ROOT / "bench/results/launcher.md"
@@ -70,11 +71,6 @@ def environment(version: str, build: pathlib.Path) -> pathlib.Path:
     return python
 
 
-def names_with(cases: list[ElementTree.Element], kind: str) -> list[str]:
-    # Not by truth: an element without children is false.
-    return [case.get("name", "") for case in cases if case.find(kind) is not None]
-
-
 def outcome(version: str, build: pathlib.Path) -> Outcome:
     try:
         python = environment(version, build)
@@ -87,14 +83,14 @@ def outcome(version: str, build: pathlib.Path) -> Outcome:
     subprocess.run([str(word) for word in command], cwd=ROOT)
     if not report.exists():
         return Outcome(version, 0, "the tests did not run", False)
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    cases = cases_of(report)
     launches = sum(
         int(found.get("value", "0"))
         for case in cases
         for found in case.iter("property")
         if found.get("name") == "launches"
     )
-    wrong = [name for kind in ("failure", "error") for name in names_with(cases, kind)]
+    wrong = failures(cases)
     skipped = names_with(cases, "skipped")
     if wrong:
         verdict = f"**{len(wrong)} of {len(cases)} tests fail**, first `{wrong[0]}`"

@@ -134,9 +134,14 @@ class Load:
         return max(0.0, busy - own) / total if total > 0 else 0.0
 
 
+def is_busy(others: float | None) -> bool:
+    """Whether a figure does not count; None: the system does not tell."""
+    return others is not None and others > BUSY
+
+
 def describe_load(others: float | None) -> str:
     """ "" for a machine that is ours, else the warning."""
-    if others is None or others <= BUSY:
+    if others is None or not is_busy(others):
         return ""
     return (
         f"BUSY MACHINE: {others:.0%} of its CPU time went to other processes, no figure here counts"

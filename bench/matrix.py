@@ -22,10 +22,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from .judge import FINE
+from .junit import cases_of, counted, failures
 from .resumed import ROOT, before_now, fingerprint, judged_one_by_one
 from .zoo_table import WORST_FIRST, worst
 
@@ -45,7 +47,7 @@ MODELS = (  # of bench.zoo
     *("cohere", "granite", "stablelm", "starcoder2", "bert", "roberta", "distilbert", "t5"),
     *("bart", "marian", "pegasus", "llava"),
 )
-TRITON = "triton"  # in its interpreter: the triton that this torch brings or the row names
+TRITON = "triton"  # in its interpreter: the one that this torch brings
 LISTED = ("torch", "triton", "numpy", "transformers")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "scipy", "sortedcontainers")
 ACCELERATE = "accelerate==1.15.0"
@@ -146,23 +148,6 @@ def _environment(row: Row) -> pathlib.Path:
     return python
 
 
-def _counted(report: pathlib.Path) -> dict[str, int]:
-    suite = ElementTree.parse(report).getroot()[0]
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    failed = counts["failures"] + counts["errors"]
-    passed = counts["tests"] - failed - counts["skipped"]
-    return {"passed": passed, "failed": failed, "skipped": counts["skipped"]}
-
-
-def _failures(report: pathlib.Path) -> list[str]:
-    cases = ElementTree.parse(report).getroot().iter("testcase")
-    return [
-        str(case.get("name"))
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-
-
 ASKED = """
 import importlib.metadata, json, platform
 import neftune_kernels
@@ -193,63 +178,63 @@ def _judged(
     return ", ".join(said), [f"{name}: {word}" for name, word in found.items() if word not in fine]
 
 
+def _copy_tests(folder: pathlib.Path) -> None:
+    """And what they import, but the package itself."""
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    bench = shutil.ignore_patterns("results", "__pycache__", "pins")
+    shutil.copytree(ROOT / "bench", folder / "bench", ignore=bench)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def _tested(
+    python: pathlib.Path,
+    folder: pathlib.Path,
+    environment: dict[str, str],
+    names: Sequence[str],
+    marks: str,
+) -> list[ElementTree.Element]:
+    report = BUILD / f"{python.parent.parent.name}.xml"
+    report.unlink(missing_ok=True)
+    command = [python, "-m", "pytest", "-q", "-n", JOBS, "--dist", "loadfile", "-m", marks]
+    command += [f"--junitxml={report}", "-p", "no:cacheprovider"]
+    words = [*map(str, command), *(f"tests/test_{name}.py" for name in names)]
+    made = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    if not report.exists() or made.returncode not in (0, 1):  # 1: tests failed
+        raise RuntimeError(f"pytest ended with {made.returncode}: {made.stdout[-800:]}")
+    return cases_of(report)
+
+
+def _found(row: Row, folder: pathlib.Path) -> dict[str, Any]:
+    python = _environment(row)
+    _copy_tests(folder)
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"},
+        "NEFTUNE_REQUIRE_CPP": "1" if row.compiler else "0",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # JOBS processes share the cores
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    had = json.loads(_run([python, "-c", ASKED % (LISTED,)], cwd=folder))
+    names = [name for name in row.tests if name != TRITON]
+    cases = _tested(python, folder, environment, names, "not long")
+    if TRITON in row.tests:
+        interpreted = environment | {"TRITON_INTERPRET": "1"}
+        cases += _tested(python, folder, interpreted, [TRITON], "gpu and not long")
+    models, unlike = _judged(row, python, folder, environment)
+    counts = counted(cases)._asdict()
+    counts["failed"] += len(unlike)
+    return {**had, **counts, "models": models, "wrong": failures(cases) + unlike}
+
+
 def judge(row: Row) -> dict[str, Any]:
     begun = time.monotonic()
-    try:
-        python = _environment(row)
-    except RuntimeError as failed:
-        return {"error": str(failed)}
-    with tempfile.TemporaryDirectory() as name:
-        elsewhere = pathlib.Path(name)
-        shutil.copytree(ROOT / "tests", elsewhere / "tests")
-        shutil.copytree(ROOT / "examples", elsewhere / "examples")
-        bench = shutil.ignore_patterns("results", "__pycache__", "pins")
-        shutil.copytree(ROOT / "bench", elsewhere / "bench", ignore=bench)
-        shutil.copy(ROOT / "pyproject.toml", elsewhere)
-        environment = {
-            **{name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"},
-            "NEFTUNE_REQUIRE_CPP": "1" if row.compiler else "0",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",  # JOBS processes share the cores
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        had = json.loads(_run([python, "-c", ASKED % (LISTED,)], cwd=elsewhere))
-        counts = {"passed": 0, "failed": 0, "skipped": 0}
-        wrong: list[str] = []
-        parts: list[tuple[list[str], dict[str, str], str]] = [
-            ([f"tests/test_{one}.py" for one in row.tests if one != TRITON], {}, "not long")
-        ]
-        if TRITON in row.tests:
-            interpreted = {"TRITON_INTERPRET": "1"}
-            parts.append((["tests/test_triton.py"], interpreted, "gpu and not long"))
-        for number, (files, more, marks) in enumerate(parts):
-            report = BUILD / f"{python.parent.parent.name}-{number}.xml"
-            report.unlink(missing_ok=True)
-            command = [python, "-m", "pytest", "-q", "-n", JOBS, "--dist", "loadfile", "-m", marks]
-            command += [f"--junitxml={report}", "-p", "no:cacheprovider", *files]
-            made = subprocess.run(
-                [str(word) for word in command],
-                cwd=elsewhere,
-                env=environment | more,
-                capture_output=True,
-                text=True,
-            )
-            if not report.exists() or made.returncode not in (0, 1):
-                return {
-                    **had,
-                    "error": f"pytest ended with {made.returncode}: {made.stdout[-800:]}",
-                }
-            wrong += _failures(report)
-            counts = {name: counts[name] + value for name, value in _counted(report).items()}
-        models, unlike = _judged(row, python, elsewhere, environment)
-        wrong, counts["failed"] = wrong + unlike, counts["failed"] + len(unlike)
-    return {
-        **had,
-        **counts,
-        "models": models,
-        "wrong": wrong,
-        "seconds": round(time.monotonic() - begun),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = _found(row, pathlib.Path(folder))
+        except RuntimeError as failed:
+            found = {"error": str(failed)}
+    return {**found, "seconds": round(time.monotonic() - begun)}
 
 
 def last_results() -> dict[str, Any]:
@@ -317,7 +302,7 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = fingerprint(["matrix.py"])
     before = before_now(DONE, sources)
-    asked = names or [one for one in by_name if "error" in before.get(one, {"error": ""})]
+    asked = names or [one for one in by_name if one not in before or "error" in before[one]]
     judged_one_by_one(asked, DONE, sources, lambda name: judge(by_name[name]), anew=True)
     done = before_now(DONE, sources)
     RESULT.write_text(table(last_results()))

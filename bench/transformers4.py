@@ -4,20 +4,16 @@ reads build/transformers-VERSION.xml and writes bench/results/transformers4.md.
 
 import pathlib
 import sys
-from xml.etree import ElementTree
+
+from .junit import cases_of, counted
 
 BUILD = pathlib.Path("build")
 RESULT = pathlib.Path("bench/results/transformers4.md")
 
 
 def line(version: str) -> str:
-    root = ElementTree.parse(BUILD / f"transformers-{version}.xml").getroot()
-    suite = root if root.tag == "testsuite" else root[0]
-    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
-    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    return (
-        f"| {version} | {passed} | {counts['failures'] + counts['errors']} | {counts['skipped']} |"
-    )
+    found = counted(cases_of(BUILD / f"transformers-{version}.xml"))
+    return f"| {version} | {found.passed} | {found.failed} | {found.skipped} |"
 
 
 def main(versions: list[str]) -> None:

@@ -58,7 +58,7 @@ MEASURED = (
 Root = tuple[weakref.ref[nn.Module], str | None]  # weak: a handle keeps no model alive
 
 
-HELD = (
+PARAMETRISED = (
     "the embedding was parametrised or given a forward of its own after apply_neftune: take that "
     "off first, then call remove()"
 )
@@ -249,7 +249,7 @@ class NEFTuneHandle:
             and (self._is_ours(site.state) or (module in inside and site.state.handle is None))
         ]
         if any(class_to_restore(module) is None for module in left):
-            raise RuntimeError(HELD)
+            raise RuntimeError(PARAMETRISED)
         changes = [make_plain(module) for module in left]
         changes += [make_noisy(one, state) for one in found.values()]
         self._noisy = [weakref.ref(module) for module in found]
@@ -627,7 +627,7 @@ class NEFTuneHandle:
             if (site := module.__dict__.get("_neftune")) is not None and self._is_ours(site.state)
         ]
         if any(class_to_restore(module) is None for module in noisy):
-            raise RuntimeError(HELD)
+            raise RuntimeError(PARAMETRISED)
         self._state.handle = None  # what an interrupt leaves is nobody's, and the next apply's
         changes = [make_plain(module) for module in noisy]
         unhooked = [
