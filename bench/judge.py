@@ -480,11 +480,13 @@ class _Constant(torch.autograd.Function):
 def _gradients_behind(
     subject: Subject, state: State, expected: Expected, hook: Callable[[Tensor], Any]
 ) -> dict[str, Tensor]:
-    """Of a forward and backward with a hook behind each lookup, which is given its output."""
+    """Of a forward and backward with a hook behind each lookup, which is given its output. Before
+    that forward a look at the model may run hooks too, without grad.
+    """
 
     def behind(module: nn.Module, args: Any, output: Any) -> Any:
         is_lookup = bool(args) and isinstance(output, Tensor) and not args[0].is_floating_point()
-        return hook(output) if is_lookup else None
+        return hook(output) if is_lookup and torch.is_grad_enabled() else None
 
     hooks = [one.register_forward_hook(behind) for one in expected.targets]
     state.put_back()

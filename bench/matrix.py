@@ -26,10 +26,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from .judge import FINE
 from .junit import cases_of, counted, failures
 from .resumed import ROOT, before_now, fingerprint, judged_one_by_one
-from .zoo_table import WORST_FIRST, worst
+from .zoo_table import WORST_FIRST, is_faulty, worst
 
 RESULT = ROOT / "bench/results/matrix.md"
 BUILD = ROOT / "build/matrix"
@@ -174,8 +173,9 @@ def _judged(
     found = {name: worst(entry) or "not judged" for name, entry in entries.items()}
     totals = Counter(found.values())
     said = [f"{totals[word]} {word}" for word in (*WORST_FIRST[::-1], "not judged") if totals[word]]
-    fine = (*FINE, "not judged")
-    return ", ".join(said), [f"{name}: {word}" for name, word in found.items() if word not in fine]
+    return ", ".join(said), [
+        f"{name}: {found[name]}" for name in found if is_faulty([entries[name]])
+    ]
 
 
 def _copy_tests(folder: pathlib.Path) -> None:

@@ -362,13 +362,16 @@ def test_arguments_that_tell_nothing_first_are_said():
     assert net.embed._neftune.factors[torch.float32] == 8.0
 
 
-def test_another_apply_looks_again(monkeypatch):
+def test_what_stands_elsewhere_is_kept_until_it_is_said(monkeypatch):
     net = Global()
     assert factor_of(net, IDS) == 1.0
     monkeypatch.setitem(globals(), "SCALE", 8.0)
-    assert factor_of(Global(), IDS) == 1.0, "of another model what was found is kept"
     apply_neftune(net, 5.0).remove()
-    assert factor_of(net, IDS) == 8.0
+    assert factor_of(net, IDS) == factor_of(Global(), IDS) == 1.0
+    handle = apply_neftune(net, 5.0, embedding_multiplier=8.0)
+    net(IDS)
+    (row,) = handle.check(ids=IDS)["sites"]
+    assert row["measured"] == pytest.approx(8.0) and row["arrives"] == pytest.approx(1.0)
 
 
 def test_what_cannot_be_told_any_more_stays_what_it_was(monkeypatch):

@@ -45,7 +45,6 @@ CHANGES = (
 # inside the forward that is looked at waits for it) must not hang the others.
 LOOKING = threading.RLock()
 PATIENCE = 60.0  # seconds
-LOOKED_AT: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 BUSY = (
     "another thread has been looking for a minute at what {} multiplies its embeddings by, or was "
     "interrupted there. Say it to spare the look: apply_neftune(..., embedding_multiplier=1.0)"
@@ -197,15 +196,13 @@ class Listener:
         }
         alone = [one for one, site in sites.items() if site.lookups == 1]
         shared = is_shared_out(module)
-        anew = module in LOOKED_AT and not state.has_looked  # by another apply_neftune: that asks
-        known = {} if anew or shared else kept_factors(module, alone, (args, kwargs))
+        known = {} if shared else kept_factors(module, alone, (args, kwargs))
         rest = [one for one in sites if one not in known]
         if shared and state.has_looked:
             looked = {one: Measured(why=SHARED) for one in rest if one not in holders}
         else:
             looked = measure(module, args, kwargs, rest, holders, shared) if rest else {}
         state.has_looked = True
-        LOOKED_AT.add(module)
         keep_factors(module, looked, (args, kwargs))
         untold = [
             one for one in alone if one in looked and looked[one].why and not looked[one].high
